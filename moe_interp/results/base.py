@@ -1,0 +1,232 @@
+"""The base of every result: a labelled dataset and a manifest, in one netCDF file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+import moe_interp
+from moe_interp.errors import ResultError
+from moe_interp.results.files import replacing
+from moe_interp.results.manifest import Manifest, describe, plain
+
+CONTAINER = 1  # how dataset and manifest share a file; a class adds its own `version`
+MANIFEST, ATTRS = "moe_interp_manifest", "moe_interp_attrs"
+
+# kind -> module that defines its class, imported only when such a file is loaded
+HOMES = {
+    "isolation": "moe_interp.experiments.isolation",
+    "domain_router": "moe_interp.experiments.calibration",
+    "counterfactual": "moe_interp.experiments.counterfactual",
+    "router_tuning": "moe_interp.experiments.router_tuning",
+    "pass_at_k": "moe_interp.experiments.pass_at_k",
+    "geometry": "moe_interp.experiments.geometry",
+    "testbed": "moe_interp.testbed.train",
+    "patching": "moe_interp.patching",
+}
+
+
+class Result:
+    """Labelled numbers of an experiment, kept per example, with their origin.
+
+    A subclass names its kind, ``class IsolationResult(Result, kind="isolation")``, and adds what derives from
+    ``data``; it raises ``version`` when the variables of ``data`` change their meaning.
+
+    Args:
+        data: Variables on named axes. ``data.attrs`` may hold any JSON value, a variable's ``attrs`` text and numbers.
+        config: The options of the run.
+        seeds: One seed, or seeds by name.
+        data_checksum: :func:`moe_interp.results.checksum` of the items that went in.
+        manifest: The manifest of a loaded file, instead of the three above.
+    """
+
+    kind: ClassVar[str] = "dataset"
+    version: ClassVar[int] = 1
+    main: ClassVar[str | None] = None  # the variable that `to_dataframe` is about; the first where None
+    registry: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            cls.kind = kind
+            Result.registry[kind] = cls
+
+    def __init__(
+        self,
+        data: xr.Dataset,
+        *,
+        config: Mapping[str, Any] | None = None,
+        seeds: Mapping[str, int] | int | None = None,
+        data_checksum: str | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.data = data
+        self.manifest = manifest or describe(self.kind, self.schema(), config, seeds, data_checksum)
+
+    @classmethod
+    def schema(cls) -> str:
+        """Version of the file's layout and of this class' variables."""
+        return f"{CONTAINER}.{cls.version}"
+
+    def save(self, path: str | Path) -> Path:
+        """Write dataset and manifest to one netCDF 4 file, and return its path.
+
+        The file appears whole or not at all: after a full disk or Ctrl-C an earlier file of that name is unchanged. An
+        existing folder gets the file ``<kind>.nc``. The manifest is the JSON attribute ``moe_interp_manifest``.
+
+        Raises:
+            ResultError: The file cannot be written, or an attribute has no JSON form.
+        """
+        target = Path(path)
+        if target.is_dir():
+            target = target / f"{self.kind}.nc"
+        manifest = Manifest(**{**self.manifest.__dict__, "content_checksum": content_checksum(self.data)})
+        stored = self.data.copy(deep=False)
+        stored.attrs = {MANIFEST: manifest.to_json(), ATTRS: json.dumps(self.data.attrs, default=plain)}
+        # through memory: HDF5 does not survive a failed write on the disk itself
+        content = stored.to_netcdf(engine="h5netcdf")
+        with replacing(target) as file:
+            file.write(content)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """:func:`load_result`, refusing a result of another kind.
+
+        Raises:
+            ResultError: As :func:`load_result`; or the file holds another kind of result.
+        """
+        result = load_result(path)
+        if not isinstance(result, cls):
+            raise ResultError(
+                f"{str(path)!r} holds a result of kind {result.kind!r}",
+                f"kind {cls.kind!r}",
+                "Load it with moe_interp.load_result, which returns the right class.",
+            )
+        return result
+
+    def to_dataframe(self, *variables: str) -> pd.DataFrame:
+        """One row per labelled value.
+
+        Args:
+            variables: Names of the variables wanted, broadcast against each other. Without any: the main variable, and
+                every variable on some of its axes.
+
+        Raises:
+            ResultError: A name that is not a variable of ``data``.
+        """
+        known = [str(name) for name in self.data.data_vars]
+        if unknown := [name for name in variables if name not in known]:
+            raise ResultError(f"Variable {unknown[0]!r}", ", ".join(known), "Choose one of these.")
+        if not variables:
+            axes = set(self.data[self.main or known[0]].dims)
+            variables = tuple(name for name in known if set(self.data[name].dims) <= axes)
+        chosen = self.data[list(variables)]
+        frame = chosen.to_dataframe() if chosen.dims else pd.DataFrame([{n: chosen[n].item() for n in variables}])
+        return frame.reset_index() if chosen.dims else frame
+
+    def summary(self) -> str:
+        """What it is, on which axes, and from where, in a few lines of text."""
+        axes = ", ".join(f"{size} {name}" for name, size in self.data.sizes.items())
+        origin = f"moe_interp {self.manifest.moe_interp}, {self.manifest.created}"
+        return f"{type(self).__name__} ({self.kind}): {axes}\nvariables: {', '.join(map(str, self.data))}\n{origin}"
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+
+Result.registry[Result.kind] = Result
+
+
+def load_result(path: str | Path) -> Result:
+    """The result that :meth:`Result.save` wrote, as the class of its kind. The data are read into memory.
+
+    Args:
+        path: The file, or a folder that holds one result file.
+
+    Raises:
+        ResultError: No such file; not a result; damaged; of a schema or a kind that this version does not know.
+    """
+    source = result_file(path)
+    manifest, data = read_result_file(source)
+    cls = result_class(manifest.kind, source)
+    if manifest.schema != cls.schema():
+        raise ResultError(
+            f"{str(source)!r} was written by moe_interp {manifest.moe_interp} with schema {manifest.schema}",
+            f"schema {cls.schema()} of kind {cls.kind!r}, which moe_interp {moe_interp.__version__} reads",
+            f"Install moe_interp {manifest.moe_interp} to read it, or run the experiment again.",
+        )
+    if manifest.content_checksum != content_checksum(data):
+        raise ResultError(
+            f"{str(source)!r} does not hold the numbers that were saved",
+            f"arrays with checksum {str(manifest.content_checksum)[:12]}",
+            "The file was changed or damaged: restore it from a copy or run the experiment again.",
+        )
+    return cls(data, manifest=manifest)
+
+
+def result_file(path: str | Path) -> Path:
+    """The result file at ``path``, or the only ``*.nc`` file of the folder ``path``."""
+    source = Path(path)
+    if source.is_dir():
+        found = sorted(source.glob("*.nc"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise ResultError(f"{str(source)!r} is a folder with the result files: {names}", "one", "Name the file.")
+        return found[0]
+    if not source.exists():
+        raise ResultError(f"{str(source)!r} does not exist", "a file written by a result's save()", "Check the path.")
+    return source
+
+
+def read_result_file(source: Path) -> tuple[Manifest, xr.Dataset]:
+    """Manifest and data of a result file, whatever its kind and schema."""
+    try:
+        content = io.BytesIO(source.read_bytes())
+        with xr.open_dataset(content, engine="h5netcdf", decode_timedelta=False) as opened:
+            data = opened.load()
+        manifest = Manifest.from_json(data.attrs[MANIFEST])
+        data.attrs = json.loads(data.attrs[ATTRS])
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ResultError(
+            f"{str(source)!r} cannot be read as a result ({type(error).__name__}: {error})",
+            "a whole netCDF file written by a result's save()",
+            "If it was cut short, restore it from a copy or run the experiment again.",
+        ) from error
+    return manifest, data
+
+
+def result_class(kind: str, source: Path) -> type[Result]:
+    """The class of a kind, importing the module that defines it."""
+    if kind not in Result.registry and kind in HOMES:
+        import_module(HOMES[kind])
+    if kind not in Result.registry:
+        raise ResultError(
+            f"{str(source)!r} holds a result of kind {kind!r}",
+            f"one of {', '.join(sorted({*Result.registry, *HOMES}))}",
+            "Import the module that defines this kind, or a version of moe_interp that has it.",
+        )
+    return Result.registry[kind]
+
+
+def content_checksum(data: xr.Dataset) -> str:
+    """SHA-256 over names, axes and values of all variables and coordinates, in order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(map(str, data.variables)):
+        variable = data.variables[name]
+        values = np.asarray(variable.values)
+        digest.update(f"{name}{variable.dims}{values.shape}".encode())
+        if values.dtype.kind in "biufc":
+            digest.update(np.ascontiguousarray(values).tobytes())
+        else:
+            digest.update("\x00".join(map(str, values.ravel())).encode())
+    return digest.hexdigest()

@@ -1,0 +1,204 @@
+"""A result round-trips whole, refuses what is not its own, and never loses an earlier file."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import moe_interp
+from moe_interp.errors import ResultError
+from moe_interp.results import Result, checksum, load_result
+from moe_interp.results import base as base_module
+
+
+class PlantedResult(Result, kind="planted"):
+    main = "delta"
+
+
+def planted_data(seed: int = 0) -> xr.Dataset:
+    rng = np.random.default_rng(seed)
+    delta = rng.normal(size=(3, 2, 4))
+    delta[0, 0, 0] = np.nan
+    return xr.Dataset(
+        {
+            "delta": (("item", "layer", "expert"), delta, {"units": "seconds"}),
+            "slot_share": (("layer", "expert"), rng.random((2, 4), dtype=np.float32)),
+            "correct": (("item",), np.array([True, False, True])),
+            "total": 3,
+        },
+        coords={"item": ["a", "b", "ü"], "layer": [1, 5], "domain": ("item", ["math", "law", "math"])},
+        attrs={"options": {"mass": ["one", "natural"]}, "memory_budget": None, "paired": True},
+    )
+
+
+def planted(seed: int = 0) -> PlantedResult:
+    return PlantedResult(planted_data(seed), config={"tau": np.float32(0.5)}, seeds=7, data_checksum=checksum(["a"]))
+
+
+def test_a_saved_result_comes_back_with_values_labels_class_and_manifest(tmp_path):
+    result = planted()
+    path = result.save(tmp_path / "new" / "run.nc")
+    loaded = load_result(path)
+    assert type(loaded) is PlantedResult
+    xr.testing.assert_identical(loaded.data.drop_encoding(), result.data)
+    assert loaded.data["correct"].dtype == bool
+    assert loaded.manifest.seeds == {"seed": 7}
+    assert loaded.manifest.config == {"tau": 0.5} == result.manifest.config
+    assert loaded.manifest.data_checksum == checksum(["a"])
+    assert loaded.manifest.versions["numpy"] == np.__version__
+    assert loaded.manifest.moe_interp == moe_interp.__version__
+    loaded.save(path)  # nothing still holds the file open, and a loaded result keeps its origin
+    assert load_result(path).manifest == loaded.manifest
+
+
+def test_the_manifest_is_readable_without_this_package(tmp_path):
+    path = planted().save(tmp_path / "run.nc")
+    with xr.open_dataset(path, engine="h5netcdf", decode_timedelta=False) as opened:
+        manifest = json.loads(opened.attrs["moe_interp_manifest"])
+    assert {"kind", "moe_interp", "versions", "git_hash", "config", "seeds", "data_checksum"} <= set(manifest)
+
+
+def test_the_git_hash_is_that_of_the_checkout():
+    root = Path(moe_interp.__file__).parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("the package does not run from a checkout")
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert planted().manifest.git_hash.removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_a_folder_gets_one_named_file_and_is_enough_to_load_it(tmp_path):
+    assert planted().save(tmp_path) == tmp_path / "planted.nc"
+    assert load_result(tmp_path).kind == "planted"
+    planted().save(tmp_path / "second.nc")
+    with pytest.raises(ResultError, match=r"planted\.nc, second\.nc"):
+        load_result(tmp_path)
+
+
+def test_the_frame_holds_the_main_variable_and_what_lies_on_its_axes():
+    result = planted()
+    frame = result.to_dataframe()
+    assert len(frame) == 24
+    assert {"item", "layer", "expert", "domain", "delta", "slot_share", "correct"} <= set(frame)
+    row = frame[(frame["item"] == "b") & (frame["layer"] == 5) & (frame["expert"] == 3)].iloc[0]
+    assert row["delta"] == result.data["delta"].sel(item="b", layer=5).values[3]
+    assert row["domain"] == "law"
+    assert len(result.to_dataframe("slot_share")) == 8
+    assert result.to_dataframe("total")["total"].tolist() == [3]
+    with pytest.raises(ResultError, match=r"Variable 'rho'\. Expected: delta, slot_share"):
+        result.to_dataframe("rho")
+
+
+def test_the_summary_names_kind_axes_and_version():
+    text = planted().summary()
+    assert "planted" in text
+    assert "3 item, 2 layer, 4 expert" in text
+    assert moe_interp.__version__ in text
+
+
+def test_a_file_of_another_schema_is_refused_with_both_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr(moe_interp, "__version__", "9.9.0")
+    monkeypatch.setattr(PlantedResult, "version", 2)
+    path = planted().save(tmp_path / "run.nc")
+    monkeypatch.undo()
+    with pytest.raises(ResultError, match=r"written by moe_interp 9\.9\.0 with schema 1\.2\. Expected: schema 1\.1.*"):
+        load_result(path)
+
+
+def test_another_or_an_unknown_kind_is_refused(tmp_path, monkeypatch):
+    path = Result(planted_data()).save(tmp_path / "plain.nc")
+    assert type(load_result(path)) is Result
+    with pytest.raises(ResultError, match=r"kind 'dataset'\. Expected: kind 'planted'"):
+        PlantedResult.load(path)
+    path = planted().save(tmp_path / "run.nc")
+    monkeypatch.delitem(Result.registry, "planted")
+    with pytest.raises(ResultError, match="Import the module that defines this kind"):
+        load_result(path)
+
+
+def test_a_kind_that_is_not_imported_yet_is_found_by_its_home(tmp_path, monkeypatch):
+    (tmp_path / "planted_home.py").write_text(
+        "from moe_interp.results import Result\nclass Far(Result, kind='far'): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(base_module.HOMES, "far", "planted_home")
+    result = Result(planted_data())
+    monkeypatch.setattr(Result, "kind", "far")
+    path = Result(result.data).save(tmp_path / "far.nc")
+    monkeypatch.setattr(Result, "kind", "dataset")
+    assert type(load_result(path)).__name__ == "Far"
+    monkeypatch.delitem(Result.registry, "far")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text", "other netCDF"])
+def test_what_is_not_a_whole_result_file_is_refused(tmp_path, damage):
+    path = planted().save(tmp_path / "run.nc")
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "other netCDF":
+        xr.Dataset({"a": 1}).to_netcdf(path, engine="h5netcdf")
+    elif damage != "missing":
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"[1, 2]"}[damage])
+    with pytest.raises(ResultError, match="does not exist" if damage == "missing" else "cannot be read as a result"):
+        load_result(path)
+
+
+def test_changed_numbers_are_noticed(tmp_path):
+    path = planted().save(tmp_path / "run.nc")
+    with xr.open_dataset(path, engine="h5netcdf", decode_timedelta=False) as opened:
+        changed = opened.load()
+    changed["delta"][1, 1, 1] += 1e-12
+    changed.to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(ResultError, match="does not hold the numbers that were saved"):
+        load_result(path)
+
+
+def test_a_full_disk_leaves_the_earlier_file_and_no_remains(tmp_path):
+    path = planted(seed=0).save(tmp_path / "run.nc")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ResultError, match=r"could not be written: .*The earlier file of that name is unchanged"):
+            planted(seed=1).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    xr.testing.assert_equal(load_result(path).data, planted_data(0))
+    assert os.listdir(tmp_path) == ["run.nc"]
+
+
+def test_an_interruption_leaves_the_earlier_file_and_no_remains(tmp_path, monkeypatch):
+    path = planted(seed=0).save(tmp_path / "run.nc")
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        planted(seed=1).save(path)
+    monkeypatch.undo()
+    xr.testing.assert_equal(load_result(path).data, planted_data(0))
+    assert os.listdir(tmp_path) == ["run.nc"]
+
+
+def test_an_option_without_a_json_form_is_refused():
+    with pytest.raises(ResultError, match="A value of type object in a manifest"):
+        Result(planted_data(), config={"sampler": object()})
+
+
+def test_the_checksum_depends_on_records_and_their_order_only():
+    assert checksum([{"a": 1, "b": [2]}]) == checksum([{"b": [2], "a": 1}])
+    assert checksum(["a", "b"]) != checksum(["b", "a"])
+    assert checksum(["ab", "c"]) != checksum(["a", "bc"])
+    assert checksum([np.array([1, 2])]) == checksum([[1, 2]])
+
+
+def test_importing_the_package_does_not_import_xarray():
+    code = "import sys, moe_interp; assert 'xarray' not in sys.modules and 'moe_interp.results' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
