@@ -1,0 +1,35 @@
+"""Statistics on plain arrays: numpy and scipy only, vectorised over leading axes, importable without torch."""
+
+from moe_interp.stats.correlation import (
+    MeanCorrelation,
+    PermutationResult,
+    SpearmanResult,
+    fisher_z_interval,
+    fisher_z_mean,
+    mean_rho_permutation,
+    spearman,
+)
+from moe_interp.stats.multiple import adjust_p, items_needed, rejected, tests_needed_at_floor
+from moe_interp.stats.power import plan_wilcoxon, wilcoxon_power
+from moe_interp.stats.streams import derive_rng
+from moe_interp.stats.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
+
+__all__ = [
+    "MeanCorrelation",
+    "PermutationResult",
+    "SpearmanResult",
+    "WilcoxonResult",
+    "adjust_p",
+    "derive_rng",
+    "fisher_z_interval",
+    "fisher_z_mean",
+    "items_needed",
+    "mean_rho_permutation",
+    "plan_wilcoxon",
+    "rejected",
+    "smallest_attainable_p",
+    "spearman",
+    "tests_needed_at_floor",
+    "wilcoxon_power",
+    "wilcoxon_signed_rank",
+]

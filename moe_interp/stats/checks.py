@@ -1,0 +1,58 @@
+"""Checks on the arrays that enter a statistic, and the axis convention they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moe_interp.errors import ConfigError, DataError
+
+FloatArray = NDArray[np.float64]
+
+
+def sample_last(x: ArrayLike, axis: int = -1, name: str = "x") -> FloatArray:
+    """``x`` as float64 with the sample axis last. NaN is a missing value; infinity is refused."""
+    array = np.asarray(x, dtype=np.float64)
+    if array.ndim == 0 or not -array.ndim <= axis < array.ndim:
+        raise DataError(
+            f"{name} has shape {array.shape} and axis is {axis}",
+            "an array with at least one axis, and an axis that it has",
+            "Pass the samples along an existing axis.",
+        )
+    if np.isinf(array).any():
+        raise DataError(
+            f"{name} holds {int(np.isinf(array).sum())} infinite values",
+            "finite numbers, or NaN where a value is missing",
+            "Find the items whose log-probability is infinite and drop them, or set them to NaN.",
+        )
+    return np.moveaxis(array, axis, -1)
+
+
+def check_no_missing(array: FloatArray, name: str) -> None:
+    """Refuse NaN, for statistics whose items must be complete."""
+    if np.isnan(array).any():
+        raise DataError(
+            f"{name} holds {int(np.isnan(array).sum())} missing values",
+            "a value for every item, layer and expert",
+            "Drop the items that are incomplete.",
+        )
+
+
+def check_probability(value: float, name: str) -> None:
+    """Refuse a level or rate outside the open interval (0, 1)."""
+    if not 0 < value < 1:
+        raise ConfigError(f"{name} is {value}", "a number between 0 and 1", f"Set {name} to, say, 0.05 or 0.95.")
+
+
+def check_at_least(value: Any, low: int, name: str) -> None:
+    """Refuse a count below ``low``."""
+    if int(value) != value or value < low:
+        raise ConfigError(f"{name} is {value}", f"a whole number of at least {low}", f"Raise {name}.")
+
+
+def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
+    """Refuse an option that does not exist."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}", "one of " + ", ".join(map(repr, choices)), f"Choose another {name}.")
