@@ -1,0 +1,101 @@
+"""The experts of a layer as two functions, whatever way the family stores them.
+
+``hidden(rows, e)``: ``[row, d_in] -> [row, d_expert]``, the neurons after the activation.
+``output(hidden, e)``: ``[row, d_expert] -> [row, d_out]``, before the slot's weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class ExpertFunctions(Protocol):
+    """What a layer's experts compute, one expert at a time."""
+
+    n_experts: int
+    d_expert: int
+
+    def hidden(self, rows: Tensor, expert: int) -> Tensor: ...
+
+    def output(self, hidden: Tensor, expert: int) -> Tensor: ...
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return torch.nn.functional.linear(rows, weight, bias)
+    return rows @ weight if bias is None else rows @ weight + bias
+
+
+class StackedExperts:
+    """transformers' stacked experts: 3-D weights, with or without gate, bias and transposition."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.up = module.gate_up_proj if module.has_gate else module.up_proj
+        self.up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
+        self.down_bias = module.down_proj_bias if module.has_bias else None
+        self.n_experts = self.up.shape[0]
+        self.d_expert = module.down_proj.shape[1 if module.is_transposed else 2]
+
+    def hidden(self, rows: Tensor, expert: int) -> Tensor:
+        bias = None if self.up_bias is None else self.up_bias[expert]
+        projected = _linear(rows, self.up[expert], bias, self.module.is_transposed)
+        return self.module._apply_gate(projected) if self.module.has_gate else self.module.act_fn(projected)
+
+    def output(self, hidden: Tensor, expert: int) -> Tensor:
+        bias = None if self.down_bias is None else self.down_bias[expert]
+        out = _linear(hidden, self.module.down_proj[expert], bias, self.module.is_transposed)
+        return self.module.post_expert_norm(out) if getattr(self.module, "has_post_expert_norm", False) else out
+
+
+class Llama4Experts:
+    """Llama 4: transposed stacks, no bias; the block scales the input of an expert, not its output."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.n_experts, self.d_expert = module.down_proj.shape[:2]
+
+    def hidden(self, rows: Tensor, expert: int) -> Tensor:
+        gate, up = (rows @ self.module.gate_up_proj[expert]).chunk(2, dim=-1)
+        return up * self.module.act_fn(gate)
+
+    def output(self, hidden: Tensor, expert: int) -> Tensor:
+        return hidden @ self.module.down_proj[expert]
+
+
+class JetMoeExperts:
+    """JetMoE: two stacks of linear maps that belong to the block."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self.n_experts, self.d_expert = block.output_linear.num_experts, block.output_linear.input_size
+
+    def hidden(self, rows: Tensor, expert: int) -> Tensor:
+        gate, up = torch.nn.functional.linear(rows, self.block.input_linear.weight[expert]).chunk(2, dim=-1)
+        return self.block.activation(gate) * up
+
+    def output(self, hidden: Tensor, expert: int) -> Tensor:
+        return torch.nn.functional.linear(hidden, self.block.output_linear.weight[expert])
+
+
+class SwitchExperts:
+    """Switch Transformers: one ungated feed-forward module an expert."""
+
+    def __init__(self, module: nn.ModuleDict) -> None:
+        self.module = module
+        first: Any = module["expert_0"]
+        self.n_experts, self.d_expert = len(module), first.wo.weight.shape[-1]
+
+    def hidden(self, rows: Tensor, expert: int) -> Tensor:
+        layer: Any = self.module[f"expert_{expert}"]
+        return layer.act(layer.wi(rows))
+
+    def output(self, hidden: Tensor, expert: int) -> Tensor:
+        layer: Any = self.module[f"expert_{expert}"]
+        hidden = layer.dropout(hidden)
+        if hidden.dtype != layer.wo.weight.dtype and layer.wo.weight.dtype != torch.int8:
+            hidden = hidden.to(layer.wo.weight.dtype)
+        return layer.wo(hidden)

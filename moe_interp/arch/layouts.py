@@ -1,0 +1,111 @@
+"""What a family's router module returns, read into one form and written back.
+
+``read`` gives ``(logits, indices, weights)``: raw logits ``[*token, expert]``, the native route ``[*token, slot]``.
+``write`` gives the router's own return value for another route, so that the family's own code goes on from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_interp.arch.modules import unwrap
+from moe_interp.arch.rules import RoutingRule, SigmoidTopK
+
+Route = tuple[Tensor, Tensor]
+
+
+class RouterLayout(Protocol):
+    """One way of packing logits, weights and indices into a return value."""
+
+    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any: ...
+
+
+class Triple:
+    """``(logits, weights, indices)``: nearly every family."""
+
+    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, indices = out
+        return logits, indices, weights
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        return logits, weights, indices
+
+
+class CappedTriple(Triple):
+    """Laguna: the returned logits are after the soft-cap, the weights before the block's scale."""
+
+    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _, weights, indices = out
+        raw = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), router.weight).float()
+        return raw, indices, weights * _block_scale(rule)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        assert isinstance(rule, SigmoidTopK)
+        indices, weights = route
+        return rule.capped(logits), weights / _block_scale(rule), indices
+
+
+def _block_scale(rule: RoutingRule) -> float:
+    return getattr(rule, "scale_after_cast", None) or 1.0
+
+
+class ScoresTriple(Triple):
+    """Gemma 4: ``(probabilities, weights, indices)``; the logits are those of the inner projection."""
+
+    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _, weights, indices = out
+        normed = unwrap(router.norm)(x) * router.scale * router.scalar_root_size
+        return unwrap(router.proj)(normed), indices, weights
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        return (rule.scores(logits) if scores is None else scores), weights, indices
+
+
+class DenseScores:
+    """Llama 4: ``(weights at full width, logits)``, zero where an expert is not chosen."""
+
+    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits = out[1]
+        return logits, *rule.route(logits)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        dense = torch.zeros_like(logits).scatter_add(-1, indices.clamp(min=0), weights.to(logits.dtype))
+        return dense, logits
+
+
+class OneHot:
+    """Switch Transformers: ``(one-hot choice, weight of the choice, logits)``, all over ``[batch, pos]``."""
+
+    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, weights, logits = out
+        indices = chosen.argmax(dim=-1, keepdim=True).masked_fill(chosen.sum(dim=-1, keepdim=True) == 0, -1)
+        return logits, indices, weights.masked_fill(indices < 0, 0.0)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        chosen = torch.zeros_like(logits, dtype=torch.int64)
+        chosen = chosen.scatter(-1, indices[..., :1].clamp(min=0), (indices[..., :1] >= 0).long())
+        return chosen, weights[..., :1], logits
+
+
+class SortedPairs:
+    """JetMoE: (token, slot) pairs sorted by expert: ``(order, tokens, weights, sizes, logits)``."""
+
+    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits = out[-1]
+        return logits, *rule.route(logits)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        experts = indices.reshape(-1)
+        order = experts.sort(0).indices[(experts < 0).sum() :]
+        sizes = torch.bincount(experts[experts >= 0], minlength=rule.n_experts).tolist()
+        return order, order.div(indices.shape[-1], rounding_mode="trunc"), weights.reshape(-1)[order], sizes, logits

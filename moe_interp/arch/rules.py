@@ -1,0 +1,415 @@
+"""Routing rules: from router logits to a route, and the weights of any given set of experts.
+
+Every rule reproduces its family's own selection and weights bit for bit, in the family's own order of operations and
+number formats. The weights of a set that the router did not choose follow the same formula, with the given experts in
+the place of the chosen ones (derived; for ``SparseMixer`` and ``SwitchTop1`` see there).
+
+Shapes: logits and scores ``[*token, expert]``; indices and weights ``[*token, slot]``; index -1 is an empty slot and has
+weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_interp.errors import RouteError
+from moe_interp.types import Indices, Logits, Weights
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoutingRule:
+    """How one family turns router logits into experts and weights.
+
+    Attributes:
+        n_experts: Number of routed experts.
+        top_k: Experts per token.
+        dtype: Number format the family casts its weights to; None leaves them as computed.
+    """
+
+    n_experts: int
+    top_k: int
+    dtype: torch.dtype | None = None
+
+    def route(self, logits: Logits, token_ids: Tensor | None = None) -> tuple[Indices, Weights]:
+        """The experts the family selects and the weights it applies, in the router's own slot order.
+
+        Args:
+            logits: ``[*token, expert]``, the raw output of the router's linear map.
+            token_ids: ``[*token]``; read by hash-routed layers only.
+
+        Raises:
+            RouteError: the last axis is not the number of experts.
+        """
+        self._check_width(logits)
+        indices = self._select(logits)
+        return indices, self.weights(logits, indices)
+
+    def weights(self, logits: Logits, indices: Indices) -> Weights:
+        """The family's own weights for any given experts, in the given order; 0 at empty slots.
+
+        Raises:
+            RouteError: the last axis of ``logits`` is not the number of experts, or an id is out of range.
+        """
+        self._check_width(logits)
+        self._check_ids(indices)
+        return self._weigh(logits, indices)
+
+    def choice_logits(self, logits: Logits) -> Logits:
+        """What the family ranks experts by: correction bias and group limit included, -inf where a group is shut."""
+        return logits
+
+    def log_policy(self, logits: Logits) -> Logits:
+        """A log-distribution over experts: log-softmax of the logits (derived; sigmoid families override).
+
+        "Routing probability" anywhere in this package means exp of it. It leaves out correction biases and group
+        limits, so it does not say which experts run.
+        """
+        return torch.log_softmax(_at_least_float(logits), dim=-1)
+
+    def scores(self, logits: Logits) -> Logits | None:
+        """The full-width scores the family selects by, or None where it has none before selecting."""
+        return None
+
+    def route_scores(self, scores: Logits) -> tuple[Indices, Weights]:
+        """Select and weigh by (edited) scores; correction bias and group limits are applied after."""
+        raise self._no_scores()
+
+    def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
+        """The weights of given experts from (edited) scores."""
+        raise self._no_scores()
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the family computes full-width scores before it selects."""
+        return type(self).scores is not RoutingRule.scores
+
+    # -- for subclasses ---------------------------------------------------------------------------------------------
+    def _select(self, logits: Tensor) -> Tensor:
+        return torch.topk(logits, self.top_k, dim=-1).indices
+
+    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _cast(self, weights: Tensor, indices: Tensor) -> Tensor:
+        weights = weights if self.dtype is None else weights.to(self.dtype)
+        return _blank(weights, indices)
+
+    def _check_width(self, logits: Tensor) -> None:
+        if logits.shape[-1] != self.n_experts:
+            raise RouteError(
+                f"router logits of shape {tuple(logits.shape)}",
+                f"{self.n_experts} experts on the last axis",
+                "Pass the full width of the router's output.",
+            )
+
+    def _check_ids(self, indices: Tensor) -> None:
+        if indices.numel() and (int(indices.max()) >= self.n_experts or int(indices.min()) < -1):
+            bad = indices[(indices >= self.n_experts) | (indices < -1)][0]
+            raise RouteError(
+                f"expert id {int(bad)} in a route",
+                f"ids from 0 to {self.n_experts - 1}, or -1 for an empty slot",
+                "Correct the id.",
+            )
+
+    def _no_scores(self) -> RouteError:
+        return RouteError(
+            f"scores for {type(self).__name__}, which computes none before it selects",
+            "a rule with full-width scores",
+            "Edit router_logits instead of router_probs.",
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoreRule(RoutingRule):
+    """Scores of all experts, a choice by (biased, group-limited) scores, weights from the unbiased ones.
+
+    ``choice = mask_groups(scores + bias)``; ``e = topk(choice)``; ``w = scores[e]``, then optionally
+    ``w / max(sum w + eps, floor)``, ``* scale``, ``* expert_scale[e]``, a cast, ``* scale_after_cast``.
+
+    Attributes:
+        bias: Correction bias ``[expert]``, for the choice only.
+        n_groups, top_groups: Experts in ``n_groups`` equal groups, of which the best ``top_groups`` stay open.
+        group_score: What a group is ranked by: its "max", or the sum of its "top2" choices.
+        shut: The value of experts in shut groups: 0 or -inf, as the family does it.
+        normalize: Divide the chosen weights by their sum.
+        eps: Added to that sum.
+        floor: Lower clamp of that sum.
+        sorted_slots: Whether the family asks ``topk`` for sorted slots.
+    """
+
+    bias: Tensor | None = None
+    n_groups: int = 1
+    top_groups: int = 1
+    group_score: str | None = None
+    shut: float = float("-inf")
+    normalize: bool = False
+    eps: float = 0.0
+    floor: float | None = None
+    scale: float | None = None
+    expert_scale: Tensor | None = None
+    scale_after_cast: float | None = None
+    sorted_slots: bool = True
+
+    def choice_logits(self, logits: Logits) -> Logits:
+        if self.bias is None and self.group_score is None:
+            return logits
+        return self._choice(self._scores(logits), shut=float("-inf"))
+
+    def scores(self, logits: Logits) -> Logits:
+        return self._scores(logits)
+
+    def route_scores(self, scores: Logits) -> tuple[Indices, Weights]:
+        self._check_width(scores)
+        indices = self._top(scores)
+        return indices, self._weigh_scores(scores, indices)
+
+    def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
+        self._check_width(scores)
+        self._check_ids(indices)
+        return self._weigh_scores(scores, indices)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _select(self, logits: Tensor) -> Tensor:
+        return self._top(self._scores(logits))
+
+    def _top(self, scores: Tensor) -> Tensor:
+        return torch.topk(self._choice(scores, self.shut), self.top_k, dim=-1, sorted=self.sorted_slots).indices
+
+    def _choice(self, scores: Tensor, shut: float) -> Tensor:
+        choice = scores if self.bias is None else scores + self.bias
+        if self.group_score is None:
+            return choice
+        # shape: (*token, expert) -> (*token, group, expert of the group)
+        grouped = choice.unflatten(-1, (self.n_groups, self.n_experts // self.n_groups))
+        best = grouped.max(dim=-1).values if self.group_score == "max" else grouped.topk(2, dim=-1)[0].sum(dim=-1)
+        kept = torch.topk(best, self.top_groups, dim=-1, sorted=False).indices
+        is_open = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, True)
+        return grouped.masked_fill(~is_open.unsqueeze(-1), shut).flatten(-2)
+
+    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        return self._weigh_scores(self._scores(logits), indices)
+
+    def _weigh_scores(self, scores: Tensor, indices: Tensor) -> Tensor:
+        ids = indices.clamp(min=0)
+        weights = _blank(scores.gather(-1, ids), indices)
+        if self.normalize:
+            total = weights.sum(dim=-1, keepdim=True)
+            total = total + self.eps if self.eps else total
+            total = total if self.floor is None else torch.clamp(total, min=self.floor)
+            weights = _divide(weights, total, indices)
+        if self.scale is not None:
+            weights = weights * self.scale
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale[ids]
+        weights = self._cast(weights, indices)
+        return weights if self.scale_after_cast is None else weights * self.scale_after_cast
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SoftmaxTopK(ScoreRule):
+    """Softmax over all experts in float32, then top-k (Mixtral, OLMoE, Qwen, DeepSeek-V2, ERNIE, Jamba, Gemma 4)."""
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return torch.softmax(logits, dim=-1, dtype=torch.float32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SigmoidTopK(ScoreRule):
+    """An independent score per expert, then top-k (DeepSeek-V3 and V4, GLM-4, MiniMax-M2, LFM2, AFMoE, Laguna, Nemotron-H).
+
+    Attributes:
+        score: The score function; the logistic sigmoid unless the family has its own.
+        softcap: ``logits = softcap * tanh(logits / softcap)`` before the score.
+        float32: Compute the scores in float32.
+    """
+
+    score: Callable[[Tensor], Tensor] = torch.sigmoid
+    softcap: float | None = None
+    float32: bool = True
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The logits after the soft-cap, as the family's router returns them."""
+        logits = logits.float() if self.float32 else logits
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return self.score(self.capped(logits))
+
+    def choice_logits(self, logits: Logits) -> Logits:
+        if self.bias is None and self.group_score is None:
+            return self.capped(logits)
+        return super().choice_logits(logits)
+
+    def log_policy(self, logits: Logits) -> Logits:
+        """``log(s_e / sum s)`` of the unbiased scores (derived)."""
+        capped = _at_least_float(self.capped(logits))
+        if self.score is torch.sigmoid:
+            log_scores = torch.nn.functional.logsigmoid(capped)
+        else:
+            log_scores = self.score(capped).clamp_min(torch.finfo(capped.dtype).tiny).log()
+        return torch.log_softmax(log_scores, dim=-1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TopKSoftmax(RoutingRule):
+    """Top-k of the logits, then a softmax over the chosen (GPT-OSS, Granite, JetMoE).
+
+    Attributes:
+        float32: Whether the family raises the logits to float32 first.
+    """
+
+    float32: bool = False
+
+    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        logits = logits.float() if self.float32 else logits
+        chosen = logits.gather(-1, indices.clamp(min=0))
+        chosen = chosen.masked_fill(indices < 0, float("-inf"))
+        all_empty = (indices < 0).all(dim=-1, keepdim=True)
+        return self._cast(torch.softmax(chosen.masked_fill(all_empty, 0.0), dim=-1), indices)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TopKSigmoid(RoutingRule):
+    """Top-k of the logits, then a sigmoid of each (Llama 4; the weight scales the expert's input)."""
+
+    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        chosen = logits.gather(-1, indices.clamp(min=0))
+        return self._cast(torch.sigmoid(chosen.float()), indices)
+
+    def log_policy(self, logits: Logits) -> Logits:
+        """``log(s_e / sum s)`` with ``s = sigmoid(logits)`` (derived)."""
+        return torch.log_softmax(torch.nn.functional.logsigmoid(_at_least_float(logits)), dim=-1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SparseMixer(RoutingRule):
+    """Two masked maxima (Phi-MoE; arXiv:2409.12136), as computed at evaluation.
+
+    Slot j looks at the logits without the experts of the slots before it. With m its maximum, experts with
+    ``(m - logit) / max(|logit|, m) > 2 * jitter`` are masked, and the weight is the softmax of the rest at the maximum.
+    The weights need not sum to 1.
+
+    For a given set (derived): the route is put into canonical order, by descending logit; slot j leaves out the experts
+    of the slots before it, and the given expert's logit takes the place of the maximum. Weights are returned in the
+    given order and do not depend on it. Defined for any number of slots.
+
+    Attributes:
+        jitter: The family's ``router_jitter_noise``.
+    """
+
+    jitter: float
+
+    def _select(self, logits: Tensor) -> Tensor:
+        chosen = []
+        rest = logits
+        for _ in range(self.top_k):
+            best = rest.max(dim=-1, keepdim=True).indices
+            chosen.append(best)
+            rest = rest.scatter(-1, best, float("-inf"))
+        return torch.cat(chosen, dim=-1)
+
+    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        ids = indices.clamp(min=0)
+        key = logits.detach().gather(-1, ids).masked_fill(indices < 0, float("-inf"))
+        order = torch.sort(key, dim=-1, descending=True, stable=True).indices
+        rest, weights = logits, []
+        for slot in order.split(1, dim=-1):
+            expert = ids.gather(-1, slot)
+            empty = indices.gather(-1, slot) < 0
+            weights.append(self._masked_softmax(logits, rest, expert).masked_fill(empty, 0.0))
+            rest = torch.where(empty, rest, rest.scatter(-1, expert, float("-inf")))
+        sorted_weights = torch.cat(weights, dim=-1)
+        return self._cast(torch.zeros_like(sorted_weights).scatter(-1, order, sorted_weights), indices)
+
+    def _masked_softmax(self, logits: Tensor, rest: Tensor, expert: Tensor) -> Tensor:
+        with torch.no_grad():
+            top = logits.gather(-1, expert)
+            masked = ((top - logits) / logits.abs().clamp(min=top)) > (2 * self.jitter)
+        return torch.softmax(rest.masked_fill(masked, float("-inf")), dim=-1).gather(-1, expert)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SwitchTop1(RoutingRule):
+    """Softmax, top-1, and a capacity along the sequence (Switch Transformers).
+
+    The token at position t takes its expert only if fewer than ``capacity`` earlier tokens of its sequence took it;
+    otherwise its slot is empty. ``route`` therefore needs ``[batch, pos, expert]``; padding consumes capacity.
+    Given experts bypass the capacity (derived).
+
+    Attributes:
+        capacity: Tokens per expert and sequence.
+        router_dtype: Number format of the softmax.
+    """
+
+    capacity: int
+    router_dtype: torch.dtype = torch.float32
+
+    def scores(self, logits: Logits) -> Logits:
+        return torch.softmax(logits, dim=-1, dtype=self.router_dtype).to(self.dtype or logits.dtype)
+
+    def route_scores(self, scores: Logits) -> tuple[Indices, Weights]:
+        self._check_width(scores)
+        best = torch.argmax(scores, dim=-1, keepdim=True)
+        taken = torch.zeros_like(scores, dtype=torch.int64).scatter_(-1, best, 1)
+        place = torch.cumsum(taken, dim=-2).gather(-1, best)
+        indices = best.masked_fill(place > self.capacity, -1)
+        return indices, self.weights_from_scores(scores, indices)
+
+    def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
+        return _blank(scores.gather(-1, indices.clamp(min=0)), indices)
+
+    def route(self, logits: Logits, token_ids: Tensor | None = None) -> tuple[Indices, Weights]:
+        self._check_width(logits)
+        if logits.ndim < 2:
+            raise RouteError(
+                f"router logits of shape {tuple(logits.shape)}",
+                "[batch, pos, expert], because capacity is counted along the sequence",
+                "Pass the logits of whole sequences.",
+            )
+        return self.route_scores(self.scores(logits))
+
+    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
+        return self.weights_from_scores(self.scores(logits), indices)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HashTable(SigmoidTopK):
+    """Experts fixed by the token id, weights from the scores (DeepSeek-V4 hash layers): logits cannot move the choice.
+
+    Attributes:
+        table: ``[vocabulary, slot]`` expert ids.
+    """
+
+    table: Tensor
+
+    def route(self, logits: Logits, token_ids: Tensor | None = None) -> tuple[Indices, Weights]:
+        if token_ids is None:
+            raise RouteError(
+                "no token ids for a hash-routed layer",
+                "token_ids of shape [*token]",
+                "Pass the token ids: they alone choose the experts here.",
+            )
+        indices = self.table[token_ids].long()
+        return indices, self.weights(logits, indices)
+
+
+def _blank(weights: Tensor, indices: Tensor) -> Tensor:
+    """Weight 0 at empty slots; a route without them is left untouched."""
+    empty = indices < 0
+    return weights.masked_fill(empty, 0.0) if bool(empty.any()) else weights
+
+
+def _divide(weights: Tensor, total: Tensor, indices: Tensor) -> Tensor:
+    """``weights / total``, with 0 instead of 0/0 for a token whose slots are all empty."""
+    all_empty = (indices < 0).all(dim=-1, keepdim=True)
+    return weights / total.masked_fill(all_empty, 1.0) if bool(all_empty.any()) else weights / total
+
+
+def _at_least_float(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
