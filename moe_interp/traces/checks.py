@@ -1,0 +1,141 @@
+"""What makes a trace valid; every refusal names the token, layer and expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moe_interp.errors import DataError
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """A numpy array of an array-like or a tensor on any device, bfloat16 included."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    return np.asarray(values)
+
+
+def checked_indices(values: ArrayLike) -> NDArray[np.int32]:
+    """``[token, layer, slot]`` int32, at least one of each."""
+    indices = as_array(values)
+    if indices.ndim != 3 or 0 in indices.shape or indices.dtype.kind not in "iu":
+        raise DataError(
+            f"expert_indices of shape {indices.shape} and type {indices.dtype}",
+            "integers [token, layer, slot], at least one of each",
+            "Record at least one token, and flatten batch and position into one token axis without the padding.",
+        )
+    return indices.astype(np.int32)
+
+
+def checked_count(n_experts: int | None, indices: NDArray[np.int32]) -> int:
+    """The number of experts, which the indices alone do not tell."""
+    if n_experts is None or int(n_experts) < 1:
+        raise DataError(
+            f"n_experts={n_experts}",
+            "the number of experts of a layer",
+            f"Pass n_experts; the largest index in the trace is {int(indices.max())}.",
+        )
+    return int(n_experts)
+
+
+def checked_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    """The model's layer indices, one per layer of the trace, none twice."""
+    given = tuple(range(n_layers)) if layers is None else tuple(int(layer) for layer in layers)
+    if len(given) != n_layers or len(set(given)) != n_layers:
+        raise DataError(
+            f"layers={list(given)} for a trace with {n_layers} layers",
+            f"{n_layers} different layer indices",
+            "Give the model's index of each recorded layer.",
+        )
+    return given
+
+
+def refuse_bad_experts(indices: NDArray[np.int32], n_experts: int, layers: tuple[int, ...]) -> None:
+    """Refuse experts out of range, and experts that fill two slots of one token and layer."""
+    outside = (indices < -1) | (indices >= n_experts)
+    if outside.any():
+        token, layer, slot = np.argwhere(outside)[0]
+        raise DataError(
+            f"Expert {indices[token, layer, slot]} at token {token}, layer {layers[layer]}, slot {slot}",
+            f"an index from 0 to {n_experts - 1}, or -1 for an empty slot",
+            "Check n_experts and how the indices were recorded.",
+        )
+    ordered = np.sort(indices, axis=2)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if twice.any():
+        token, layer, slot = np.argwhere(twice)[0]
+        raise DataError(
+            f"Expert {ordered[token, layer, slot]} twice at token {token}, layer {layers[layer]}",
+            "each expert at most once in a route",
+            "Mark unused slots by -1 instead of repeating an expert.",
+        )
+
+
+def checked_weights(values: ArrayLike, indices: NDArray[np.int32], layers: tuple[int, ...]) -> NDArray[np.float32]:
+    """Finite float32 weights in the shape of the indices, 0 at empty slots."""
+    weights = as_array(values)
+    if weights.shape != indices.shape or weights.dtype.kind not in "fiu":
+        raise DataError(
+            f"expert_weights of shape {weights.shape} and type {weights.dtype}",
+            f"numbers in the shape of expert_indices, {indices.shape}",
+            "Record weights and indices from the same forward pass.",
+        )
+    weights = np.where(indices >= 0, weights, 0).astype(np.float32)
+    if not np.isfinite(weights).all():
+        token, layer, slot = np.argwhere(~np.isfinite(weights))[0]
+        raise DataError(
+            f"Weight {weights[token, layer, slot]} at token {token}, layer {layers[layer]}, "
+            f"expert {indices[token, layer, slot]}",
+            "finite weights",
+            "Look for a non-finite activation in the model, or for padding recorded as tokens.",
+        )
+    return weights
+
+
+def checked_lengths(values: ArrayLike | None, n_tokens: int) -> NDArray[np.int64]:
+    """Positive lengths that add up to the number of tokens."""
+    lengths = np.array([n_tokens]) if values is None else as_array(values)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any() or lengths.sum() != n_tokens:
+        total = lengths.sum() if lengths.dtype.kind in "iu" else "not defined"
+        raise DataError(
+            f"sequence_lengths of shape {lengths.shape}, type {lengths.dtype} and sum {total}",
+            f"positive integers [sequence] that add up to the {n_tokens} tokens of the trace",
+            "Give the number of real tokens of each sequence, in the order of the token axis.",
+        )
+    return lengths.astype(np.int64)
+
+
+def checked_ids(name: str, values: ArrayLike | None, n_tokens: int) -> NDArray[np.int64] | None:
+    """One integer per token."""
+    if values is None:
+        return None
+    ids = as_array(values)
+    if ids.shape != (n_tokens,) or ids.dtype.kind not in "iu":
+        raise DataError(
+            f"{name} of shape {ids.shape} and type {ids.dtype}",
+            f"integers of shape ({n_tokens},)",
+            "Give one id per token of the trace, without the padding.",
+        )
+    return ids.astype(np.int64)
+
+
+def checked_domain(values: ArrayLike | None, lengths: NDArray[np.int64]) -> NDArray[np.str_] | None:
+    """One label per token, from one label for all, one per sequence or one per token."""
+    if values is None:
+        return None
+    labels = np.asarray(values)
+    n_tokens = int(lengths.sum())
+    if labels.shape not in {(), (len(lengths),), (n_tokens,)}:
+        raise DataError(
+            f"domain of shape {labels.shape}",
+            f"one label, {len(lengths)} labels (one per sequence) or {n_tokens} (one per token)",
+            "Give one label for each sequence, in the order of the trace.",
+        )
+    labels = labels.astype(np.str_)
+    if labels.shape == (len(lengths),):
+        return np.repeat(labels, lengths)
+    return np.broadcast_to(labels, (n_tokens,)).copy()

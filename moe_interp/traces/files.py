@@ -1,0 +1,156 @@
+"""Trace files: npz and parquet, both with a format version."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_interp.errors import ConfigError, ResultError
+from moe_interp.results.files import replacing
+
+VERSION = 1
+VERSION_KEY = "moe_interp_trace_version"
+OPTIONAL = ("expert_weights", "domain", "token_ids", "predicted_ids")
+
+
+def write_trace_file(path: str | Path, format: str | None, arrays: dict[str, Any]) -> Path:
+    """Write the arguments of ``RoutingTrace.from_arrays`` to one file, whole or not at all."""
+    target = Path(path)
+    writer = WRITERS[known_format(target, format)]
+    content = writer({name: value for name, value in arrays.items() if value is not None})
+    with replacing(target) as file:
+        file.write(content)
+    return target
+
+
+def read_trace_file(path: str | Path, format: str | None) -> dict[str, Any]:
+    """The arguments of ``RoutingTrace.from_arrays`` that a file holds.
+
+    Raises:
+        ResultError: No such file, unknown format, another version, or damaged.
+    """
+    source = Path(path)
+    reader = READERS[known_format(source, format)]
+    if not source.is_file():
+        raise ResultError(f"{str(source)!r} does not exist", "a trace written by trace.save(path)", "Check the path.")
+    try:
+        version, arrays = reader(source)
+    except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ResultError(
+            f"{str(source)!r} cannot be read as a trace ({type(error).__name__}: {error})",
+            "a whole file written by trace.save(path)",
+            "Save the trace again; for arrays of another origin use RoutingTrace.from_arrays.",
+        ) from error
+    if version != VERSION:
+        raise ResultError(
+            f"{str(source)!r} has trace format version {version}",
+            f"version {VERSION}",
+            "Read it with the version of moe_interp that wrote it, or save the trace again.",
+        )
+    return arrays
+
+
+def known_format(path: Path, format: str | None) -> str:
+    """The format given, or that of the suffix."""
+    name = path.suffix.removeprefix(".") if format is None else format
+    if name not in WRITERS:
+        raise ResultError(
+            f"Trace format {name!r} for {str(path)!r}",
+            f"one of {', '.join(WRITERS)}",
+            "Use one of these as the suffix, or pass format=...",
+        )
+    return name
+
+
+def npz_bytes(arrays: dict[str, Any]) -> bytes:
+    """One compressed array a field; readable by ``numpy.load``."""
+    buffer = io.BytesIO()
+    stored: dict[str, Any] = {VERSION_KEY: VERSION} | arrays
+    np.savez_compressed(buffer, **stored)
+    return buffer.getvalue()
+
+
+def read_npz(path: Path) -> tuple[int, dict[str, Any]]:
+    """Version and fields of an npz file."""
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    version = int(arrays.pop(VERSION_KEY))
+    if version == VERSION:
+        arrays["n_experts"] = int(arrays["n_experts"])
+        arrays["layers"] = arrays["layers"].tolist()
+    return version, arrays
+
+
+def parquet_bytes(arrays: dict[str, Any]) -> bytes:
+    """One row per token and layer, one column per slot, with version and sizes in the schema's metadata."""
+    pa, parquet = pyarrow_modules()
+    indices = arrays["expert_indices"]
+    n_tokens, n_layers, n_slots = indices.shape
+    lengths = arrays["sequence_lengths"]
+    starts = np.cumsum(lengths) - lengths
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    columns = {"sequence": sequence, "position": np.arange(n_tokens) - starts[sequence]}
+    columns |= {name: arrays[name] for name in OPTIONAL[1:] if name in arrays}
+    table = pd.DataFrame({name: np.repeat(values, n_layers) for name, values in columns.items()})
+    table.insert(2, "layer", np.tile(arrays["layers"], n_tokens))
+    # shape: (token, layer, slot) -> (token layer, slot)
+    for slot, values in enumerate(indices.reshape(-1, n_slots).T):
+        table[f"expert_{slot}"] = values
+    if "expert_weights" in arrays:
+        for slot, values in enumerate(arrays["expert_weights"].reshape(-1, n_slots).T):
+            table[f"weight_{slot}"] = values
+    layout = {VERSION_KEY: VERSION, "n_experts": int(arrays["n_experts"]), "n_slots": n_slots}
+    typed = pa.Table.from_pandas(table, preserve_index=False)
+    buffer = io.BytesIO()
+    parquet.write_table(typed.replace_schema_metadata({"moe_interp": json.dumps(layout)}), buffer)
+    return buffer.getvalue()
+
+
+def read_parquet(path: Path) -> tuple[int, dict[str, Any]]:
+    """Version and fields of a parquet file."""
+    _, parquet = pyarrow_modules()
+    stored = parquet.read_table(io.BytesIO(path.read_bytes()))
+    layout = json.loads(stored.schema.metadata[b"moe_interp"])
+    if layout[VERSION_KEY] != VERSION:
+        return layout[VERSION_KEY], {}
+    table = stored.to_pandas()
+    n_layers, n_slots = table["layer"].nunique(), layout["n_slots"]
+    tokens = table.iloc[::n_layers]
+
+    def by_slot(name: str) -> np.ndarray:
+        # shape: (token layer, slot) -> (token, layer, slot)
+        return table[[f"{name}_{slot}" for slot in range(n_slots)]].to_numpy().reshape(-1, n_layers, n_slots)
+
+    arrays = {
+        "expert_indices": by_slot("expert"),
+        "sequence_lengths": np.bincount(tokens["sequence"]),
+        "n_experts": layout["n_experts"],
+        "layers": table["layer"].iloc[:n_layers].tolist(),
+    }
+    arrays |= {name: tokens[name].to_numpy() for name in OPTIONAL[1:] if name in table}
+    if "weight_0" in table:
+        arrays["expert_weights"] = by_slot("weight")
+    return VERSION, arrays
+
+
+def pyarrow_modules() -> tuple[Any, Any]:
+    """pyarrow and its parquet module, which only this format needs."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(
+            "A parquet trace without pyarrow", "pyarrow", "Run `pip install pyarrow`, or use .npz."
+        ) from error
+    return pyarrow, parquet
+
+
+WRITERS: dict[str, Callable[[dict[str, Any]], bytes]] = {"npz": npz_bytes, "parquet": parquet_bytes}
+READERS: dict[str, Callable[[Path], tuple[int, dict[str, Any]]]] = {"npz": read_npz, "parquet": read_parquet}

@@ -1,0 +1,254 @@
+"""Recorded routing: which experts each token used at each layer, and with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moe_interp.errors import DataError
+from moe_interp.traces.checks import (
+    as_array,
+    checked_count,
+    checked_domain,
+    checked_ids,
+    checked_indices,
+    checked_layers,
+    checked_lengths,
+    checked_weights,
+    refuse_bad_experts,
+)
+from moe_interp.traces.files import read_trace_file, write_trace_file
+
+EMPTY = -1  # a slot without an expert: skipped by every measure
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """The routes of a set of sequences, one row per real token (padding is not recorded).
+
+    Made by :meth:`from_arrays`, :meth:`read` or ``moe_interp.capture_routing``, which check it. A slot with index -1 is
+    empty: it has weight 0 and is skipped by every measure.
+
+    Attributes:
+        expert_indices: ``[token, layer, slot]`` int32; slots in the router's own order.
+        expert_weights: ``[token, layer, slot]`` float32, the weights as applied; None where not recorded.
+        sequence: ``[token]`` int64, index of the token's sequence, non-decreasing.
+        n_experts: Experts per layer, shared experts not counted.
+        layers: The model's index of each layer of the trace.
+        token_ids: ``[token]`` int64 ids of the input tokens; None where not recorded.
+        predicted_ids: ``[token]`` int64 ids that the model predicts at each token; None where not recorded.
+        domain: ``[token]`` labels; None where there are none.
+
+    What it does not show: what the experts compute. Two tokens on one route may be treated differently.
+    """
+
+    expert_indices: NDArray[np.int32]
+    expert_weights: NDArray[np.float32] | None
+    sequence: NDArray[np.int64]
+    n_experts: int
+    layers: tuple[int, ...]
+    token_ids: NDArray[np.int64] | None = None
+    predicted_ids: NDArray[np.int64] | None = None
+    domain: NDArray[np.str_] | None = None
+
+    @classmethod
+    def from_arrays(
+        cls,
+        expert_indices: ArrayLike,
+        expert_weights: ArrayLike | None = None,
+        sequence_lengths: ArrayLike | None = None,
+        n_experts: int | None = None,
+        layers: Sequence[int] | None = None,
+        domain: ArrayLike | None = None,
+        token_ids: ArrayLike | None = None,
+        predicted_ids: ArrayLike | None = None,
+    ) -> RoutingTrace:
+        """A checked trace from arrays or tensors; the sequences lie one after the other along the token axis.
+
+        Args:
+            expert_indices: ``[token, layer, slot]`` integers from -1 (empty slot) to ``n_experts - 1``, no expert twice
+                for one token and layer.
+            expert_weights: ``[token, layer, slot]`` finite numbers; those of empty slots are stored as 0.
+            sequence_lengths: ``[sequence]`` tokens of each sequence. Without it, all tokens are one sequence.
+            n_experts: Experts per layer; required, since unused experts leave no mark in the indices.
+            layers: The model's index of each layer; 0, 1, ... without it.
+            domain: One label for all, or one per sequence, or one per token.
+            token_ids: ``[token]`` input ids.
+            predicted_ids: ``[token]`` predicted ids.
+
+        Raises:
+            DataError: Wrong shapes or types, an expert out of range or used twice; names token, layer and expert.
+        """
+        indices = checked_indices(expert_indices)
+        n_tokens, n_layers, _ = indices.shape
+        n_experts = checked_count(n_experts, indices)
+        layers = checked_layers(layers, n_layers)
+        refuse_bad_experts(indices, n_experts, layers)
+        lengths = checked_lengths(sequence_lengths, n_tokens)
+        return cls(
+            expert_indices=indices,
+            expert_weights=None if expert_weights is None else checked_weights(expert_weights, indices, layers),
+            sequence=np.repeat(np.arange(len(lengths)), lengths),
+            n_experts=n_experts,
+            layers=layers,
+            token_ids=checked_ids("token_ids", token_ids, n_tokens),
+            predicted_ids=checked_ids("predicted_ids", predicted_ids, n_tokens),
+            domain=checked_domain(domain, lengths),
+        )
+
+    @classmethod
+    def concatenate(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
+        """One trace with the sequences of all, in order. Narrow traces are filled up with empty slots.
+
+        A field that some of the traces lack is left out.
+
+        Raises:
+            DataError: No trace, or traces of different layers or numbers of experts.
+        """
+        if not traces or any((t.layers, t.n_experts) != (traces[0].layers, traces[0].n_experts) for t in traces):
+            raise DataError(
+                f"Traces of layers and experts {sorted({(t.layers, t.n_experts) for t in traces})}",
+                "at least one trace, all with the same layers and number of experts",
+                "Concatenate traces of one model only.",
+            )
+        width = max(t.expert_indices.shape[2] for t in traces)
+
+        def widened(values: NDArray[Any], fill: int) -> NDArray[Any]:
+            return np.pad(values, ((0, 0), (0, 0), (0, width - values.shape[2])), constant_values=fill)
+
+        def joined(name: str) -> NDArray[Any] | None:
+            parts = [getattr(t, name) for t in traces]
+            if any(part is None for part in parts):
+                return None
+            if name == "expert_weights":
+                parts = [widened(part, 0) for part in parts]
+            return np.concatenate(parts)
+
+        return cls.from_arrays(
+            np.concatenate([widened(t.expert_indices, EMPTY) for t in traces]),
+            sequence_lengths=np.concatenate([t.sequence_lengths for t in traces]),
+            n_experts=traces[0].n_experts,
+            layers=traces[0].layers,
+            **{name: joined(name) for name in ("expert_weights", "domain", "token_ids", "predicted_ids")},
+        )
+
+    @classmethod
+    def read(cls, path: str | Path, format: str | None = None) -> RoutingTrace:
+        """The trace of a file: ``format="npz"`` or ``"parquet"``, as :meth:`save` writes them; by the suffix without.
+
+        Raises:
+            ResultError: No such file, of an unknown format, of another version, or damaged.
+            DataError: The file's routes are not valid; as :meth:`from_arrays`.
+        """
+        return cls.from_arrays(**read_trace_file(path, format))
+
+    def save(self, path: str | Path, format: str | None = None) -> Path:
+        """Write the trace to one file, which appears whole or not at all, and return its path.
+
+        ``npz``: one array a field. ``parquet`` (needs pyarrow): one row per token and layer with ``sequence, position,
+        layer``, the labels, and ``expert_0, weight_0, ...`` by slot. By the suffix where ``format`` is None.
+
+        Raises:
+            ResultError: Unknown format, or the file cannot be written.
+        """
+        return write_trace_file(path, format, self.arrays())
+
+    def arrays(self) -> dict[str, Any]:
+        """The arguments of :meth:`from_arrays` that make this trace again."""
+        names = ("expert_indices", "expert_weights", "sequence_lengths", "n_experts", "layers")
+        return {name: getattr(self, name) for name in (*names, "domain", "token_ids", "predicted_ids")}
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences together."""
+        return len(self.expert_indices)
+
+    @property
+    def n_slots(self) -> int:
+        """Width of the widest route."""
+        return self.expert_indices.shape[2]
+
+    @cached_property
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """``[sequence]`` tokens of each sequence."""
+        return np.bincount(self.sequence)
+
+    @cached_property
+    def position(self) -> NDArray[np.int64]:
+        """``[token]`` position of the token in its sequence, from 0."""
+        starts = np.cumsum(self.sequence_lengths) - self.sequence_lengths
+        return np.arange(self.n_tokens) - starts[self.sequence]
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """The labels in use, sorted; empty where the trace has none."""
+        return () if self.domain is None else tuple(np.unique(self.domain).tolist())
+
+    @cached_property
+    def domain_codes(self) -> NDArray[np.int64]:
+        """``[token]`` index of the token's label in :attr:`domains`.
+
+        Raises:
+            DataError: The trace has no labels.
+        """
+        if self.domain is None:
+            raise DataError(
+                "A trace without domain labels",
+                "a label per sequence or token",
+                "Pass domain=... to RoutingTrace.from_arrays, or set it with trace.with_domain(labels).",
+            )
+        return np.unique(self.domain, return_inverse=True)[1]
+
+    def with_domain(self, domain: ArrayLike) -> RoutingTrace:
+        """The same routes under other labels: one for all, one per sequence, or one per token."""
+        return replace(self, domain=checked_domain(domain, self.sequence_lengths))
+
+    def select(self, tokens: ArrayLike) -> RoutingTrace:
+        """The trace of some tokens, in their order. Positions count the selected tokens only.
+
+        Sequences of which no token is selected are left out.
+
+        Args:
+            tokens: ``[token]`` boolean mask.
+
+        Raises:
+            DataError: Not a boolean mask of this trace's tokens, or none selected.
+        """
+        mask = as_array(tokens)
+        if mask.dtype != bool or mask.shape != (self.n_tokens,) or not mask.any():
+            raise DataError(
+                f"A selection of shape {mask.shape}, type {mask.dtype}, {int(np.count_nonzero(mask))} tokens",
+                f"a boolean mask of shape ({self.n_tokens},) with at least one token",
+                "Build it by comparing trace.domain, trace.sequence or trace.position with a value.",
+            )
+        fields = ("expert_indices", "expert_weights", "token_ids", "predicted_ids", "domain")
+        kept: dict[str, Any] = {name: values[mask] for name in fields if (values := getattr(self, name)) is not None}
+        return replace(self, **kept, sequence=np.unique(self.sequence[mask], return_inverse=True)[1])
+
+    def counts(self, groups: ArrayLike | None = None, n_groups: int = 1) -> NDArray[np.int64]:
+        """Slots per expert, ``[group, layer, expert]``; empty slots are skipped.
+
+        Args:
+            groups: ``[token]`` group of each token in ``range(n_groups)``, such as :attr:`domain_codes`; one group
+                without it.
+            n_groups: Number of groups.
+        """
+        group = np.zeros(self.n_tokens, dtype=np.int64) if groups is None else as_array(groups)
+        shape = (n_groups, len(self.layers), self.n_experts)
+        counts = np.empty(shape, dtype=np.int64)
+        for layer in range(len(self.layers)):  # by layer: the flat codes of a long trace would not fit
+            experts = self.expert_indices[:, layer]
+            codes = (group[:, None] * self.n_experts + experts)[experts >= 0]
+            counts[:, layer] = np.bincount(codes, minlength=n_groups * self.n_experts).reshape(n_groups, self.n_experts)
+        return counts
+
+    def __repr__(self) -> str:
+        domains = f", domains {', '.join(self.domains)}" if self.domains else ""
+        shape = f"{self.n_tokens} tokens in {len(self.sequence_lengths)} sequences, {len(self.layers)} layers"
+        return f"RoutingTrace({shape}, {self.n_experts} experts, {self.n_slots} slots{domains})"
