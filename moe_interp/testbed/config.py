@@ -1,0 +1,95 @@
+"""What one testbed run is: data, model, strategy, optimisation. Frozen, checked when made, hashed for resume."""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from moe_interp.errors import ConfigError
+from moe_interp.testbed.model import ModelConfig
+
+
+class TestbedConfig(BaseModel):
+    """One training run.
+
+    Args:
+        model: Sizes and family.
+        domains: Names of generated domains, ``code`` (Python's standard library), or ``name=path`` of a JSONL file or
+            folder of text.
+        shares: Expected share of sequences of each domain; equal if None.
+        strategy: Routing strategy, ``none`` or ``micro_batch``, ... (see ``strategies``).
+        balance: Coefficient of the strategy's auxiliary loss, summed over layers.
+        length, micro_batch, micro_batches: Tokens a sequence, sequences a micro-batch, and micro-batches an optimiser
+            step **over all processes**, so that a run on more processes is the same run.
+        mixed_sequences: Domains alternate within a sequence; otherwise a sequence has one.
+        domains_per_micro_batch: Domain draws a micro-batch (1: pure micro-batches); None: every sequence its own.
+        optimizer: AdamW, or Muon for matrices beside it. ``lr`` is AdamW's.
+        schedule: After ``warmup_steps``: cosine to a tenth, or constant to ``decay_from`` and then linear to 0.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    __test__ = False  # pytest: not a test class, whatever its name
+
+    model: ModelConfig = ModelConfig()
+    domains: tuple[str, ...] = ("arithmetic", "facts", "puzzles", "code")
+    shares: tuple[float, ...] | None = None
+    vocab_size: int = 768
+    data_scale: float = 1.0
+    strategy: str = "micro_batch"
+    balance: float = 0.01
+    length: int = 256
+    micro_batch: int = 12
+    micro_batches: int = 1
+    mixed_sequences: bool = False
+    domains_per_micro_batch: int | None = None
+    steps: int = 1000
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-3
+    muon_lr: float = 0.02
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    schedule: Literal["cosine", "linear"] = "cosine"
+    warmup_steps: int = 100
+    decay_from: float = 0.6
+    seed: int = 0
+    log_every: int = 20
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    validation_sequences: int = 24
+
+    @model_validator(mode="after")
+    def _check(self) -> TestbedConfig:
+        positive = ("length", "micro_batch", "micro_batches", "steps", "lr", "log_every", "validate_every", "data_scale")
+        positive += ("checkpoint_every", "validation_sequences", "clip")
+        bad = [f"{name}={getattr(self, name)}" for name in positive if not getattr(self, name) > 0]
+        if bad or self.balance < 0 or not 0 < self.decay_from < 1:
+            raise ConfigError(
+                f"{', '.join(bad) or f'balance={self.balance}, decay_from={self.decay_from}'}",
+                "positive sizes and rates, balance >= 0, decay_from between 0 and 1",
+                "Change the configuration.",
+            )
+        if not self.domains or (self.shares is not None and len(self.shares) != len(self.domains)):
+            raise ConfigError(
+                f"{len(self.shares or ())} shares for domains {self.domains}", "one share a domain", "Fix shares or domains."
+            )
+        if self.length > self.model.max_length:
+            raise ConfigError(
+                f"length={self.length}", f"at most the model's max_length={self.model.max_length}", "Lower the length."
+            )
+        return self
+
+    def fingerprint(self) -> str:
+        """A hash of everything: a checkpoint continues only the run that it came from."""
+        return blake2b(self.model_dump_json().encode(), digest_size=8).hexdigest()
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate's factor at a step, in 0..1."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "linear":
+            return min(1.0, (1 - step / self.steps) / (1 - self.decay_from))
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
