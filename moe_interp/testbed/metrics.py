@@ -6,7 +6,7 @@ q_e = share of all slots at expert e. Empty slots are skipped. Each reference bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -86,7 +86,7 @@ def metrics_over_training(
     return joined[["step", *joined.columns.drop("step")]]
 
 
-def agreement(match_on: ArrayLike, measure_on: ArrayLike, sizes: ArrayLike) -> Agreement:
+def agreement(match_on: ArrayLike, measure_on: ArrayLike, sizes: Sequence[int] | NDArray[np.int64]) -> Agreement:
     """Share of slots inside their domain's block, and its place between an independent and the reference router.
 
     ``A = sum_d pi_d sum_{e in R_d} U[d,e]``, blocks matched to experts so that A is largest on ``match_on`` (Hungarian
@@ -102,7 +102,7 @@ def agreement(match_on: ArrayLike, measure_on: ArrayLike, sizes: ArrayLike) -> A
 
     Source: derived. What it does not show: specialization finer or coarser than the given blocks.
     """
-    seats = np.repeat(np.arange(len(np.asarray(sizes))), sizes)
+    seats = np.repeat(np.arange(len(sizes)), sizes)
     slots = np.asarray(measure_on, dtype=float)
     total = slots.sum()
     if total == 0:
@@ -111,13 +111,13 @@ def agreement(match_on: ArrayLike, measure_on: ArrayLike, sizes: ArrayLike) -> A
     reached = float(joint[matched(np.asarray(match_on, dtype=float), seats)].sum())
     without = np.outer(joint.sum(axis=1), joint.sum(axis=0))
     independent = float(without[matched(without, seats)].sum())
-    # one domain holding every slot leaves nothing to specialise in
+    # a block that can hold every slot of the only domain in use leaves nothing to measure
     room = 1 - independent
     return Agreement(reached, independent, (reached - independent) / room if room > 1e-12 else np.nan)
 
 
 def matched(value: FloatArray, seats: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Domains and experts of the best matching: seat s, of domain ``seats[s]``, takes one expert; largest total value."""
+    """Domains and experts of the matching with the largest total value; seat s belongs to domain ``seats[s]``."""
     seat, expert = linear_sum_assignment(value[seats], maximize=True)
     return seats[seat], expert
 
