@@ -18,6 +18,7 @@ from scipy.special import rel_entr
 
 from moe_interp.errors import DataError
 from moe_interp.traces.trace import RoutingTrace
+from moe_interp.traces.use import entropy, load, ratio
 
 FloatArray = NDArray[np.float64]
 
@@ -132,7 +133,8 @@ def normalized_mutual_information(slots: ArrayLike) -> float:
         0 (independent) to 1 (the expert tells the domain); NaN where one domain holds all slots. The plug-in estimate:
         it is above 0 for independent routing by about ``(D-1)(E-1) / (2 n H(D))`` for n independent slots.
     """
-    joint = shares(np.asarray(slots, dtype=float))
+    counts = np.asarray(slots, dtype=float)
+    joint = ratio(counts, counts.sum())
     domain, expert = joint.sum(axis=1), joint.sum(axis=0)
     uncertainty = entropy(domain)
     if not uncertainty > 0:
@@ -146,35 +148,15 @@ def mean_pairwise_jsd(slots: ArrayLike) -> float:
     ``JSD(p, r) = H((p + r) / 2) - (H(p) + H(r)) / 2``: 0 for equal use of experts, 1 for no expert in common. Each pair
     counts the same, however many slots its domains have. NaN where fewer than two domains have any.
     """
-    rows = [shares(row) for row in np.asarray(slots, dtype=float) if row.sum() > 0]
+    rows = [row / row.sum() for row in np.asarray(slots, dtype=float) if row.sum() > 0]
     pairs = [entropy((p + r) / 2) - (entropy(p) + entropy(r)) / 2 for p, r in combinations(rows, 2)]
     return float(np.mean(pairs) / np.log(2)) if pairs else np.nan
 
 
 def use_metrics(trace: RoutingTrace) -> pd.DataFrame:
-    """How evenly a trace uses its experts, one row a layer; needs no labels.
-
-    Returns:
-        ``effective_experts`` = exp(H(q)) / E, from 1/E to 1; ``max_violation`` = (max q - mean q) / mean q, 0 when
-        even, E - 1 when collapsed; ``dead_experts``, the number never used; ``dropped_tokens``, the share of tokens
-        without any expert; ``dropped_slots``, the share of empty slots. NaN for a layer without any slot in use.
-    """
-    counts = trace.counts()[0].astype(float)
-    empty = trace.expert_indices < 0
-    rows = []
-    for number, layer in enumerate(trace.layers):
-        q = shares(counts[number])
-        rows.append(
-            {
-                "layer": layer,
-                "effective_experts": float(np.exp(entropy(q)) / trace.n_experts),
-                "max_violation": float(q.max() * trace.n_experts - 1),
-                "dead_experts": int((counts[number] == 0).sum()),
-                "dropped_tokens": float(empty[:, number].all(axis=1).mean()),
-                "dropped_slots": float(empty[:, number].mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+    """How evenly a trace uses its experts, one row a layer: the numbers of :func:`moe_interp.traces.load`."""
+    names = ["effective_experts", "max_violation", "dead_experts", "dropped_tokens", "dropped_slots"]
+    return load(trace)[names].to_dataframe().reset_index()
 
 
 def domain_losses(loss: ArrayLike, domain: ArrayLike) -> pd.DataFrame:
@@ -256,14 +238,3 @@ def halves_by_sequence(trace: RoutingTrace) -> NDArray[np.bool_]:
         rank = np.unique(trace.sequence[tokens], return_inverse=True)[1]
         second[tokens] = rank % 2 == 1 if rank.max() > 0 else np.arange(len(tokens)) >= len(tokens) // 2
     return second
-
-
-def shares(counts: FloatArray) -> FloatArray:
-    """Counts over their sum; NaN where it is 0."""
-    total = counts.sum()
-    return counts / total if total > 0 else np.full_like(counts, np.nan)
-
-
-def entropy(p: FloatArray) -> float:
-    """Shannon entropy in nats, 0 log 0 = 0."""
-    return float(-(p * np.log(np.where(p > 0, p, 1))).sum())

@@ -1,5 +1,23 @@
 """Recorded routing: the trace, its files, and what can be measured on it."""
 
+from moe_interp.traces.specialization import (
+    domain_specialization,
+    esft_experts,
+    esft_scores,
+    vocabulary_specialization,
+)
 from moe_interp.traces.trace import RoutingTrace
+from moe_interp.traces.use import co_activation, load, saturation, standing_committee, transitions
 
-__all__ = ["RoutingTrace"]
+__all__ = [
+    "RoutingTrace",
+    "co_activation",
+    "domain_specialization",
+    "esft_experts",
+    "esft_scores",
+    "load",
+    "saturation",
+    "standing_committee",
+    "transitions",
+    "vocabulary_specialization",
+]

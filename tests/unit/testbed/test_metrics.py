@@ -196,7 +196,12 @@ def test_a_domain_or_a_layer_without_any_slot_gives_no_number():
     assert np.isnan(agreement([[3, 0], [0, 0]], [[3, 0], [0, 0]], [1, 1]).specialization)
     trace = RoutingTrace.from_arrays(np.full((4, 1, 1), -1), n_experts=2, domain=list("aabb"))
     frame = routing_metrics(trace)
-    assert frame[["specialization", "mutual_information", "jsd", "effective_experts", "max_violation"]].isna().all(None)
+    assert (
+        frame[["specialization", "mutual_information", "jsd", "effective_experts", "max_violation"]]
+        .isna()
+        .to_numpy()
+        .all()
+    )
     assert one(frame, "dropped_tokens") == 1
 
 
