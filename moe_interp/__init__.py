@@ -11,6 +11,9 @@ from typing import Any
 # public name -> module that defines it; a module's own name stands for the module itself
 _HOME = {
     "MoEInterpError": "moe_interp.errors",
+    "MoEHooks": "moe_interp.hooks.attach",
+    "attach": "moe_interp.hooks.attach",
+    "attached": "moe_interp.hooks.attach",
     "stats": "moe_interp.stats",
 }
 
@@ -22,7 +25,8 @@ def __getattr__(name: str) -> Any:
     try:
         home = _HOME[name]
     except KeyError:
-        raise AttributeError(f"module 'moe_interp' has no attribute {name!r}; public names: {', '.join(__all__)}") from None
+        known = ", ".join(__all__)
+        raise AttributeError(f"module 'moe_interp' has no attribute {name!r}; public names: {known}") from None
     module = import_module(home)
     value = module if home.rpartition(".")[2] == name else getattr(module, name)
     globals()[name] = value

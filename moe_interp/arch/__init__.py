@@ -1,1 +1,1 @@
-"""What an MoE layer of each family is: its modules, its routing rule, its experts. Knows transformers modules, no hooks."""
+"""What an MoE layer of each family is: modules, routing rule, experts. Knows transformers modules, no hooks."""

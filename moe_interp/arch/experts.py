@@ -35,8 +35,10 @@ class StackedExperts:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.up = module.gate_up_proj if module.has_gate else module.up_proj
-        self.up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
-        self.down_bias = module.down_proj_bias if module.has_bias else None
+        self.up_bias = (
+            (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
+        )
+        self.down_bias = getattr(module, "down_proj_bias", None)
         self.n_experts = self.up.shape[0]
         self.d_expert = module.down_proj.shape[1 if module.is_transposed else 2]
 

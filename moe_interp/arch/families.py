@@ -28,6 +28,7 @@ from moe_interp.arch.rules import (
 from moe_interp.arch.spec import MoESpec
 from moe_interp.types import Layer
 
+_TRIPLE = Triple()
 RuleBuilder = Callable[[Any, Any, int, int, torch.dtype], RoutingRule]
 
 
@@ -61,7 +62,7 @@ class Family:
     rule_text: str
     rule: RuleBuilder
     rule_type: type[RoutingRule] = SoftmaxTopK
-    layout: RouterLayout = Triple()
+    layout: RouterLayout = _TRIPLE
     router: str = "gate"
     experts_at: str = "experts"
     shared: str | None = None
@@ -117,9 +118,7 @@ def _deepseek_v2(router: Any, container: Any, n_experts: int, top_k: int, dtype:
 
 def _ernie(router: Any, container: Any, n_experts: int, top_k: int, dtype: torch.dtype) -> RoutingRule:
     bias = unwrap(router.moe_statics).e_score_correction_bias.squeeze()
-    return SoftmaxTopK(
-        n_experts=n_experts, top_k=top_k, bias=bias, normalize=True, floor=router.norm_min, dtype=dtype
-    )
+    return SoftmaxTopK(n_experts=n_experts, top_k=top_k, bias=bias, normalize=True, floor=router.norm_min, dtype=dtype)
 
 
 def _gemma4(router: Any, container: Any, n_experts: int, top_k: int, dtype: torch.dtype) -> RoutingRule:
@@ -519,8 +518,9 @@ def find_container(hf_layer: nn.Module) -> tuple[Family, nn.Module] | None:
 def build_spec(family: Family, container: nn.Module, hf_layer: nn.Module, layer: Layer) -> MoESpec:
     """Read one layer's sizes from its modules."""
     router, experts = child(container, family.router), child(container, family.experts_at)
-    shared = child(container, family.shared) if family.shared else None
-    shared = child(hf_layer, family.beside) if family.beside else shared
+    # the outermost module: TransformerLens computes some shared experts itself, without calling the original
+    shared = getattr(container, family.shared, None) if family.shared else None
+    shared = getattr(hf_layer, family.beside, None) if family.beside else shared
     functions = family.experts(experts)
     n_experts = functions.n_experts
     d_model = next(p.shape[1] for p in router.parameters() if p.ndim == 2 and p.shape[0] == n_experts)

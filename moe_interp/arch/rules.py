@@ -4,7 +4,7 @@ Every rule reproduces its family's own selection and weights bit for bit, in the
 number formats. The weights of a set that the router did not choose follow the same formula, with the given experts in
 the place of the chosen ones (derived; for ``SparseMixer`` and ``SwitchTop1`` see there).
 
-Shapes: logits and scores ``[*token, expert]``; indices and weights ``[*token, slot]``; index -1 is an empty slot and has
+Shapes: logits and scores ``[*token, expert]``; indices and weights ``[*token, slot]``; index -1 is an empty slot, of
 weight 0.
 """
 
@@ -221,7 +221,7 @@ class SoftmaxTopK(ScoreRule):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SigmoidTopK(ScoreRule):
-    """An independent score per expert, then top-k (DeepSeek-V3 and V4, GLM-4, MiniMax-M2, LFM2, AFMoE, Laguna, Nemotron-H).
+    """A score per expert, then top-k (DeepSeek-V3 and V4, GLM-4, MiniMax-M2, LFM2, AFMoE, Laguna, Nemotron-H).
 
     Attributes:
         score: The score function; the logistic sigmoid unless the family has its own.

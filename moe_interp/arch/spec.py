@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 
 from moe_interp.arch.experts import ExpertFunctions
+from moe_interp.arch.modules import child
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.types import Layer
 
@@ -24,9 +29,10 @@ class MoESpec:
         family: The family's row of the table.
         layer: The layer's label.
         container: The transformers module that holds router and experts.
-        router, experts: The modules themselves, outside of any TransformerLens wrapper (``experts`` is the container
+        router, experts: The modules themselves, inside of any TransformerLens wrapper (``experts`` is the container
             itself where a family keeps its expert weights there).
-        shared, shared_gate: The shared experts and their sigmoid gate, where the layer has them.
+        shared: The shared experts as the layer calls them (the wrapper, where there is one), or None.
+        shared_gate: Their sigmoid gate, or None.
         n_experts, top_k, d_model, d_expert, n_shared_experts: Sizes; ``n_shared_experts`` counts as the configuration
             does (a fused shared expert of several experts' width counts as that many).
     """
@@ -66,6 +72,29 @@ class MoESpec:
     def weight_on_input(self) -> bool:
         """Whether a slot's weight scales the expert's input instead of its output (Llama 4)."""
         return self.family.weight_on_input
+
+    @property
+    def project(self) -> Callable[[Tensor], Tensor] | None:
+        """The map from the experts' latent width to d_model, without its bias; None where experts write d_model."""
+        weight = getattr(self._projection, "weight", None)
+        return None if weight is None else partial(torch.nn.functional.linear, weight=weight)
+
+    @property
+    def project_bias(self) -> Tensor | None:
+        """The bias of that map, added once to the weighted sum."""
+        return getattr(self._projection, "bias", None)
+
+    @property
+    def _projection(self) -> nn.Module | None:
+        return None if self.family.latent is None else child(self.container, self.family.latent)
+
+    def materialized(self) -> AbstractContextManager[Any]:
+        """Parameters that accelerate has offloaded are real inside; free where nothing is offloaded."""
+        modules = [m for m in self.experts.modules() if hasattr(m, "_hf_hook")]
+        stack = ExitStack()
+        for module in modules:
+            stack.enter_context(align_module_device(module))
+        return stack
 
     @property
     def block_scale(self) -> float:

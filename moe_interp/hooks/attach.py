@@ -1,0 +1,245 @@
+"""``attach`` and ``MoEHooks``: the hook points of every MoE layer of a bridge."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_interp.arch.spec import MoESpec
+from moe_interp.errors import AttachError, ConfigError, HookError
+from moe_interp.hooks.layer import OpenLayer
+from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
+from moe_interp.hooks.opening import close_layer, describe_layer, find_layers, open_layer
+from moe_interp.types import Layer
+
+_MARK = "_moe_interp_hooks"
+
+
+class MoEHooks:
+    """The hook points of a bridge's MoE layers; a context manager that detaches on leaving.
+
+    Attributes:
+        bridge: The bridge they are on. Everything TransformerLens offers works on it as before.
+        layers: Labels of the attached MoE layers; dense layers of an interleaved stack are left out.
+    """
+
+    def __init__(self, bridge: TransformerBridge, opened: dict[Layer, OpenLayer], blocks: dict[Layer, str]) -> None:
+        self.bridge = bridge
+        self._opened = opened
+        self._blocks = blocks
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(self._opened)
+
+    @property
+    def is_attached(self) -> bool:
+        return self.bridge.__dict__.get(_MARK) is self
+
+    def spec(self, layer: Layer) -> MoESpec:
+        """What the layer is: family, sizes, routing rule.
+
+        Raises:
+            HookError: the layer is dense, not attached, or does not exist.
+        """
+        return self._open(layer).spec
+
+    def hooks(self, layer: Layer) -> tuple[str, ...]:
+        """Bare names of the layer's hooks, in the order they fire."""
+        return tuple(self._open(layer).points)
+
+    def hook_name(self, name: str, layer: Layer) -> str:
+        """The full name of a hook point, ``blocks.{layer}.hook_{name}``, for ``run_with_hooks``.
+
+        Raises:
+            HookError: this layer has no such hook; the message says why.
+        """
+        opened = self._open(layer)
+        if name not in opened.points:
+            raise HookError(
+                f"hook {name!r} at layer {layer!r}: {absence(name, opened.spec.family)}",
+                f"one of {', '.join(opened.points)}",
+                "See moe_interp.support_table() for what each family can serve.",
+            )
+        return f"{self._blocks[layer]}.hook_{name}"
+
+    def hook_names(self, layer: Layer | None = None) -> list[str]:
+        """Full names of all hook points, of one layer or of all, in the order they fire."""
+        layers = self.layers if layer is None else (layer,)
+        return [self.hook_name(name, label) for label in layers for name in self.hooks(label)]
+
+    def filter(self, *names: str, layers: Iterable[Layer] | None = None) -> Callable[[str], bool]:
+        """A ``names_filter`` for ``run_with_cache`` that selects these hooks only (not TransformerLens' of like name).
+
+        Raises:
+            HookError: no attached layer has such a hook.
+        """
+        wanted = set()
+        for name in names or HOOK_NAMES:
+            found = {self.hook_name(name, label) for label in layers or self.layers if name in self.hooks(label)}
+            if names and not found:
+                self.hook_name(name, next(iter(layers or self.layers)))
+            wanted |= found
+        return wanted.__contains__
+
+    def cached(self, cache: Any, name: str, layer: Layer) -> Tensor:
+        """The cached activation of a hook, for any layer label (``cache[name, layer]`` reaches decoder-only models)."""
+        return cache[self.hook_name(name, layer)]
+
+    def patch_index(self, axes: Sequence[str] = ("layer", "pos", "expert"), n_pos: int | None = None) -> pd.DataFrame:
+        """All cells of a patching sweep, for ``patching.generic_activation_patch(index_df=...)``: MoE layers only.
+
+        Args:
+            axes: Columns, among "layer", "pos", "expert" and "slot".
+            n_pos: Number of positions; by default that of the last forward pass.
+
+        Raises:
+            ConfigError: an unknown axis, or "pos" before any forward pass and without ``n_pos``.
+        """
+        n_pos = n_pos or max((layer.last_pos for layer in self._opened.values()), default=0)
+        unknown = set(axes) - {"layer", "pos", "expert", "slot"}
+        if unknown or ("pos" in axes and not n_pos):
+            raise ConfigError(
+                f"axes {tuple(axes)}" + ("" if unknown else " before any forward pass"),
+                "axes among layer, pos, expert and slot" if unknown else "the number of positions",
+                "Correct the axes." if unknown else "Pass n_pos, or run the model on the tokens first.",
+            )
+        rows: list[tuple[Any, ...]] = []
+        for label, opened in self._opened.items():
+            ranges = {"pos": n_pos, "expert": opened.spec.n_experts, "slot": opened.spec.top_k}
+            columns = [[label] if axis == "layer" else range(ranges[axis]) for axis in axes]
+            rows += itertools.product(*columns)
+        # without the layer axis, every layer gives the same cells
+        return pd.DataFrame(dict.fromkeys(rows), columns=list(axes))
+
+    def layer_label(self, label: Any) -> Layer:
+        """Normalise a label: negative indices count MoE layers from the end, ``"encoder.1"`` is ``("encoder", 1)``."""
+        if isinstance(label, str):
+            stack, _, index = label.rpartition(".")
+            label = (stack, int(index)) if stack else int(label)
+        if isinstance(label, list):
+            label = tuple(label)
+        if isinstance(label, int) and label < 0 and -label <= len(self.layers):
+            return self.layers[label]
+        self._open(label)
+        return label
+
+    def detach(self) -> None:
+        """Give back the very model that was attached to.
+
+        Raises:
+            AttachError: already detached.
+        """
+        if not self.is_attached:
+            raise AttachError(
+                "a model that these hooks are no longer attached to",
+                "an attached model",
+                "Call moe_interp.attach(bridge) to attach anew.",
+            )
+        for layer, opened in self._opened.items():
+            close_layer(opened)
+            block = self.bridge.get_submodule(self._blocks[layer])
+            for name, point in opened.points.items():
+                point.remove_hooks(dir="both", including_permanent=True)
+                del block._modules[f"hook_{name}"]
+                self.bridge._hook_registry.pop(f"{self._blocks[layer]}.hook_{name}", None)
+        del self.bridge.__dict__[_MARK]
+
+    def __enter__(self) -> MoEHooks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.is_attached:
+            self.detach()
+
+    def __iter__(self) -> Iterator[MoESpec]:
+        return (opened.spec for opened in self._opened.values())
+
+    def __repr__(self) -> str:
+        spec = self._opened[self.layers[0]].spec
+        return (
+            f"MoEHooks({spec.family.name}: {len(self.layers)} MoE layers, {spec.n_experts} experts, top-{spec.top_k}"
+            f"{'' if self.is_attached else ', detached'})"
+        )
+
+    def _open(self, layer: Layer) -> OpenLayer:
+        try:
+            return self._opened[layer]
+        except (KeyError, TypeError):
+            raise HookError(
+                f"layer {layer!r}, which {describe_layer(self.bridge, layer)}",
+                f"one of the attached MoE layers {list(self.layers)}",
+                "Choose one of moe.layers.",
+            ) from None
+
+
+def attach(bridge: TransformerBridge, layers: Sequence[Layer] | None = None, expert_outputs: bool = True) -> MoEHooks:
+    """Make the MoE layers of a bridge patchable.
+
+    Adds the hook points ``blocks.{l}.hook_<name>`` (see ``moe_interp.support_table()``). With nothing hooked the model
+    computes exactly what it did before.
+
+    Args:
+        bridge: A ``TransformerBridge`` of any MoE family in the support table.
+        layers: Layers to attach to; all MoE layers by default.
+        expert_outputs: Whether the layers get ``expert_post`` and ``expert_out``; without them, unfiltered caching of a
+            large model stays small.
+
+    Raises:
+        AttachError: not a bridge, already attached, no MoE layers, an unknown family, or a layer that is dense or does
+            not exist. The model is left as it was.
+    """
+    found = find_layers(_check_bridge(bridge))
+    chosen = list(found) if layers is None else list(layers)
+    for label in chosen:
+        if label not in found:
+            raise AttachError(
+                f"layer {label!r}, which {describe_layer(bridge, label)}",
+                f"MoE layers, here {list(found)}",
+                "Leave `layers` out to attach to all of them.",
+            )
+    if not chosen:
+        raise AttachError("no layers", f"at least one of {list(found)}", "Leave `layers` out to attach to all of them.")
+    opened, blocks = {}, {}
+    for label in sorted(set(chosen), key=list(found).index):
+        path, spec = found[label]
+        names = hooks_of(spec.family, has_shared=spec.shared is not None, expert_outputs=expert_outputs)
+        opened[label], blocks[label] = OpenLayer(spec, {name: HookPoint() for name in names}), path
+    for label, layer in opened.items():
+        open_layer(layer)
+        block = bridge.get_submodule(blocks[label])
+        for name, point in layer.points.items():
+            point.train(bridge.training)
+            point.name = f"{blocks[label]}.hook_{name}"
+            block.add_module(f"hook_{name}", point)
+            bridge._hook_registry[point.name] = point
+    hooks = MoEHooks(bridge, opened, blocks)
+    bridge.__dict__[_MARK] = hooks
+    return hooks
+
+
+def attached(bridge: TransformerBridge) -> MoEHooks | None:
+    """The hooks attached to a bridge, also to a deep copy of an attached one; None where there are none."""
+    return bridge.__dict__.get(_MARK)
+
+
+def _check_bridge(bridge: Any) -> TransformerBridge:
+    if not isinstance(bridge, TransformerBridge):
+        raise AttachError(
+            f"a {type(bridge).__module__}.{type(bridge).__name__}",
+            "a transformer_lens TransformerBridge",
+            "Load the model with TransformerBridge.boot_transformers(name).",
+        )
+    if attached(bridge) is not None:
+        raise AttachError(
+            "a bridge that is already attached",
+            "an unattached bridge",
+            "Use moe_interp.attached(bridge) to get its hooks, or detach() them first.",
+        )
+    return bridge

@@ -1,0 +1,60 @@
+"""The block itself: where a pass opens and closes, and the three families that call their experts in their own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from moe_interp.hooks.experts import EXPERT_HOOKS, finish, mix
+from moe_interp.hooks.layer import OpenLayer, Pass
+
+
+class OpenedBlock:
+    """The container of router and experts: where a pass begins and ends."""
+
+    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
+        self.layer, self.native_forward = layer, native_forward
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        layer.last_pos = hidden.shape[-2]
+        if not layer.is_hooked():
+            return self.native_forward(hidden, *args, **kwargs)
+        batch, pos = hidden.shape[:2] if hidden.ndim == 3 else (1, hidden.shape[0])
+        layer.running = Pass(batch, pos)
+        try:
+            if layer.spec.family.own_block and layer.is_hooked(*EXPERT_HOOKS, "routed_out", "shared_out"):
+                return _OWN_BLOCKS[layer.spec.family.name](layer, layer.running, hidden)
+            return self.native_forward(hidden, *args, **kwargs)
+        finally:
+            layer.running = None
+
+
+def _llama4(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    block: Any = layer.spec.container
+    x = hidden.reshape(-1, hidden.shape[-1])
+    _, logits = block.router(x)
+    routed = finish(layer, run, mix(layer, run, x))
+    return block.shared_expert(x) + routed, logits
+
+
+def _jetmoe(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+    block: Any = layer.spec.container
+    x = hidden.reshape(-1, hidden.shape[-1])
+    block.router(x)
+    return finish(layer, run, mix(layer, run, x)).view(hidden.shape) + block.bias
+
+
+def _switch(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+    block: Any = layer.spec.container
+    block.router(hidden)
+    return finish(layer, run, mix(layer, run, hidden.reshape(-1, hidden.shape[-1]))).view(hidden.shape)
+
+
+_OWN_BLOCKS: dict[str, Callable[[OpenLayer, Pass, Tensor], Any]] = {
+    "llama4": _llama4,
+    "jetmoe": _jetmoe,
+    "switch_transformers": _switch,
+}

@@ -1,0 +1,154 @@
+"""The second opening of a forward pass: the experts, from the route to the block's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_interp.hooks.layer import OpenLayer, Pass, carries_gradient, is_edited
+from moe_interp.hooks.router import choose
+
+EXPERT_HOOKS = ("expert_post", "expert_out")
+
+
+class OpenedExperts:
+    """The experts module of a family that hands it ``(hidden, indices, weights)``."""
+
+    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
+        self.layer, self.native_forward = layer, native_forward
+
+    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        layer, run = self.layer, self.layer.running
+        if run is None:
+            return self.native_forward(hidden, indices, weights)
+        scale = layer.spec.block_scale
+        shown = run.fold(weights) if scale == 1.0 else run.fold(weights) * scale
+        new_indices, new_weights, changed = choose(layer, run, run.fold(indices), shown)
+        if layer.is_hooked(*EXPERT_HOOKS) or bool((new_indices < 0).any()):
+            routed = mix(layer, run, hidden)
+            run.is_projected = layer.spec.family.latent is not None
+        else:
+            if changed:
+                slots = new_indices.shape[-1]
+                indices = new_indices.reshape(-1, slots)
+                weights = _unscale(new_weights, scale).reshape(-1, slots)
+            routed = self.native_forward(hidden, indices, weights)
+            if layer.spec.family.latent is not None or not layer.is_hooked("routed_out", "shared_out"):
+                return routed
+            routed = routed * scale if scale != 1.0 else routed
+        if layer.spec.family.latent is None:
+            routed = finish(layer, run, routed)
+        return _unscale(routed, scale)
+
+
+class OpenedProjection:
+    """The projection from a latent width to d_model (Nemotron-H): passes what the experts have already projected."""
+
+    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
+        self.layer, self.native_forward = layer, native_forward
+
+    def forward(self, latent: Tensor) -> Tensor:
+        run = self.layer.running
+        if run is None:
+            return self.native_forward(latent)
+        if not run.is_projected:
+            return finish(self.layer, run, self.native_forward(latent))
+        bias = self.layer.spec.project_bias
+        return finish(self.layer, run, latent if bias is None else latent + bias)
+
+
+class OpenedShared:
+    """The shared experts. Where a block calls them before the routed ones, their hook still fires after."""
+
+    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
+        self.layer, self.native_forward = layer, native_forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.native_forward(x, *args, **kwargs)
+        if not self.layer.is_hooked("shared_out"):
+            return out
+        run = self.layer.running
+        if run is not None and not run.routed_is_done:
+            run.shared_in, run.shared_out = x, out
+            return out
+        folded = out if run is None else run.fold(out)
+        return self.layer.fire("shared_out", folded).reshape(out.shape)
+
+
+def finish(layer: OpenLayer, run: Pass, routed: Tensor) -> Tensor:
+    """Fire ``routed_out``, and ``shared_out`` where the shared experts ran before."""
+    shape = routed.shape
+    routed = layer.fire("routed_out", run.fold(routed))
+    run.routed_is_done = True
+    if run.shared_out is not None:
+        shared = run.fold(_gated(layer, run))
+        new = layer.fire("shared_out", shared)
+        if is_edited(new, shared) or carries_gradient(new):
+            # the block adds its own shared output to this; only the edit is missing
+            routed = routed + (new - shared)
+    return routed.reshape(shape)
+
+
+def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+    """The weighted sum over the slots of the running route, firing the experts' hooks.
+
+    Args:
+        hidden: ``[token, d_in]``, the experts' input.
+
+    Returns:
+        ``[token, d_model]``.
+    """
+    assert run.indices is not None
+    assert run.weights is not None
+    spec, slots = layer.spec, run.indices.shape[-1]
+    weights = run.weights.reshape(-1, slots)
+    out = _expert_outputs(layer, run, hidden, run.indices.reshape(-1, slots), weights)
+    if not spec.weight_on_input:
+        out = out * weights.unsqueeze(-1)
+    return out.sum(dim=1).to(hidden.dtype)
+
+
+def _expert_outputs(layer: OpenLayer, run: Pass, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Each slot's expert output ``[token, slot, d_model]``; zero at empty slots."""
+    spec = layer.spec
+    experts = spec.expert_functions
+    n_tokens, slots = indices.shape
+    flat = indices.reshape(-1)
+    order = flat.argsort(stable=True)[int((flat < 0).sum()) :]
+    sizes = torch.bincount(flat[order], minlength=spec.n_experts).tolist()
+    rows = hidden[order // slots]
+    if spec.weight_on_input:
+        rows = rows * weights.reshape(-1)[order].unsqueeze(-1).to(rows.dtype)
+
+    def fired(name: str, pairs: Tensor, width: int) -> Tensor:
+        # shape: (pair, width) -> (batch, pos, slot, width)
+        full = pairs.new_zeros(n_tokens * slots, width).index_copy(0, order, pairs)
+        full = full.view(run.batch, run.pos, slots, width)
+        return layer.fire(name, full, owned=True).reshape(n_tokens * slots, width)
+
+    with spec.materialized():
+        neurons = _per_expert(experts.hidden, rows, sizes, spec.d_expert)
+        if layer.is_hooked("expert_post"):
+            neurons = fired("expert_post", neurons, spec.d_expert)[order]
+        outputs = _per_expert(experts.output, neurons, sizes, hidden.shape[-1])
+    outputs = outputs if spec.project is None else spec.project(outputs)
+    return fired("expert_out", outputs, outputs.shape[-1]).view(n_tokens, slots, -1)
+
+
+def _per_expert(function: Any, rows: Tensor, sizes: list[int], width: int) -> Tensor:
+    """Apply one expert's function to each expert's consecutive rows."""
+    parts = [function(part, e) for e, part in enumerate(rows.split(sizes)) if sizes[e]]
+    return torch.cat(parts) if parts else rows.new_zeros(0, width)
+
+
+def _gated(layer: OpenLayer, run: Pass) -> Tensor:
+    assert run.shared_out is not None
+    assert run.shared_in is not None
+    gate = layer.spec.shared_gate
+    return run.shared_out if gate is None else torch.sigmoid(gate(run.shared_in)) * run.shared_out
+
+
+def _unscale(value: Tensor, scale: float) -> Tensor:
+    return value if scale == 1.0 else value / scale

@@ -1,0 +1,152 @@
+"""One opened layer: its hook points, and what of a running forward pass they need to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from moe_interp.arch.rules import RoutingRule
+from moe_interp.arch.spec import MoESpec
+from moe_interp.errors import HookError, RouteError
+
+
+@dataclass
+class Pass:
+    """What one forward pass through the layer has computed so far. Dropped when the pass ends, also by an exception."""
+
+    batch: int
+    pos: int
+    rule: RoutingRule | None = None
+    logits: Tensor | None = None  # [batch, pos, expert], as edited
+    scores: Tensor | None = None  # [batch, pos, expert], only where router_probs was edited
+    indices: Tensor | None = None  # [batch, pos, slot], as edited
+    weights: Tensor | None = None
+    shared_in: Tensor | None = None  # set where the block calls its shared experts before the routed ones
+    shared_out: Tensor | None = None
+    routed_is_done: bool = False
+    is_projected: bool = False  # the experts' outputs have already left their latent width
+
+    def fold(self, flat: Tensor) -> Tensor:
+        """``[batch * pos, ...] -> [batch, pos, ...]``; already folded tensors pass."""
+        return flat if flat.shape[:2] == (self.batch, self.pos) else flat.reshape(self.batch, self.pos, *flat.shape[1:])
+
+
+class OpenLayer:
+    """A layer whose forward pass can be read and edited at its hook points."""
+
+    def __init__(self, spec: MoESpec, points: dict[str, HookPoint]) -> None:
+        self.spec = spec
+        self.points = points
+        self.running: Pass | None = None
+        self.last_pos = 0
+        self.replaced: list[tuple[nn.Module, Any]] = []  # opened modules, each with a forward of its own it had before
+
+    def is_hooked(self, *names: str) -> bool:
+        """Whether any of these hook points (all by default) has a hook, forward or backward."""
+        points = [self.points[n] for n in names if n in self.points] if names else self.points.values()
+        return any(_has_hook(point) for point in points)
+
+    def fire(self, name: str, value: Tensor, *, owned: bool = False) -> Tensor:
+        """Run one hook point; the hook may return a tensor, or edit in place and return None.
+
+        Args:
+            name: The bare hook name.
+            value: The activation, ``[batch, pos, ...]``.
+            owned: Nobody else holds this tensor, so a hook may write into it.
+        """
+        point = self.points.get(name)
+        if point is None or not _has_hook(point):
+            return value
+        # an edit in place must reach neither the model's own buffers nor the value it is compared with
+        result = point(value if owned and not torch.is_grad_enabled() else value.clone())
+        if not isinstance(result, Tensor):
+            raise self._edit_error(name, f"a {type(result).__name__}", f"a tensor like {_like(value)}")
+        if name == "expert_indices":
+            return self._check_indices(result, value)
+        if result.shape != value.shape:
+            raise self._edit_error(name, f"shape {tuple(result.shape)}", f"shape {tuple(value.shape)}")
+        if result.dtype != value.dtype:
+            result = result.to(value.dtype)
+        if name in ("router_logits", "router_probs", "expert_weights"):
+            self._check_values(name, result, value)
+        return result
+
+    def _check_values(self, name: str, result: Tensor, before: Tensor) -> None:
+        bad = torch.isnan(result) & ~torch.isnan(before)
+        if name == "expert_weights":
+            bad = ~torch.isfinite(result) & torch.isfinite(before)
+        if bool(bad.any()):
+            where = ", ".join(f"{axis} {i}" for axis, i in zip(("batch", "pos", "column"), bad.nonzero()[0].tolist()))
+            raise RouteError(
+                f"a hook wrote {result[tuple(bad.nonzero()[0])].item()} to {self.points[name].name} at {where}",
+                "finite values" if name == "expert_weights" else "numbers (-inf shuts an expert out)",
+                "Mend the hook; the model was left as it was.",
+            )
+
+    def _check_indices(self, result: Tensor, before: Tensor) -> Tensor:
+        if result.ndim != 3 or result.shape[:2] != before.shape[:2] or result.shape[2] == 0:
+            expected = f"[{before.shape[0]}, {before.shape[1]}, slots] with at least one slot"
+            raise self._edit_error("expert_indices", f"shape {tuple(result.shape)}", expected)
+        if result.dtype.is_floating_point or result.dtype == torch.bool:
+            raise self._edit_error("expert_indices", f"dtype {result.dtype}", "integer expert ids")
+        result = result.to(before.dtype)
+        check_route(result, self.spec.n_experts, f"{self.points['expert_indices'].name}")
+        return pack_left(result)
+
+    def _edit_error(self, name: str, given: str, expected: str) -> HookError:
+        return HookError(
+            f"a hook at {self.points[name].name} returned {given}",
+            expected,
+            "Return the edited tensor, or None after editing in place; the model was left as it was.",
+        )
+
+
+def check_route(indices: Tensor, n_experts: int, where: str) -> None:
+    """Refuse ids out of range and experts that a token uses twice."""
+    out = (indices >= n_experts) | (indices < -1)
+    ordered = indices.sort(dim=-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if not bool((out.any() | twice.any()).item()):
+        return
+    if bool(out.any()):
+        place = out.nonzero()[0].tolist()
+        raise RouteError(
+            f"expert id {int(indices[tuple(place)])} at {where}, token {place[:-1]}",
+            f"ids from 0 to {n_experts - 1}, or -1 for an empty slot",
+            "Correct the id; the model was left as it was.",
+        )
+    place = twice.nonzero()[0].tolist()
+    raise RouteError(
+        f"expert {int(ordered[..., 1:][tuple(place)])} twice in the route of token {place[:-1]} at {where}",
+        "each expert at most once a token",
+        "Remove the duplicate; scale the expert's weight if it should count twice. The model was left as it was.",
+    )
+
+
+def pack_left(indices: Tensor) -> Tensor:
+    """Move empty slots to the end, keeping the order of the others."""
+    empty = indices < 0
+    if not bool((empty[..., :-1] & ~empty[..., 1:]).any()):
+        return indices
+    return indices.gather(-1, empty.to(torch.int8).sort(dim=-1, stable=True).indices)
+
+
+def is_edited(after: Tensor, before: Tensor) -> bool:
+    """Whether a hook changed an activation, judged by value."""
+    return after is not before and not (after.shape == before.shape and torch.equal(after, before))
+
+
+def carries_gradient(value: Tensor) -> bool:
+    return torch.is_grad_enabled() and value.requires_grad
+
+
+def _has_hook(point: HookPoint) -> bool:
+    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks)
+
+
+def _like(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {value.dtype}"
