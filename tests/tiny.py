@@ -23,11 +23,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data/tiny_configs.json").read_text())
 FAMILIES: list[str] = list(CONFIGS)
@@ -86,14 +86,16 @@ def set_experts_implementation(model: nn.Module, implementation: str) -> None:
             config._experts_implementation = implementation
 
 
-@cache
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of 101 words ("w3 w4"), with the special tokens of the tiny models; made in place, no download."""
+    """A tokenizer of 101 words ("w3 w4") with the special tokens of the tiny models, made in place; it prepends BOS."""
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 101)}
-    model = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<eos>"}
+    # TransformerLens reloads a tokenizer by name unless it says that it adds BOS
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<eos>"
+        tokenizer_object=backend, name_or_path="tiny", add_bos_token=True, padding_side="left", **special
     )
 
 
