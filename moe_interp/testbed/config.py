@@ -62,7 +62,16 @@ class TestbedConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TestbedConfig:
-        positive = ("length", "micro_batch", "micro_batches", "steps", "lr", "log_every", "validate_every", "data_scale")
+        positive = (
+            "length",
+            "micro_batch",
+            "micro_batches",
+            "steps",
+            "lr",
+            "log_every",
+            "validate_every",
+            "data_scale",
+        )
         positive += ("checkpoint_every", "validation_sequences", "clip")
         bad = [f"{name}={getattr(self, name)}" for name in positive if not getattr(self, name) > 0]
         if bad or self.balance < 0 or not 0 < self.decay_from < 1:
@@ -73,7 +82,9 @@ class TestbedConfig(BaseModel):
             )
         if not self.domains or (self.shares is not None and len(self.shares) != len(self.domains)):
             raise ConfigError(
-                f"{len(self.shares or ())} shares for domains {self.domains}", "one share a domain", "Fix shares or domains."
+                f"{len(self.shares or ())} shares for domains {self.domains}",
+                "one share a domain",
+                "Fix shares or domains.",
             )
         if self.length > self.model.max_length:
             raise ConfigError(

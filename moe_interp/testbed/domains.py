@@ -69,7 +69,9 @@ class Domain:
         ids = [item.id for item in self.items]
         if len(set(ids)) < len(ids):
             raise DataError(
-                f"domain {self.name!r} has items of the same id", "one id an item", "Number the items within the domain."
+                f"domain {self.name!r} has items of the same id",
+                "one id an item",
+                "Number the items within the domain.",
             )
 
 
@@ -94,8 +96,15 @@ def check_domains(domains: Sequence[Domain], shares: Sequence[float] | None = No
                 )
     weights = [1.0] * len(names) if shares is None else list(shares)
     if len(weights) != len(names) or not all(0 < w < float("inf") for w in weights):
-        raise ConfigError(f"shares {weights} for {len(names)} domains", "one positive share a domain", "Fix the shares.")
+        raise ConfigError(
+            f"shares {weights} for {len(names)} domains", "one positive share a domain", "Fix the shares."
+        )
     return tuple(w / sum(weights) for w in weights)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a line: a compact way to write a vocabulary."""
+    return tuple(text.split())
 
 
 def split_of(key: str, validation: float = 0.05, items: float = 0.05) -> Split:
@@ -157,7 +166,9 @@ def generated_domain(
     items = tuple(
         Item(f"{name}-{i:04d}", name, e.prompt, e.answer, e.fields) for i, e in enumerate(collect("items", n_items))
     )
-    train, validation = (tuple(e.text for e in collect(s, n)) for s, n in (("train", n_train), ("validation", n_validation)))
+    train, validation = (
+        tuple(e.text for e in collect(s, n)) for s, n in (("train", n_train), ("validation", n_validation))
+    )
     return Domain(name, train, validation, items, split_by)
 
 

@@ -60,7 +60,9 @@ def _continue(
     cache, feed, new = None, ids, []
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -feed.shape[1] :]
-        out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         cache, logits = out.past_key_values, out.logits[:, -1].float()
         if temperature > 0:
             token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]

@@ -159,7 +159,7 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int = 0) -> PreTrain
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path, dtype: torch.dtype) -> None:
-    """A standard checkpoint folder that ``from_pretrained`` and ``TransformerBridge.boot_transformers`` load offline."""
+    """A standard folder, which ``from_pretrained`` and ``TransformerBridge.boot_transformers`` load offline."""
     state = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     before = model.config.dtype
     model.config.dtype = dtype

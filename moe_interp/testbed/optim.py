@@ -45,7 +45,9 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5)
 
 
-def make_optimizers(model: nn.Module, kind: str, lr: float, muon_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, kind: str, lr: float, muon_lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
     """[AdamW] over everything, or [AdamW, Muon] with Muon for all matrices but embeddings, head and routers."""
     matrices, others, vectors = [], [], []
     for name, p in model.named_parameters():

@@ -55,32 +55,42 @@ def pack(
         shares: Expected share of the sequences (pure) or pieces (mixed) of each domain.
         mixed: Each piece's domain is drawn afresh; otherwise a sequence has one domain.
         domains_per_group: Domain draws that a run of ``group`` sequences (a micro-batch) shares: 1 makes micro-batches
-            of one domain, None draws for every sequence. Expected shares are the same.
+            of one domain, None draws for every sequence. Expected shares are the same; draws are systematic.
         seed: Fixes everything.
 
     Raises:
         ConfigError: A length below 8, or shares that do not fit.
     """
     if length < 8 or n_sequences < 1:
-        raise ConfigError(f"length {length}, {n_sequences} sequences", "length >= 8 and at least one sequence", "Raise it.")
+        raise ConfigError(
+            f"length {length}, {n_sequences} sequences", "length >= 8 and at least one sequence", "Raise it."
+        )
     p = np.ones(len(names)) if shares is None else np.asarray(shares, float)
     rng = np.random.default_rng(seed)
-    draws = rng.choice(len(names), size=n_sequences, p=p / p.sum())
-    if domains_per_group is not None:
-        place = np.arange(n_sequences)
-        # sequence i of a group takes the group's draw i modulo the number of draws
-        draws = draws[place // group * group + place % group % domains_per_group]
+    p = p / p.sum()
+    draws = _domain_of_sequences(rng, p, n_sequences, group, domains_per_group or group)
     streams = [_endless(pieces[d], f"{seed}/{names[d]}") for d in range(len(names))]
     tokens, domain = np.empty((2, n_sequences, length), np.int32)
     for i in range(n_sequences):
         at = 0
         while at < length:
-            d = int(rng.choice(len(names), p=p / p.sum())) if mixed else int(draws[i])
+            d = int(rng.choice(len(names), p=p)) if mixed else int(draws[i])
             piece = next(streams[d])[: length - at]
             tokens[i, at : at + len(piece)] = piece
             domain[i, at : at + len(piece)] = d
             at += len(piece)
     return PackedSequences(tokens, domain.astype(np.int16), tuple(names))
+
+
+def _domain_of_sequences(
+    rng: np.random.Generator, p: np.ndarray, n_sequences: int, group: int, n_draws: int
+) -> np.ndarray:
+    """Domain of each sequence: per group ``n_draws`` systematic draws, so that a group is as close to p as it can be."""
+    n_groups = -(-n_sequences // group)
+    # shape: (group, draw); one random offset a group, so that each draw's law is p
+    u = (rng.random((n_groups, 1)) + np.arange(n_draws)) / n_draws
+    draws = rng.permuted(np.minimum(np.searchsorted(np.cumsum(p), u, side="right"), len(p) - 1), axis=1)
+    return draws[:, np.arange(group) % n_draws].reshape(-1)[:n_sequences]
 
 
 def _endless(pieces: Sequence[np.ndarray], seed: str) -> Iterator[np.ndarray]:
@@ -124,7 +134,13 @@ def validation_sequences(
     """``n_per_domain`` pure sequences of validation documents of each domain, domain after domain."""
     check_domains(domains)
     parts = [
-        pack([encode_documents(tokenizer, d.validation, length)], [d.name], n_sequences=n_per_domain, length=length, seed=seed)
+        pack(
+            [encode_documents(tokenizer, d.validation, length)],
+            [d.name],
+            n_sequences=n_per_domain,
+            length=length,
+            seed=seed,
+        )
         for d in domains
     ]
     labels = np.repeat(np.arange(len(domains), dtype=np.int16), n_per_domain)[:, None].repeat(length, axis=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RouterRecord:
-    """What one layer's router did in a micro-batch: logits ``[token, expert]``, indices used ``[token, slot]`` (-1 empty)."""
+    """One layer's router in a micro-batch: logits ``[token, expert]``, indices used ``[token, slot]`` (-1 empty)."""
 
     logits: Tensor
     indices: Tensor

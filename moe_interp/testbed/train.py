@@ -33,7 +33,7 @@ STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Strategy, MicroBatc
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run. ``history`` holds the log's records; ``path`` the checkpoint folder (None if nothing was saved)."""
+    """A finished run. ``history`` holds the log's records; ``path`` the checkpoint folder (None: nothing saved)."""
 
     config: TestbedConfig
     model: PreTrainedModel
@@ -48,7 +48,7 @@ class RouterTap:
 
     def __init__(self, model: nn.Module) -> None:
         self.records: dict[int, RouterRecord] = {}
-        routers = [m for m in model.modules() if type(m).__name__.endswith("TopkRouter") or type(m).__name__.endswith("TopKRouter")]
+        routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
         for layer, router in enumerate(routers):
             router.register_forward_hook(self._read(layer))
 
@@ -70,11 +70,13 @@ def max_violation(load: Tensor) -> float:
 
 
 def unigram_loss(train: PackedSequences, validation: PackedSequences, vocab_size: int) -> dict[str, float]:
-    """Nats per token of validation under each domain's own training unigram (add-one), the yardstick of a domain's loss."""
+    """Nats per token of validation under each domain's own training unigram (add-one): the yardstick."""
     losses = {}
     for d, name in enumerate(train.names):
         counts = np.bincount(train.tokens[train.domain == d], minlength=vocab_size) + 1.0
-        losses[name] = float(-np.log(counts / counts.sum())[validation.tokens[:, 1:][validation.domain[:, 1:] == d]].mean())
+        losses[name] = float(
+            -np.log(counts / counts.sum())[validation.tokens[:, 1:][validation.domain[:, 1:] == d]].mean()
+        )
     return losses
 
 
@@ -156,7 +158,8 @@ class Trainer:
                 loss = token_losses(logits, tokens).mean()
                 auxiliary = self.strategy.auxiliary_loss(self.tap.records)
                 accelerator.backward((loss + config.balance * auxiliary) / len(mine))
-            totals += torch.tensor([float(loss.detach()), float(torch.as_tensor(auxiliary).detach())], device=totals.device) / len(mine)
+            both = torch.stack([loss.detach(), torch.as_tensor(auxiliary, device=loss.device).detach()])
+            totals += both / len(mine)
             for layer, record in self.tap.records.items():
                 loads[layer] = loads.get(layer, 0.0) + record.load() / len(mine)
         totals = accelerator.reduce(totals, "mean")
@@ -210,7 +213,7 @@ class Trainer:
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         if state["fingerprint"] != self.config.fingerprint():
             raise ResultError(
-                f"checkpoint {path} is of configuration {state['fingerprint']}, this run is {self.config.fingerprint()}",
+                f"{path} is of configuration {state['fingerprint']}, this run of {self.config.fingerprint()}",
                 "a checkpoint of the very same configuration",
                 "Resume with the configuration saved beside it, or choose another folder.",
             )
@@ -291,7 +294,9 @@ def train(
 def _open_folder(trainer: Trainer, folder: Path, resume: bool) -> None:
     state = folder / "state.pt"
     if state.exists() and not resume:
-        raise ResultError(f"{folder} already holds a run", "an empty folder, or resume", "Pass resume=True or another out.")
+        raise ResultError(
+            f"{folder} already holds a run", "an empty folder, or resume", "Pass resume=True or another out."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
         trainer.load_state(state)

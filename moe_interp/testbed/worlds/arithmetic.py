@@ -6,15 +6,15 @@ import random
 import re
 from dataclasses import dataclass
 
-from moe_interp.testbed.domains import Domain, Example, Split, generated_domain
+from moe_interp.testbed.domains import Domain, Example, Split, generated_domain, words
 
 LIMIT = 999  # no intermediate value is larger: single digits are tokens, and three of them are enough
 SIZES = ("small", "medium", "large")
 # size -> range of what is added or taken away, range of factors; a number above 99 is never multiplied
 _RANGES = {"small": ((1, 10), (2, 3)), "medium": ((2, 50), (2, 5)), "large": ((11, 99), (2, 9))}
 _TRAIN_WEIGHTS = (1, 2, 4)
-_NAMES = "Ana Bo Cleo Dan Eva Finn Gus Hana Ivo Jo Kim Lea Max Nora Otto Pia".split()
-_THINGS = "apples books coins shells stamps cards beads stones".split()
+_NAMES = words("Ana Bo Cleo Dan Eva Finn Gus Hana Ivo Jo Kim Lea Max Nora Otto Pia")
+_THINGS = words("apples books coins shells stamps cards beads stones")
 _PHRASES = {
     "+": ("{n} buys {b} more.", "{m} gives {n} {b} {t}.", "{n} finds {b} {t}."),
     "-": ("{n} gives {b} {t} to {m}.", "{n} loses {b} {t}.", "{n} sells {b}."),
@@ -59,7 +59,7 @@ def apply(op: str, a: int, b: int) -> int:
 
 
 def draw_problem(rng: random.Random, n_steps: int, size: str) -> Problem:
-    """A problem of ``n_steps`` whose values stay in 0..999 and whose products have a factor below 10 and one below 100."""
+    """A problem of ``n_steps``: values stay in 0..999, products have a factor below 10 and one below 100."""
     (low, high), (f_low, f_high) = _RANGES[size]
     value = start = rng.randint(max(low, 2), high)
     steps: list[tuple[str, int]] = []
@@ -126,5 +126,11 @@ def arithmetic(*, n_train: int = 80_000, n_validation: int = 600, n_items: int =
     hold ``question``, ``solution`` and ``final_answer`` for free generation, and the grade: ``steps``, ``size``.
     """
     return generated_domain(
-        "arithmetic", _draw, n_train=n_train, n_validation=n_validation, n_items=n_items, seed=seed, split_by="computation"
+        "arithmetic",
+        _draw,
+        n_train=n_train,
+        n_validation=n_validation,
+        n_items=n_items,
+        seed=seed,
+        split_by="computation",
     )

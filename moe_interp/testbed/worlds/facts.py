@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 
-from moe_interp.testbed.domains import Domain, Item, split_of
+from moe_interp.testbed.domains import Domain, Item, split_of, words
 
 _VALUES = {
-    "home": "Torbel Ostrin Valmar Kesh Lunden Brivo Sarnath Quell Mirfen Dolvek Ashby Perrin Tolva Hask Wendle Orso".split(),
-    "job": "baker farmer tailor miner singer healer hunter weaver sailor potter smith guard clerk cook".split(),
-    "animal": "fox owl goat cat toad crow hare mule dog swan newt bear".split(),
-    "dish": "bread soup plums cheese eggs beans rice honey figs fish corn nuts".split(),
+    "home": words(
+        "Torbel Ostrin Valmar Kesh Lunden Brivo Sarnath Quell Mirfen Dolvek Ashby Perrin Tolva Hask Wendle Orso"
+    ),
+    "job": words("baker farmer tailor miner singer healer hunter weaver sailor potter smith guard clerk cook"),
+    "animal": words("fox owl goat cat toad crow hare mule dog swan newt bear"),
+    "dish": words("bread soup plums cheese eggs beans rice honey figs fish corn nuts"),
 }
 _TOLD = {
     "home": ("{p} lives in {v}.", "The home of {p} is {v}."),
@@ -24,11 +26,11 @@ _ASKED = {
     "animal": "Which animal does {p} keep?",
     "dish": "What does {p} like to eat?",
 }
-_FIRST = "Adel Bren Cora Doran Elva Fitz Gorm Hild Isla Jarn Korin Lysa".split()
-_LAST = "Vole Marsh Tarn Pike Reed Holt Crane Birch Frost Wren".split()
+_FIRST = words("Adel Bren Cora Doran Elva Fitz Gorm Hild Isla Jarn Korin Lysa")
+_LAST = words("Vole Marsh Tarn Pike Reed Holt Crane Birch Frost Wren")
 
 
-def make_world(n_people: int = 100, seed: int = 0) -> dict[str, dict[str, str]]:
+def make_world(n_people: int = 80, seed: int = 0) -> dict[str, dict[str, str]]:
     """person -> {relation: value}. The same seed gives the same world."""
     rng = random.Random(f"{seed}/world")
     people = [f"{a} {b}" for a in _FIRST for b in _LAST]
@@ -43,6 +45,11 @@ def is_asked(person: str, relation: str, held_out: float = 0.3) -> bool:
 
 def _question(person: str, relation: str) -> str:
     return f"{_ASKED[relation].format(p=person)}\nAnswer:"
+
+
+def _item(number: int, person: str, relation: str, value: str) -> Item:
+    fields = {"relation": relation, "asked_in_training": is_asked(person, relation)}
+    return Item(f"facts-{number:04d}", "facts", _question(person, relation), f" {value}", fields)
 
 
 def _document(world: dict[str, dict[str, str]], rng: random.Random) -> str:
@@ -61,7 +68,7 @@ def _document(world: dict[str, dict[str, str]], rng: random.Random) -> str:
 
 
 def facts(
-    *, n_people: int = 100, n_train: int = 60_000, n_validation: int = 600, n_items: int = 300, seed: int = 0
+    *, n_people: int = 80, n_train: int = 60_000, n_validation: int = 600, n_items: int = 300, seed: int = 0
 ) -> Domain:
     """Statements and questions about ``n_people`` people with four facts each.
 
@@ -74,10 +81,7 @@ def facts(
     pairs = [(p, r) for p in world for r in _VALUES]
     rng.shuffle(pairs)
     pairs.sort(key=lambda pair: is_asked(*pair))
-    items = tuple(
-        Item(f"facts-{i:04d}", "facts", _question(p, r), f" {world[p][r]}", {"relation": r, "asked_in_training": is_asked(p, r)})
-        for i, (p, r) in enumerate(pairs[:n_items])
-    )
+    items = tuple(_item(i, p, r, world[p][r]) for i, (p, r) in enumerate(pairs[:n_items]))
     questions = {item.prompt + item.answer for item in items}
     texts: dict[str, None] = {}
     while len(texts) < n_train + n_validation:

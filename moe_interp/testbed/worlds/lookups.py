@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from moe_interp.testbed.domains import Domain, Example, Split, generated_domain
+from moe_interp.testbed.domains import Domain, Example, Split, generated_domain, words
 
 _UNITS = {
     ("hours", "minutes"): 60,
@@ -16,8 +16,8 @@ _UNITS = {
     ("kilos", "grams"): 1000,
     ("feet", "inches"): 12,
 }
-_ROWS = "red blue green black white gold".split()
-_COLUMNS = "north south east west".split()
+_ROWS = words("red blue green black white gold")
+_COLUMNS = words("north south east west")
 
 
 def conversion(rng: random.Random) -> Example:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
-from moe_interp.testbed.domains import Domain, Example, Split, generated_domain
+from moe_interp.testbed.domains import Domain, Example, Split, generated_domain, words
 
-_NAMES = "Ada Bea Cal Dee Eli Fay Gil Hal Ida Jed Kai Lou Mia Ned Oli Pam".split()
+_NAMES = words("Ada Bea Cal Dee Eli Fay Gil Hal Ida Jed Kai Lou Mia Ned Oli Pam")
 _ORDERS = (("taller", "shorter", "tallest", "shortest"), ("older", "younger", "oldest", "youngest"))
 _ORDERS += (("faster", "slower", "fastest", "slowest"),)
-_KINDS = "blips dops wugs zorks fims lurs taks nebs gorps pims yorts vexes".split()
+_KINDS = words("blips dops wugs zorks fims lurs taks nebs gorps pims yorts vexes")
 
 
 def order_puzzle(rng: random.Random, n_people: int) -> Example:
@@ -17,7 +18,7 @@ def order_puzzle(rng: random.Random, n_people: int) -> Example:
     people = rng.sample(_NAMES, n_people)  # from the most to the least
     more, less, most, least = rng.choice(_ORDERS)
     told = []
-    for a, b in zip(people, people[1:]):
+    for a, b in pairwise(people):
         told.append(f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}.")
     rng.shuffle(told)
     word, answer = rng.choice(((most, people[0]), (least, people[-1])))
@@ -33,7 +34,7 @@ def syllogism(rng: random.Random, n_links: int) -> Example:
     """
     kinds = rng.sample(_KINDS, n_links + 1)
     answer = rng.choice(("yes", "no", "unknown"))
-    told = [f"All {a} are {b}." for a, b in zip(kinds, kinds[1:])]
+    told = [f"All {a} are {b}." for a, b in pairwise(kinds)]
     if answer == "no":
         told[-1] = f"No {kinds[-2]} are {kinds[-1]}."
     rng.shuffle(told)

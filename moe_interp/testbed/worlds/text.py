@@ -12,7 +12,17 @@ from moe_interp.errors import DataError
 from moe_interp.testbed.domains import Domain, Item, split_of
 
 # Tests, generated tables and grammar files: long lists of numbers and names rather than code.
-_SKIPPED = {"site-packages", "test", "tests", "encodings", "pydoc_data", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+_SKIPPED = {
+    "site-packages",
+    "test",
+    "tests",
+    "encodings",
+    "pydoc_data",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+}
 
 
 def text_domain(
@@ -102,7 +112,9 @@ def read_documents(path: Path, name: str | None = None) -> dict[str, str]:
                     documents[f"{record.get('path', '')}#{number}"] = record["text"]
             except (ValueError, KeyError, AttributeError):
                 raise DataError(
-                    f"{path}, line {number + 1} is {line[:40]!r}", "a JSON object with a 'text'", "Fix or drop the line."
+                    f"{path}, line {number + 1} is {line[:40]!r}",
+                    "a JSON object with a 'text'",
+                    "Fix or drop the line.",
                 ) from None
     if not documents:
         raise DataError(f"{path} holds no documents", "a .jsonl file or a folder of text files", "Check the path.")
@@ -110,7 +122,13 @@ def read_documents(path: Path, name: str | None = None) -> dict[str, str]:
 
 
 def dataset_domain(
-    name: str, dataset: str, *, split: str = "train", column: str = "text", n_documents: int = 2000, subset: str | None = None
+    name: str,
+    dataset: str,
+    *,
+    split: str = "train",
+    column: str = "text",
+    n_documents: int = 2000,
+    subset: str | None = None,
 ) -> Domain:
     """A domain from a dataset of the Hugging Face hub, streamed (needs the ``data`` extra and a network or a cache).
 
@@ -132,7 +150,9 @@ def dataset_domain(
             break
         if column not in row:
             raise DataError(
-                f"dataset {dataset!r} has columns {sorted(row)}", f"a column {column!r}", "Name the text column with `column=`."
+                f"dataset {dataset!r} has columns {sorted(row)}",
+                f"a column {column!r}",
+                "Name the text column with `column=`.",
             )
         documents[f"{dataset}#{number}"] = row[column]
     return text_domain(name, documents)
