@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from moe_interp.errors import ConfigError
 from moe_interp.testbed.model import ModelConfig
 
+_COUNTS = ("length", "micro_batch", "micro_batches", "steps", "log_every", "validate_every", "checkpoint_every")
+_POSITIVE = (*_COUNTS, "validation_sequences", "lr", "clip", "data_scale")
+
 
 class TestbedConfig(BaseModel):
     """One training run.
@@ -62,18 +65,7 @@ class TestbedConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TestbedConfig:
-        positive = (
-            "length",
-            "micro_batch",
-            "micro_batches",
-            "steps",
-            "lr",
-            "log_every",
-            "validate_every",
-            "data_scale",
-        )
-        positive += ("checkpoint_every", "validation_sequences", "clip")
-        bad = [f"{name}={getattr(self, name)}" for name in positive if not getattr(self, name) > 0]
+        bad = [f"{name}={getattr(self, name)}" for name in _POSITIVE if not getattr(self, name) > 0]
         if bad or self.balance < 0 or not 0 < self.decay_from < 1:
             raise ConfigError(
                 f"{', '.join(bad) or f'balance={self.balance}, decay_from={self.decay_from}'}",

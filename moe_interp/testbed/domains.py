@@ -149,7 +149,8 @@ def generated_domain(
     """
 
     def collect(split: Split, n: int) -> list[Example]:
-        rng, found, tries = random.Random(f"{seed}/{name}/{split}"), {}, 0
+        rng, tries = random.Random(f"{seed}/{name}/{split}"), 0
+        found: dict[str, Example] = {}
         while len(found) < n:
             example = draw(rng, split, len(found))
             if split_of(example.key) == split:
@@ -166,9 +167,8 @@ def generated_domain(
     items = tuple(
         Item(f"{name}-{i:04d}", name, e.prompt, e.answer, e.fields) for i, e in enumerate(collect("items", n_items))
     )
-    train, validation = (
-        tuple(e.text for e in collect(s, n)) for s, n in (("train", n_train), ("validation", n_validation))
-    )
+    train = tuple(e.text for e in collect("train", n_train))
+    validation = tuple(e.text for e in collect("validation", n_validation))
     return Domain(name, train, validation, items, split_by)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -108,7 +108,7 @@ def train_tokenizer(
 
 def transformers_config(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     """The family's own transformers configuration of these sizes."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
@@ -126,13 +126,8 @@ def transformers_config(config: ModelConfig, vocab_size: int) -> PreTrainedConfi
     if config.family == "olmoe":
         return OlmoeConfig(**common, intermediate_size=config.d_expert, num_experts=config.n_experts)
     if config.family == "qwen3_moe":
-        return Qwen3MoeConfig(
-            **common,
-            head_dim=head,
-            intermediate_size=config.d_expert * config.top_k,
-            moe_intermediate_size=config.d_expert,
-            num_experts=config.n_experts,
-        )
+        common |= {"head_dim": head, "num_experts": config.n_experts, "moe_intermediate_size": config.d_expert}
+        return Qwen3MoeConfig(**common, intermediate_size=config.d_expert * config.top_k)
     return DeepseekV3Config(
         **common,
         intermediate_size=config.d_expert * config.top_k,

@@ -29,8 +29,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str
     """``<bos> document <eos>``, cut into pieces of at most ``length`` tokens that each start with ``<bos>``."""
     pieces = []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for ids in tokenizer.backend_tokenizer.encode_batch(list(documents), add_special_tokens=False):
-        ids = [*ids.ids, eos]
+    for encoding in tokenizer.backend_tokenizer.encode_batch(list(documents), add_special_tokens=False):
+        ids = [*encoding.ids, eos]
         pieces += [np.array([bos, *ids[i : i + length - 1]], np.int32) for i in range(0, len(ids), length - 1)]
     return pieces
 
@@ -85,7 +85,7 @@ def pack(
 def _domain_of_sequences(
     rng: np.random.Generator, p: np.ndarray, n_sequences: int, group: int, n_draws: int
 ) -> np.ndarray:
-    """Domain of each sequence: per group ``n_draws`` systematic draws, so that a group is as close to p as it can be."""
+    """Domain of each sequence: per group ``n_draws`` systematic draws, so that a group is as close to p as can be."""
     n_groups = -(-n_sequences // group)
     # shape: (group, draw); one random offset a group, so that each draw's law is p
     u = (rng.random((n_groups, 1)) + np.arange(n_draws)) / n_draws

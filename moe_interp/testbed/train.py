@@ -274,7 +274,7 @@ def train(
             if step % config.log_every == 0 or step == end or step % config.validate_every == 0:
                 violations = [max_violation(load) for load in out_of_step["loads"].values()]
                 speed = (step - first) * tokens_per_step / (time.perf_counter() - started)
-                record = {"step": step, "tokens": step * tokens_per_step, "tokens_per_s": round(speed)}
+                record: dict[str, Any] = {"step": step, "tokens": step * tokens_per_step, "tokens_per_s": round(speed)}
                 record |= {k: out_of_step[k] for k in ("loss", "auxiliary", "lr")} | {"max_violation": violations}
                 if step % config.validate_every == 0 or step == end:
                     record |= {"validation": trainer.validate(), "unigram": unigram}

@@ -125,12 +125,5 @@ def arithmetic(*, n_train: int = 80_000, n_validation: int = 600, n_items: int =
     An item's prompt is the question with the solution up to the last ``=``; its answer is that last result. Its fields
     hold ``question``, ``solution`` and ``final_answer`` for free generation, and the grade: ``steps``, ``size``.
     """
-    return generated_domain(
-        "arithmetic",
-        _draw,
-        n_train=n_train,
-        n_validation=n_validation,
-        n_items=n_items,
-        seed=seed,
-        split_by="computation",
-    )
+    sizes = {"n_train": n_train, "n_validation": n_validation, "n_items": n_items}
+    return generated_domain("arithmetic", _draw, **sizes, seed=seed, split_by="computation")

@@ -8,8 +8,11 @@ from itertools import pairwise
 from moe_interp.testbed.domains import Domain, Example, Split, generated_domain, words
 
 _NAMES = words("Ada Bea Cal Dee Eli Fay Gil Hal Ida Jed Kai Lou Mia Ned Oli Pam")
-_ORDERS = (("taller", "shorter", "tallest", "shortest"), ("older", "younger", "oldest", "youngest"))
-_ORDERS += (("faster", "slower", "fastest", "slowest"),)
+_ORDERS = (
+    ("taller", "shorter", "tallest", "shortest"),
+    ("older", "younger", "oldest", "youngest"),
+    ("faster", "slower", "fastest", "slowest"),
+)
 _KINDS = words("blips dops wugs zorks fims lurs taks nebs gorps pims yorts vexes")
 
 
