@@ -11,30 +11,53 @@ from moe_interp.stats.correlation import (
 )
 from moe_interp.stats.intervals import Interval, bootstrap_interval, median_interval, pseudomedian_interval
 from moe_interp.stats.multiple import adjust_p, items_needed, rejected, tests_needed_at_floor
+from moe_interp.stats.permutation import DomainEffect, domain_effect, paired_permutation, two_group_permutation
 from moe_interp.stats.power import plan_wilcoxon, wilcoxon_power
+from moe_interp.stats.reliability import (
+    CorrectedCorrelation,
+    Estimate,
+    Reliability,
+    corrected_correlation,
+    expected_spearman,
+    latent_pearson,
+    spearman_brown,
+    split_half_reliability,
+)
 from moe_interp.stats.streams import derive_rng
 from moe_interp.stats.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
+    "CorrectedCorrelation",
+    "DomainEffect",
+    "Estimate",
     "Interval",
     "MeanCorrelation",
     "PermutationResult",
+    "Reliability",
     "SpearmanResult",
     "WilcoxonResult",
     "adjust_p",
     "bootstrap_interval",
+    "corrected_correlation",
     "derive_rng",
+    "domain_effect",
+    "expected_spearman",
     "fisher_z_interval",
     "fisher_z_mean",
     "items_needed",
+    "latent_pearson",
     "mean_rho_permutation",
     "median_interval",
+    "paired_permutation",
     "plan_wilcoxon",
     "pseudomedian_interval",
     "rejected",
     "smallest_attainable_p",
     "spearman",
+    "spearman_brown",
+    "split_half_reliability",
     "tests_needed_at_floor",
+    "two_group_permutation",
     "wilcoxon_power",
     "wilcoxon_signed_rank",
 ]

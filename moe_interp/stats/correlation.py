@@ -38,9 +38,9 @@ class MeanCorrelation:
 
 @dataclass(frozen=True)
 class PermutationResult:
-    """An observed statistic, its p-value, and the number of permutations (the observed one not counted).
+    """An observed statistic and its p-value over the leading axes.
 
-    ``exact`` says that all arrangements were enumerated rather than drawn.
+    ``n_permutations`` were drawn besides the observed one, or, where ``exact``, are all that there are.
     """
 
     statistic: FloatArray

@@ -1,0 +1,329 @@
+"""Reliability of per-expert means over items, and a rank correlation corrected for its lack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+from scipy import stats as scipy_stats
+
+from moe_interp.errors import DataError
+from moe_interp.stats.checks import FloatArray, check_at_least, check_no_missing, check_probability, sample_last
+from moe_interp.stats.streams import derive_rng
+
+# Item weights of a resample are 1 - SPREAD or 1 + SPREAD. Multinomial weights (spread 1) would double the noise of the
+# means, and with it the very unreliability that is corrected for; the spread of the estimates is scaled back.
+SPREAD = 0.75
+SPLITS_PER_RESAMPLE = 25
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Split-half reliability.
+
+    Attributes:
+        half: Mean over splits of the Spearman correlation between the means of two halves of the items, ``[...]``.
+        full: The same stepped up to all items by Spearman-Brown, ``[...]``.
+        pooled: Mean of ``half`` over the leading axes, stepped up.
+    """
+
+    half: FloatArray
+    full: FloatArray
+    pooled: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CorrectedCorrelation:
+    """Result of :func:`corrected_correlation`.
+
+    Attributes:
+        corrected: Correlation of the expectations, with its interval; NaN where the data are too noisy.
+        raw: Mean Spearman correlation between the means over all items, not corrected.
+        reliability_x, reliability_y: Of the means over all items, on the scale of a Pearson correlation.
+        too_noisy: Whether the lower bound of a reliability is below the floor.
+        verdict: One plain sentence.
+        n_items: Items per domain.
+    """
+
+    corrected: Estimate
+    raw: Estimate
+    reliability_x: Estimate
+    reliability_y: Estimate
+    too_noisy: bool
+    verdict: str
+    n_items: tuple[int, ...]
+
+
+def spearman_brown(reliability: ArrayLike, factor: float = 2.0) -> FloatArray:
+    """Reliability of a mean over ``factor`` times as many items: f r / (1 + (f - 1) r). Source: Spearman, Brown (1910).
+
+    -inf at r = -1 / (f - 1); below zero it has no meaning as a reliability.
+    """
+    r = np.asarray(reliability, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        return np.asarray(factor * r / (1 + (factor - 1) * r))
+
+
+def expected_spearman(r: ArrayLike, n: int) -> FloatArray:
+    """Expected Spearman correlation of ``n`` pairs from a bivariate normal law with Pearson correlation ``r``.
+
+    6 / (pi (n + 1)) (arcsin r + (n - 2) arcsin(r / 2)). Source: Moran (1948).
+    """
+    r = np.asarray(r, dtype=np.float64)
+    return np.asarray(6 / (np.pi * (n + 1)) * (np.arcsin(r) + (n - 2) * np.arcsin(r / 2)))
+
+
+def latent_pearson(rho: ArrayLike, n: int) -> FloatArray:
+    """The Pearson correlation whose :func:`expected_spearman` is ``rho`` (interpolated, to about 1e-7)."""
+    grid = np.sin(np.linspace(-np.pi / 2, np.pi / 2, 4001))  # dense at the ends, where arcsin is steep
+    return np.interp(np.asarray(rho, dtype=np.float64), expected_spearman(grid, n), grid)
+
+
+def split_half_reliability(x: ArrayLike, *, n_splits: int = 100, seed: int = 0) -> Reliability:
+    """Split-half reliability of the ranking of experts by their mean over items.
+
+    The items are cut at random into two halves, ``n_splits`` times; r is the mean Spearman correlation over experts of
+    the two halves' means, and 2 r / (1 + r) its value for all items.
+
+    Args:
+        x: ``[item, ..., expert]`` (any unit), complete, at least 4 items and 3 experts.
+
+    Returns:
+        Fields over the middle axes; NaN where all experts are equal.
+
+    Source: Spearman (1910), Brown (1910). It says how far the ranking would repeat with other items of the same kind,
+    not that the ranking is right.
+    """
+    check_at_least(n_splits, 1, "n_splits")
+    values = _complete(x, "x")
+    middle = values.shape[1:-1]
+    stack = values.reshape(len(values), -1, values.shape[-1])
+    flat = _experts_first(stack)
+    halves = _random_halves(len(values), n_splits, derive_rng(seed, "split_half"))
+    ranks = _half_ranks(flat, stack.shape[-1], halves, np.ones(len(values)))
+    half = (ranks[:, :, 0] * ranks[:, :, 1]).sum(0).mean(-1)
+    half = np.where(_varies(stack), half, np.nan).reshape(middle)
+    pooled = float(spearman_brown(np.nanmean(half))) if not np.isnan(half).all() else float("nan")
+    return Reliability(half, spearman_brown(half), pooled)
+
+
+def corrected_correlation(
+    x: ArrayLike | Sequence[ArrayLike],
+    y: ArrayLike | Sequence[ArrayLike],
+    *,
+    level: float = 0.95,
+    floor: float = 0.2,
+    n_splits: int = 100,
+    n_resamples: int = 200,
+    seed: int = 0,
+) -> CorrectedCorrelation:
+    """Spearman correlation over experts between the **expectations** of ``x`` and ``y``, pooled over layers.
+
+    The items are cut at random into halves A and B, ``n_splits`` times. With rho the Spearman correlation over experts,
+    averaged over splits, layers and domains::
+
+        c = mean rho(x_A, y_B), rho(x_B, y_A)      rx = mean rho(x_A, x_B)      ry = mean rho(y_A, y_B)
+        corrected = g(f(c) / sqrt(f(rx) f(ry)))
+
+    Different halves keep noise that x and y share in an item out of c. g is :func:`expected_spearman`, f its inverse:
+    noise attenuates Pearson correlations by sqrt(rx ry), not rank correlations of few experts.
+
+    Interval: items are reweighted by 1 +- .75 (half of them up, half down) within each domain, all layers together, in
+    ``n_resamples`` / 2 antithetic pairs, and the whole procedure is rerun. The odd part of the changes counts noise x
+    noise terms twice, the even part once, though with the roughness of ranks: half of the even part is taken off, a
+    share set by simulation (docs/stats-coverage.md).
+
+    Args:
+        x: For instance routing probabilities, ``[item, layer, expert]``, or one such array per domain.
+        y: For instance deltas (nats), the same shapes. Complete; at least 8 items per domain and 4 experts.
+        floor: Where the lower bound of either reliability is below it, no corrected number is given.
+
+    Returns:
+        The corrected and the raw correlation with intervals, both reliabilities, and a verdict in words.
+
+    Raises:
+        DataError: Shapes that differ, missing values, too few items or experts, or no layer in which experts differ.
+
+    Source: Spearman (1904) for the correction; the rest is derived. The unit of inference is the item: the interval is
+    for these experts and layers, not for others. Where noise differs much between experts, the correction is rough.
+    """
+    check_probability(level, "level")
+    check_probability(floor, "floor")
+    check_at_least(n_splits, SPLITS_PER_RESAMPLE, "n_splits")
+    check_at_least(n_resamples, 20, "n_resamples")
+    domains = _domains(x, y, n_splits, seed)
+    n_experts = domains[0].n_experts
+    base = _correlations(domains, np.arange(n_splits))
+    rng = derive_rng(seed, "item_weights")
+    odd, even = [], []
+    for pair in range(n_resamples // 2):
+        splits = (np.arange(SPLITS_PER_RESAMPLE) + SPLITS_PER_RESAMPLE * pair) % n_splits
+        signs = [rng.permutation(np.arange(domain.n_items) % 2 * 2 - 1) for domain in domains]
+        up, down = (
+            _scores(_correlations(domains, splits, [1 + way * SPREAD * s for s in signs]), n_experts) for way in (1, -1)
+        )
+        odd.append((up - down) / (2 * SPREAD))
+        even.append(((up + down) / 2 - _scores(base[:, splits], n_experts)) / SPREAD**2)
+    sizes = tuple(domain.n_items for domain in domains)
+    sd = _standard_errors(np.array(odd), np.array(even), min(sizes))
+    half_width = scipy_stats.t.ppf((1 + level) / 2, sum(sizes) - len(sizes)) * sd
+    return _result(_scores(base, n_experts), half_width, n_experts, floor, sizes)
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """One domain's x and y as ``[expert * layer, item]``, and its halves ``[split, item]``."""
+
+    x: FloatArray
+    y: FloatArray
+    n_experts: int
+    halves: NDArray[np.bool_]
+
+    @property
+    def n_items(self) -> int:
+        return self.x.shape[-1]
+
+
+def _domains(
+    x: ArrayLike | Sequence[ArrayLike], y: ArrayLike | Sequence[ArrayLike], n_splits: int, seed: int
+) -> list[_Domain]:
+    pairs = list(zip(x, y, strict=True)) if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) else [(x, y)]
+    domains = []
+    for index, (one, other) in enumerate(pairs):
+        a, b = _complete(one, "x", 8), _complete(other, "y", 8)
+        if a.shape != b.shape or a.ndim != 3 or a.shape[-1] < 4:
+            raise DataError(
+                f"x has shape {a.shape} and y {b.shape}",
+                "the same shape [item, layer, expert] with at least 4 experts",
+                "Pass one array per domain, or one for all items, with the same items in x and y.",
+            )
+        usable = _varies(a) & _varies(b)
+        halves = _random_halves(len(a), n_splits, derive_rng(seed, "halves", index))
+        domains.append(_Domain(_experts_first(a[:, usable]), _experts_first(b[:, usable]), a.shape[-1], halves))
+    if len({domain.n_experts for domain in domains}) != 1 or all(domain.x.size == 0 for domain in domains):
+        raise DataError(
+            f"experts per domain {[domain.n_experts for domain in domains]}, "
+            f"layers in which they differ {[len(domain.x) // domain.n_experts for domain in domains]}",
+            "the same experts in every domain, and a layer in which they differ",
+            "Leave out the layers or domains without any difference between experts.",
+        )
+    return [domain for domain in domains if domain.x.size]
+
+
+def _complete(x: ArrayLike, name: str, n_min: int = 4) -> FloatArray:
+    values = sample_last(x, name=name)
+    check_no_missing(values, name)
+    if values.ndim < 2 or len(values) < n_min or values.shape[-1] < 3:
+        raise DataError(
+            f"{name} has shape {values.shape}",
+            f"[item, ..., expert] with at least {n_min} items and 3 experts",
+            "Add items: a half needs some to average over.",
+        )
+    return values
+
+
+def _varies(stack: FloatArray) -> NDArray[np.bool_]:
+    """Layers of ``[item, layer, expert]`` in which experts differ in some item."""
+    return np.asarray((np.ptp(stack, axis=-1) > 0).any(0))
+
+
+def _experts_first(stack: FloatArray) -> FloatArray:
+    # (item, layer, expert) -> (expert, layer, item) -> (expert * layer, item)
+    return np.ascontiguousarray(stack.transpose(2, 1, 0)).reshape(-1, len(stack))
+
+
+def _random_halves(n: int, n_splits: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    first = np.zeros((n_splits, n), dtype=bool)
+    first[:, : n // 2] = True
+    return rng.permuted(first, axis=1)
+
+
+def _half_ranks(flat: FloatArray, n_experts: int, halves: NDArray[np.bool_], weights: FloatArray) -> FloatArray:
+    """Unit rank vectors of the weighted means of both halves, ``[expert, layer, half, split]``."""
+    sides = np.stack([halves, ~halves]) * weights
+    sides /= sides.sum(-1, keepdims=True)
+    means = flat @ sides.reshape(-1, sides.shape[-1]).T
+    return _unit_ranks(means.reshape(n_experts, -1)).reshape(n_experts, -1, 2, len(halves))
+
+
+def _unit_ranks(values: FloatArray) -> FloatArray:
+    """Centred average ranks along the first axis, scaled to length one; zeros where all are equal.
+
+    2 rank - (E + 1) = sum over e' of sign(v_e - v_e'): for few experts much faster than sorting.
+    """
+    if len(values) > 64:
+        ranks = 2 * scipy_stats.rankdata(values, axis=0) - (len(values) + 1)
+    else:
+        ranks = np.zeros(values.shape, dtype=np.float32)
+        for e in range(len(values) - 1):
+            sign = (values[e + 1 :] > values[e]).view(np.int8) - (values[e + 1 :] < values[e]).view(np.int8)
+            ranks[e + 1 :] += sign
+            ranks[e] -= sign.sum(0, dtype=np.float32)
+    norm = np.sqrt((ranks * ranks).sum(0))
+    return np.asarray(ranks / np.where(norm > 0, norm, 1))
+
+
+def _correlations(
+    domains: list[_Domain], splits: NDArray[np.int64], weights: list[NDArray[np.float64]] | None = None
+) -> FloatArray:
+    """Means over layers and domains of rho(x_A, y_B), rho(x_A, x_B), rho(y_A, y_B) and rho(x, y), ``[4, split]``."""
+    parts = []
+    for index, domain in enumerate(domains):
+        weight = np.ones(domain.n_items) if weights is None else weights[index]
+        x, y = (_half_ranks(side, domain.n_experts, domain.halves[splits], weight) for side in (domain.x, domain.y))
+        whole = [_unit_ranks((side @ weight).reshape(domain.n_experts, -1)) for side in (domain.x, domain.y)]
+        raw = np.broadcast_to((whole[0] * whole[1]).sum(0)[:, None], x.shape[1::2])
+        crossed = ((x[:, :, 0] * y[:, :, 1]).sum(0) + (x[:, :, 1] * y[:, :, 0]).sum(0)) / 2
+        parts.append([crossed, (x[:, :, 0] * x[:, :, 1]).sum(0), (y[:, :, 0] * y[:, :, 1]).sum(0), raw])
+    return np.concatenate(parts, axis=1).mean(1)
+
+
+def _scores(correlations: FloatArray, n_experts: int) -> FloatArray:
+    """Averages over splits on scales fit for a symmetric interval: latent corrected, logit of both latent half
+    reliabilities, raw."""
+    crossed, rx, ry = latent_pearson(correlations[:3].mean(-1), n_experts)
+    rx, ry = np.clip([rx, ry], 1e-3, 1 - 1e-3)
+    return np.array([crossed / np.sqrt(rx * ry), special.logit(rx), special.logit(ry), correlations[3].mean()])
+
+
+def _standard_errors(odd: FloatArray, even: FloatArray, n: int) -> FloatArray:
+    """Standard errors of :func:`_scores` from the odd and even parts of their changes, ``[pair, 4]``."""
+    first = (odd**2).mean(0) * (n - 1) / n  # balanced signs are correlated by -1 / (n - 1)
+    second = even.var(0)
+    # noise x noise terms carry at most all of the variance, and then the odd part holds twice it
+    variance = np.maximum(first - second / 2, first / 2)
+    variance[1:3] = first[1:3]  # on the logit scale the odd part alone is right
+    half = n // 2
+    return np.sqrt(variance * half / (half - 1))
+
+
+def _result(
+    center: FloatArray, half_width: FloatArray, n_experts: int, floor: float, sizes: tuple[int, ...]
+) -> CorrectedCorrelation:
+    bounds = np.stack([center, center - half_width, center + half_width], axis=-1)
+    rx, ry = (Estimate(*map(float, spearman_brown(special.expit(row)))) for row in bounds[1:3])
+    raw = Estimate(*map(float, np.clip(bounds[3], -1, 1)))
+    noisy = [name for name, r in (("x", rx), ("y", ry)) if r.low < floor]
+    corrected = Estimate(*map(float, expected_spearman(np.clip(bounds[0], -1, 1), n_experts)))
+    if noisy:
+        verdict = (
+            f"too noisy: the reliability of {' and of '.join(noisy)} may be below {floor:g} "
+            f"(x {rx.value:.2f}, lower bound {rx.low:.2f}; y {ry.value:.2f}, lower bound {ry.low:.2f})"
+        )
+        corrected = Estimate(float("nan"), float("nan"), float("nan"))
+    else:
+        sign = "positive" if corrected.low > 0 else "negative" if corrected.high < 0 else "no"
+        verdict = f"{sign} correlation: {corrected.value:.2f}, interval {corrected.low:.2f} to {corrected.high:.2f}"
+    return CorrectedCorrelation(corrected, raw, rx, ry, bool(noisy), verdict, sizes)
