@@ -8,12 +8,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# public name -> module that defines it; a module's own name stands for the module itself
+# public name -> module that defines it; "moe_interp.<name>" is that module itself
 _HOME = {
     "MoEInterpError": "moe_interp.errors",
+    "RoutingTrace": "moe_interp.traces",
+    "load_result": "moe_interp.results",
+    "traces": "moe_interp.traces",
+    "testbed": "moe_interp.testbed",
     "MoEHooks": "moe_interp.hooks.attach",
     "attach": "moe_interp.hooks.attach",
     "attached": "moe_interp.hooks.attach",
+    "ablate_experts": "moe_interp.interventions",
+    "bias_router": "moe_interp.interventions",
+    "force_experts": "moe_interp.interventions",
+    "random_routing": "moe_interp.interventions",
+    "replay_routes": "moe_interp.interventions",
+    "set_routes": "moe_interp.interventions",
+    "uniform_routing": "moe_interp.interventions",
     "stats": "moe_interp.stats",
 }
 
@@ -28,7 +39,7 @@ def __getattr__(name: str) -> Any:
         known = ", ".join(__all__)
         raise AttributeError(f"module 'moe_interp' has no attribute {name!r}; public names: {known}") from None
     module = import_module(home)
-    value = module if home.rpartition(".")[2] == name else getattr(module, name)
+    value = module if home == f"moe_interp.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

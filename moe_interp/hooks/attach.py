@@ -15,7 +15,7 @@ from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.layer import OpenLayer
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
-from moe_interp.hooks.opening import close_layer, describe_layer, find_layers, open_layer
+from moe_interp.hooks.opening import PastLength, close_layer, describe_layer, find_layers, open_layer
 from moe_interp.types import Layer
 
 _MARK = "_moe_interp_hooks"
@@ -33,6 +33,7 @@ class MoEHooks:
         self.bridge = bridge
         self._opened = opened
         self._blocks = blocks
+        self._past = PastLength(bridge.original_model)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -41,6 +42,11 @@ class MoEHooks:
     @property
     def is_attached(self) -> bool:
         return self.bridge.__dict__.get(_MARK) is self
+
+    @property
+    def n_past(self) -> int:
+        """Positions that the running (or last) forward pass found in its cache: 0 except in later steps of generate."""
+        return self._past.n_past
 
     def spec(self, layer: Layer) -> MoESpec:
         """What the layer is: family, sizes, routing rule.
@@ -116,7 +122,7 @@ class MoEHooks:
             columns = [[label] if axis == "layer" else range(ranges[axis]) for axis in axes]
             rows += itertools.product(*columns)
         # without the layer axis, every layer gives the same cells
-        return pd.DataFrame(dict.fromkeys(rows), columns=list(axes))
+        return pd.DataFrame(list(dict.fromkeys(rows)), columns=list(axes))
 
     def layer_label(self, label: Any) -> Layer:
         """Normalise a label: negative indices count MoE layers from the end, ``"encoder.1"`` is ``("encoder", 1)``."""
@@ -149,6 +155,7 @@ class MoEHooks:
                 point.remove_hooks(dir="both", including_permanent=True)
                 del block._modules[f"hook_{name}"]
                 self.bridge._hook_registry.pop(f"{self._blocks[layer]}.hook_{name}", None)
+        self._past.remove()
         del self.bridge.__dict__[_MARK]
 
     def __enter__(self) -> MoEHooks:

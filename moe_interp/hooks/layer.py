@@ -128,11 +128,12 @@ def check_route(indices: Tensor, n_experts: int, where: str) -> None:
 
 
 def pack_left(indices: Tensor) -> Tensor:
-    """Move empty slots to the end, keeping the order of the others."""
+    """Move empty slots to the end, keeping the order of the others, and cut to the widest route."""
     empty = indices < 0
-    if not bool((empty[..., :-1] & ~empty[..., 1:]).any()):
-        return indices
-    return indices.gather(-1, empty.to(torch.int8).sort(dim=-1, stable=True).indices)
+    if bool((empty[..., :-1] & ~empty[..., 1:]).any()):
+        indices = indices.gather(-1, empty.to(torch.int8).sort(dim=-1, stable=True).indices)
+    widest = int((~empty).sum(dim=-1).max()) if indices.numel() else 1
+    return indices[..., : max(widest, 1)]
 
 
 def is_edited(after: Tensor, before: Tensor) -> bool:

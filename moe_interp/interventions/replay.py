@@ -1,0 +1,135 @@
+"""Replay recorded routes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_interp.errors import RouteError
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.interventions.where import Positions, Where, merge_slots, merge_weights
+from moe_interp.types import Hooks, Layer
+
+
+class Routes(Protocol):
+    """What of a ``RoutingTrace`` is replayed: arrays ``[token, layer, slot]``, sequences one after the other."""
+
+    expert_indices: Any
+    expert_weights: Any
+    sequence: Any
+    layers: tuple[Any, ...]
+    n_experts: int
+
+
+def replay_routes(
+    moe: MoEHooks,
+    trace: Any,
+    layers: list[Layer] | None = None,
+    positions: Positions = "all",
+    attention_mask: Tensor | None = None,
+) -> Hooks:
+    """Make tokens take the routes of a recorded run. Replaying a run's own routes changes nothing, to the last bit.
+
+    Args:
+        moe: Attached hooks.
+        trace: A cache with ``expert_indices`` (and ``expert_weights``, if they are to be replayed too), whose rows and
+            positions are those of the batch; or a ``RoutingTrace``, whose s-th sequence is for row s of the batch and
+            which counts positions from each row's first real token.
+        layers: Layers to replay; by default all that were recorded.
+        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`; every step by default, so that a
+            step of ``generate`` outside the trace is refused. With a cache, both runs have the same padding.
+
+    Raises:
+        RouteError: nothing recorded at a layer, routes of another model, or (when it runs) a token outside the trace.
+    """
+    from_cache = not hasattr(trace, "expert_indices")
+    where = Where(moe, positions, attention_mask)
+    recorded = _of_cache(moe, trace, layers) if from_cache else _of_trace(moe, trace, layers)
+    hooks: Hooks = []
+    for layer, (indices, weights) in recorded.items():
+        hooks.append((moe.hook_name("expert_indices", layer), _setter(where, indices, merge_slots, from_cache)))
+        if weights is not None:
+            hooks.append((moe.hook_name("expert_weights", layer), _setter(where, weights, merge_weights, from_cache)))
+    return hooks
+
+
+# [sequence, pos, slot] each; indices are -2 beyond a sequence's end
+Recorded = dict[Layer, tuple[Tensor, Tensor | None]]
+
+
+def _of_cache(moe: MoEHooks, cache: Mapping[str, Tensor], layers: list[Layer] | None) -> Recorded:
+    found: Recorded = {}
+    for layer in layers or moe.layers:
+        name = moe.hook_name("expert_indices", layer)
+        if name in cache:
+            weights = moe.hook_name("expert_weights", layer)
+            has_weights = weights in cache
+            found[layer] = (cache[name], cache[weights] if has_weights else None)
+        elif layers:
+            raise _nothing_recorded(layer)
+    if not found:
+        raise _nothing_recorded(moe.layers[0])
+    return found
+
+
+def _of_trace(moe: MoEHooks, trace: Routes, layers: list[Layer] | None) -> Recorded:
+    chosen = [layer for layer in trace.layers if layer in moe.layers] if layers is None else layers
+    found: Recorded = {}
+    for layer in chosen:
+        if layer not in trace.layers:
+            raise _nothing_recorded(layer)
+        if trace.n_experts != moe.spec(layer).n_experts:
+            raise RouteError(
+                f"a trace of {trace.n_experts} experts for layer {layer} with {moe.spec(layer).n_experts}",
+                "routes of this model",
+                "Replay a trace recorded on it.",
+            )
+        column = list(trace.layers).index(layer)
+        indices = _by_sequence(trace, torch.as_tensor(trace.expert_indices[:, column]).long(), -2)
+        weights = trace.expert_weights
+        weights = None if weights is None else _by_sequence(trace, torch.as_tensor(weights[:, column]), 0.0)
+        found[layer] = (indices, weights)
+    if not found:
+        raise _nothing_recorded(moe.layers[0])
+    return found
+
+
+def _by_sequence(trace: Routes, tokens: Tensor, fill: float) -> Tensor:
+    """``[token, slot]`` to ``[sequence, pos, slot]``, filled beyond each sequence's end."""
+    lengths = torch.bincount(torch.as_tensor(trace.sequence))
+    return torch.nn.utils.rnn.pad_sequence(list(tokens.split(lengths.tolist())), batch_first=True, padding_value=fill)
+
+
+def _setter(where: Where, recorded: Tensor, merge: Callable[..., Tensor], by_column: bool) -> Any:
+    def replay(value: Tensor, hook: Any) -> Tensor:
+        tokens = where.tokens(value)
+        batch, pos = value.shape[:2]
+        raw = torch.arange(where.moe.n_past, where.moe.n_past + pos, device=value.device).expand(batch, pos)
+        at = raw if by_column else where.index(value)
+        source = recorded.to(value.device)
+        row = torch.arange(batch, device=value.device).unsqueeze(1).expand(batch, pos)
+        outside = tokens & ((at >= source.shape[1]) | (row >= source.shape[0]))
+        at, row = at.clamp(0, source.shape[1] - 1), row.clamp(max=source.shape[0] - 1)
+        new = source[row, at]
+        outside |= tokens & (new == -2).any(dim=-1)
+        if bool(outside.any()):
+            b, p = outside.nonzero()[0].tolist()
+            raise RouteError(
+                f"row {b}, position {p + where.moe.n_past} at {hook.name}, which the trace does not hold",
+                f"at most {source.shape[0]} sequences with recorded positions",
+                "Replay on the recorded tokens, or limit `positions`; the model was left as it was.",
+            )
+        return merge(tokens, new, value)
+
+    return replay
+
+
+def _nothing_recorded(layer: Layer) -> RouteError:
+    return RouteError(
+        f"no recorded routes for layer {layer!r}",
+        "a RoutingTrace, or a cache with expert_indices",
+        'Record them with run_with_cache(names_filter=moe.filter("expert_indices", "expert_weights")).',
+    )

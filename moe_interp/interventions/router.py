@@ -1,0 +1,137 @@
+"""Change how a whole layer routes: uniformly, at random, or with a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_interp.errors import ConfigError
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.interventions.force import Mass, NaturalMass, check_mass
+from moe_interp.interventions.streams import uniform_keys
+from moe_interp.interventions.where import Positions, Where, merge_slots
+from moe_interp.types import Hooks, Layer
+
+
+def uniform_routing(
+    moe: MoEHooks,
+    layers: Sequence[Layer] | None = None,
+    mass: Mass = "one",
+    positions: Positions = None,
+    attention_mask: Tensor | None = None,
+) -> Hooks:
+    """Every expert runs, with weight 1/E (``mass="one"``) or the token's natural sum of weights / E (``"natural"``).
+
+    Llama 4, where a weight scales the expert's input: the mean of E(x) over the experts with s = 1 (derived), times the
+    natural sum for ``mass="natural"``.
+
+    Args:
+        moe: Attached hooks.
+        layers: MoE layers; all by default.
+        mass: The total weight.
+        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+    """
+    check_mass(mass)
+    where = Where(moe, positions, attention_mask)
+    return [hook for layer in _layers(moe, layers) for hook in _uniform(moe, layer, mass, where)]
+
+
+def random_routing(
+    moe: MoEHooks,
+    layers: Sequence[Layer] | None = None,
+    seed: int = 0,
+    positions: Positions = None,
+    attention_mask: Tensor | None = None,
+) -> Hooks:
+    """As many experts as the router would use, drawn uniformly without replacement; the family's weights for them.
+
+    A token's draw depends on the seed, the layer, the row of the batch and the position in the unpadded sequence alone:
+    not on padding, and not on whether the sequence runs at once or step by step.
+
+    Args:
+        moe: Attached hooks.
+        layers: MoE layers; all by default.
+        seed: Seed of the draw.
+        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+    """
+    where = Where(moe, positions, attention_mask)
+
+    def draw(layer: Layer) -> Any:
+        stream, n_experts = moe.layers.index(layer), moe.spec(layer).n_experts
+
+        def set_indices(value: Tensor, hook: Any) -> Tensor:
+            row = torch.arange(value.shape[0], device=value.device).unsqueeze(1)
+            keys = uniform_keys(where.index(value), n_experts, seed, stream, row)
+            drawn = keys.topk(value.shape[-1], dim=-1).indices.masked_fill(value < 0, -1)
+            return merge_slots(where.tokens(value), drawn, value)
+
+        return set_indices
+
+    return [(moe.hook_name("expert_indices", layer), draw(layer)) for layer in _layers(moe, layers)]
+
+
+def bias_router(
+    moe: MoEHooks,
+    layer: Layer,
+    bias: Tensor | Sequence[float],
+    positions: Positions = None,
+    attention_mask: Tensor | None = None,
+) -> Hooks:
+    """Add a bias to the router's logits: selection and weights follow by the family's own rule.
+
+    Args:
+        moe: Attached hooks.
+        layer: An MoE layer.
+        bias: ``[expert]``; -inf shuts an expert out (of softmax families; where a family adds a correction bias to its
+            scores, use ``ablate_experts(mode="reroute")``).
+        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+
+    Raises:
+        ConfigError: a bias of another width, or one that is NaN.
+    """
+    added, n_experts = torch.as_tensor(bias, dtype=torch.float64), moe.spec(layer).n_experts
+    if added.shape != (n_experts,) or bool(torch.isnan(added).any()):
+        raise ConfigError(
+            f"a bias of shape {tuple(added.shape)}" + (" with NaN" if added.shape == (n_experts,) else ""),
+            f"{n_experts} numbers, one an expert",
+            "Give each expert a bias; 0 leaves it.",
+        )
+    where = Where(moe, positions, attention_mask)
+
+    def add(value: Tensor, hook: Any) -> Tensor:
+        return torch.where(where.tokens(value).unsqueeze(-1), value + added.to(value), value)
+
+    return [(moe.hook_name("router_logits", layer), add)]
+
+
+def _uniform(moe: MoEHooks, layer: Layer, mass: Mass, where: Where) -> Hooks:
+    spec = moe.spec(layer)
+    natural = NaturalMass(moe, layer)
+    everyone = torch.arange(spec.n_experts)
+
+    def set_indices(value: Tensor, hook: Any) -> Tensor:
+        natural.read_route(value)
+        return merge_slots(where.tokens(value), everyone.to(value).expand(*value.shape[:2], -1), value)
+
+    def set_weights(value: Tensor, hook: Any) -> Tensor:
+        total = 1.0 if mass == "one" or spec.weight_on_input else natural.take()
+        weight = total if spec.weight_on_input else total / spec.n_experts
+        return torch.where(where.tokens(value).unsqueeze(-1), torch.ones_like(value) * weight, value)
+
+    def average(value: Tensor, hook: Any) -> Tensor:
+        scale = natural.take().to(value) if mass == "natural" else torch.ones_like(value[..., :1])
+        return torch.where(where.tokens(value).unsqueeze(-1), value * scale / spec.n_experts, value)
+
+    hooks: Hooks = [
+        (moe.hook_name("router_logits", layer), natural.read_logits),
+        (moe.hook_name("expert_indices", layer), set_indices),
+        (moe.hook_name("expert_weights", layer), set_weights),
+    ]
+    return [*hooks, (moe.hook_name("routed_out", layer), average)] if spec.weight_on_input else hooks
+
+
+def _layers(moe: MoEHooks, layers: Sequence[Layer] | None) -> list[Layer]:
+    return list(moe.layers) if layers is None else [moe.layer_label(layer) for layer in layers]
