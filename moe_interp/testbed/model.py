@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -97,13 +101,7 @@ def train_tokenizer(
                 left -= len(part)
 
     backend.train_from_iterator(sample(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-    )
+    return _wrapped(backend)
 
 
 def transformers_config(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
@@ -153,13 +151,42 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int = 0) -> PreTrain
         return AutoModelForCausalLM.from_config(transformers_config(config, vocab_size))
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path, dtype: torch.dtype) -> None:
-    """A standard folder, which ``from_pretrained`` and ``TransformerBridge.boot_transformers`` load offline."""
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(path, state_dict=state)
-    finally:
-        model.config.dtype = before
+def bridge_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> TransformerBridge:
+    """A TransformerBridge around the model, which it changes in place; its parameters stay the same objects."""
+    kind, tokenizer = type(model).__name__, _with_bos(tokenizer)
+    return build_bridge_from_module(model, kind, hf_config=model.config, tokenizer=tokenizer, model_name="testbed")
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that prepends ``<bos>``: TransformerLens would load a tokenizer that does not anew, by a name it lacks."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    return _wrapped(backend, name_or_path="testbed", add_bos_token=True)
+
+
+def _wrapped(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special, **options)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers (not copies) under transformers' own names, also of a model inside a bridge."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name.replace("._original_component", ""): tensor.detach() for name, tensor in named.items()}
+
+
+def save_checkpoint(model: nn.Module, tokenizer: PreTrainedTokenizerFast, path: Path, dtype: torch.dtype) -> None:
+    """A standard folder, which ``from_pretrained`` and ``TransformerBridge.boot_transformers`` load offline.
+
+    Args:
+        model: A transformers model, or the ``original_model`` of its bridge.
+    """
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).to(dtype)
+    tensors = model_tensors(model)
+    with torch.no_grad():
+        for name, tensor in plain.state_dict().items():
+            tensor.copy_(tensors[name])
+    plain.config.dtype = dtype
+    plain.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -6,111 +6,71 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from moe_interp.errors import ConfigError, ResultError, TrainingError
+from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
-from moe_interp.testbed.model import build_model, save_checkpoint, train_tokenizer
+from moe_interp.testbed.evaluate import Evaluation, evaluate, max_violation, token_losses, unigram_loss
+from moe_interp.testbed.metrics import routing_metrics
+from moe_interp.testbed.model import bridge_model, build_model, model_tensors, save_checkpoint, train_tokenizer
 from moe_interp.testbed.optim import make_optimizers
 from moe_interp.testbed.packing import PackedSequences, training_sequences, validation_sequences
 from moe_interp.testbed.registry import load_domains
-from moe_interp.testbed.strategies import MicroBatchBalance, RouterRecord, Strategy
-
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Strategy, MicroBatchBalance)}
+from moe_interp.testbed.strategies import STRATEGIES, Batch, Loads, Records, recorded
+from moe_interp.traces.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run. ``history`` holds the log's records; ``path`` the checkpoint folder (None: nothing saved)."""
+    """A finished run.
+
+    Attributes:
+        moe: Hooks on the trained model's bridge.
+        domains, validation: The data, and the held-out sequences behind ``trace`` and the history's losses.
+        trace: Routes of the validation sequences under the strategy, with domain labels.
+        history: The log's records; the last holds the final losses.
+        path: The checkpoint folder; None where nothing was saved.
+    """
 
     config: TestbedConfig
-    model: PreTrainedModel
+    moe: MoEHooks
     tokenizer: PreTrainedTokenizerFast
     domains: tuple[Domain, ...]
+    validation: PackedSequences
+    trace: RoutingTrace
     history: list[dict[str, Any]]
     path: Path | None
 
-
-class RouterTap:
-    """Reads each MoE layer's router in training: logits with their gradient, and the experts chosen."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.records: dict[int, RouterRecord] = {}
-        routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
-        for layer, router in enumerate(routers):
-            router.register_forward_hook(self._read(layer))
-
-    def _read(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            self.records[layer] = RouterRecord(output[0], output[2])
-
-        return hook
-
-
-def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of tokens 1..T-1. ``[batch, pos, vocab], [batch, pos] -> [batch, pos - 1]``."""
-    return nn.functional.cross_entropy(logits[:, :-1].float().mT, tokens[:, 1:], reduction="none")
-
-
-def max_violation(load: Tensor) -> float:
-    """MaxVio = (max load - mean load) / mean load of one layer; 0 when balanced."""
-    return float(load.max() / load.mean() - 1)
-
-
-def unigram_loss(train: PackedSequences, validation: PackedSequences, vocab_size: int) -> dict[str, float]:
-    """Nats per token of validation under each domain's own training unigram (add-one): the yardstick."""
-    losses = {}
-    for d, name in enumerate(train.names):
-        counts = np.bincount(train.tokens[train.domain == d], minlength=vocab_size) + 1.0
-        losses[name] = float(
-            -np.log(counts / counts.sum())[validation.tokens[:, 1:][validation.domain[:, 1:] == d]].mean()
-        )
-    return losses
-
-
-@torch.no_grad()
-def validation_loss(model: nn.Module, data: PackedSequences, batch: int = 24) -> dict[str, float]:
-    """Nats per token of each domain, over positions 1..T-1 of its sequences."""
-    device = next(model.parameters()).device
-    losses = []
-    for i in range(0, len(data), batch):
-        tokens = torch.as_tensor(data.tokens[i : i + batch], dtype=torch.long, device=device)
-        losses.append(token_losses(model(tokens, use_cache=False).logits, tokens).cpu().numpy())
-    all_losses = np.concatenate(losses)
-    return {name: float(all_losses[data.domain[:, 1:] == d].mean()) for d, name in enumerate(data.names)}
+    def specialization(self) -> pd.DataFrame:
+        """:func:`moe_interp.testbed.metrics.routing_metrics` of the validation routes: one row a layer."""
+        return routing_metrics(self.trace)
 
 
 class Trainer:
     """One run. :func:`train` is the way in; the class keeps what a step and a checkpoint share."""
 
     def __init__(self, config: TestbedConfig, domains: Sequence[Domain], accelerator: Accelerator) -> None:
-        if config.micro_batches % accelerator.num_processes:
-            raise ConfigError(
-                f"micro_batches={config.micro_batches} on {accelerator.num_processes} processes",
-                "a multiple of the number of processes",
-                "Change micro_batches or the number of processes.",
-            )
-        if config.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy {config.strategy!r}", f"one of {sorted(STRATEGIES)}", "Choose another.")
+        _check_run(config, accelerator)
         self.config, self.domains, self.accelerator = config, tuple(domains), accelerator
         self.tokenizer = train_tokenizer(domains, config.vocab_size)
-        n_sequences = config.steps * config.micro_batches * config.micro_batch
         self.data = training_sequences(
             domains,
             self.tokenizer,
-            n_sequences=n_sequences,
+            n_sequences=config.steps * config.micro_batches * config.micro_batch,
             length=config.length,
             shares=config.shares,
             mixed=config.mixed_sequences,
@@ -122,72 +82,87 @@ class Trainer:
             domains, self.tokenizer, n_per_domain=config.validation_sequences, length=config.length
         )
         model = build_model(config.model, len(self.tokenizer), config.seed)
-        self.tap = RouterTap(model)
         optimizers = make_optimizers(model, config.optimizer, config.lr, config.muon_lr, config.weight_decay)
-        self.base_lrs = [[group["lr"] for group in o.param_groups] for o in optimizers]
-        prepared = accelerator.prepare(model, *optimizers)
+        self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.bridge = bridge_model(model, self.tokenizer)
+        self.moe = attach(self.bridge, expert_outputs=False)
+        prepared = accelerator.prepare(self.bridge.original_model, *optimizers)
         self.model, self.optimizers = prepared[0], prepared[1:]
         self.strategy = STRATEGIES[config.strategy]()
+        self.strategy.bind(self.moe, tuple(d.name for d in domains), config.seed)
+        self.bridge.train()
         self.step, self.history = 0, list[dict[str, Any]]()
 
-    def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Tokens and domain labels of one micro-batch; which one it is depends on nothing but its number."""
-        start = (step * self.config.micro_batches + micro) * self.config.micro_batch
+    def forward(self, tokens: Tensor, domain: Tensor, training: bool = True) -> tuple[Tensor, Records]:
+        """Logits and what each router did, under the strategy's hooks."""
+        hooks = self.strategy.fwd_hooks(self.moe, Batch(tokens, domain, self.step, training))
+        return recorded(self.moe, lambda: self.model(tokens, use_cache=False).logits, hooks)
+
+    def micro_batch(self, micro: int) -> tuple[Tensor, Tensor]:
+        """Tokens and domain labels of a micro-batch of this step; nothing but its number decides which."""
+        start = (self.step * self.config.micro_batches + micro) * self.config.micro_batch
         rows = slice(start, start + self.config.micro_batch)
-        device = self.accelerator.device
-        return (
-            torch.as_tensor(self.data.tokens[rows], dtype=torch.long, device=device),
-            torch.as_tensor(self.data.domain[rows], dtype=torch.long, device=device),
+        tokens, domain = (
+            torch.as_tensor(a[rows], dtype=torch.long, device=self.accelerator.device)
+            for a in (self.data.tokens, self.data.domain)
         )
+        return tokens, domain
 
     def train_step(self) -> dict[str, Any]:
-        """One optimiser step; its mean loss, auxiliary loss and each layer's load."""
+        """One optimiser step; its mean loss and auxiliary loss, the learning rate and each layer's load."""
         config, accelerator = self.config, self.accelerator
         factor = config.lr_factor(self.step)
         for optimizer, rates in zip(self.optimizers, self.base_lrs):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
+        # micro-batches are dealt out to the processes, so that the step is the same on any number of them
         mine = range(accelerator.process_index, config.micro_batches, accelerator.num_processes)
+        step_load = self._load_of_step(mine) if self.strategy.needs_step_load else None
         totals = torch.zeros(2, device=accelerator.device)
-        loads: dict[int, Tensor] = {}
-        for i, micro in enumerate(mine):
-            tokens, _ = self.micro_batch(self.step, micro)
-            last = i == len(mine) - 1
-            with _no_sync(accelerator, self.model, not last):
-                logits = self.model(tokens, use_cache=False).logits
+        loads: dict[Any, Tensor] = {}
+        for micro in mine:
+            tokens, domain = self.micro_batch(micro)
+            # gradients are averaged over processes once a step
+            with nullcontext() if micro == mine[-1] else accelerator.no_sync(self.model):
+                logits, records = self.forward(tokens, domain)
                 loss = token_losses(logits, tokens).mean()
-                auxiliary = self.strategy.auxiliary_loss(self.tap.records)
+                auxiliary = self.strategy.auxiliary_loss(records, step_load)
                 accelerator.backward((loss + config.balance * auxiliary) / len(mine))
             both = torch.stack([loss.detach(), torch.as_tensor(auxiliary, device=loss.device).detach()])
             totals += both / len(mine)
-            for layer, record in self.tap.records.items():
-                loads[layer] = loads.get(layer, 0.0) + record.load() / len(mine)
+            _add_loads(loads, records, len(mine))
         totals = accelerator.reduce(totals, "mean")
-        loads = {layer: accelerator.reduce(load, "mean") for layer, load in loads.items()}
         self._check_finite(float(totals[0]), factor)
         accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        loads = {layer: accelerator.reduce(load, "mean") for layer, load in loads.items()}
         self.strategy.after_step(loads)
         self.step += 1
         return {"loss": float(totals[0]), "auxiliary": float(totals[1]), "lr": config.lr * factor, "loads": loads}
 
-    def _check_finite(self, loss: float, factor: float) -> None:
-        if math.isfinite(loss):
-            return
-        raise TrainingError(
-            f"the loss is {loss} at step {self.step}, learning rate {self.config.lr * factor:.3g}",
-            "a finite loss",
-            "The last checkpoint is kept: lower the learning rate, or resume from it with another seed of data.",
-        )
+    @torch.no_grad()
+    def _load_of_step(self, mine: range) -> Loads:
+        loads: dict[Any, Tensor] = {}
+        for micro in mine:
+            _add_loads(loads, self.forward(*self.micro_batch(micro))[1], len(mine))
+        return {layer: self.accelerator.reduce(load, "mean") for layer, load in loads.items()}
 
-    def validate(self) -> dict[str, float]:
-        """Validation loss of each domain (nats per token)."""
-        self.model.eval()
-        losses = validation_loss(self.accelerator.unwrap_model(self.model), self.validation)
-        self.model.train()
-        return losses
+    def _check_finite(self, loss: float, factor: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step}, learning rate {self.config.lr * factor:.3g}",
+                "a finite loss",
+                "The last checkpoint is kept; start anew with a lower learning rate or a longer warm-up.",
+            )
+
+    def evaluate(self) -> Evaluation:
+        """Validation losses and routes, under the strategy as it is outside training."""
+        self.bridge.eval()
+        found = evaluate(partial(self.forward, training=False), self.validation, self.accelerator.device)
+        self.bridge.train()
+        return found
 
     def save_state(self, path: Path) -> None:
         """Everything that the next step depends on; written beside and then moved, so a kill leaves the old one."""
@@ -196,8 +171,8 @@ class Trainer:
         state = {
             "fingerprint": self.config.fingerprint(),
             "step": self.step,
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "model": model_tensors(self.bridge.original_model),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "strategy": self.strategy.state_dict(),
             "history": self.history,
         }
@@ -217,21 +192,13 @@ class Trainer:
                 "a checkpoint of the very same configuration",
                 "Resume with the configuration saved beside it, or choose another folder.",
             )
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        with torch.no_grad():
+            for name, tensor in model_tensors(self.bridge.original_model).items():
+                tensor.copy_(state["model"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.strategy.load_state_dict(state["strategy"])
         self.step, self.history = state["step"], state["history"]
-
-
-@contextmanager
-def _no_sync(accelerator: Accelerator, model: nn.Module, skip: bool) -> Iterator[None]:
-    """Gradients are averaged over processes only once a step."""
-    if skip:
-        with accelerator.no_sync(model):
-            yield
-    else:
-        yield
 
 
 def train(
@@ -262,41 +229,77 @@ def train(
     folder = None if out is None else Path(out)
     if folder is not None:
         _open_folder(trainer, folder, resume)
+    _run_steps(trainer, folder, min(config.steps, stop_at or config.steps), progress and accelerator.is_main_process)
+    final = trainer.evaluate()
+    path = None
+    if folder is not None and trainer.step == config.steps:
+        path = folder / "model"
+        if accelerator.is_main_process:
+            save_checkpoint(trainer.bridge.original_model, trainer.tokenizer, path, torch.float32)
+        accelerator.wait_for_everyone()
+    trainer.moe.detach()
+    trainer.bridge.eval()
+    moe = attach(trainer.bridge)
+    return TrainedRun(
+        config, moe, trainer.tokenizer, trainer.domains, trainer.validation, final.trace, trainer.history, path
+    )
+
+
+def _run_steps(trainer: Trainer, folder: Path | None, end: int, progress: bool) -> None:
+    config = trainer.config
     unigram = unigram_loss(trainer.data, trainer.validation, len(trainer.tokenizer))
     tokens_per_step = config.micro_batches * config.micro_batch * config.length
     started, first = time.perf_counter(), trainer.step
-    end = min(config.steps, stop_at or config.steps)
-    with _progress_bar(progress and accelerator.is_main_process) as bar:
-        task = bar.add_task("training", total=config.steps, completed=trainer.step, status="")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[status]}"), disable=not progress) as bar:
+        task = bar.add_task(config.strategy, total=config.steps, completed=trainer.step, status="")
         while trainer.step < end:
-            out_of_step = trainer.train_step()
+            made = trainer.train_step()
             step = trainer.step
-            if step % config.log_every == 0 or step == end or step % config.validate_every == 0:
-                violations = [max_violation(load) for load in out_of_step["loads"].values()]
-                speed = (step - first) * tokens_per_step / (time.perf_counter() - started)
-                record: dict[str, Any] = {"step": step, "tokens": step * tokens_per_step, "tokens_per_s": round(speed)}
-                record |= {k: out_of_step[k] for k in ("loss", "auxiliary", "lr")} | {"max_violation": violations}
-                if step % config.validate_every == 0 or step == end:
-                    record |= {"validation": trainer.validate(), "unigram": unigram}
+            validate = step % config.validate_every == 0 or step == end
+            if validate or step % config.log_every == 0:
+                record: dict[str, Any] = {"step": step, "tokens": step * tokens_per_step}
+                record["tokens_per_s"] = round((step - first) * tokens_per_step / (time.perf_counter() - started))
+                record |= {key: made[key] for key in ("loss", "auxiliary", "lr")}
+                record["max_violation"] = [max_violation(load) for load in made["loads"].values()]
+                if validate:
+                    record |= _validation_record(trainer.evaluate()) | {"unigram": unigram}
                 trainer.history.append(record)
-                _write_record(folder, record, accelerator)
-                bar.update(task, status=f"loss {record['loss']:.3f}  MaxVio {max(violations):.2f}")
+                _write_record(folder, record, trainer.accelerator)
+                status = f"loss {record['loss']:.3f}  MaxVio {max(record['max_violation']):.2f}"
+                bar.update(task, status=status)
             bar.update(task, completed=step)
             if folder is not None and (step % config.checkpoint_every == 0 or step == end):
                 trainer.save_state(folder / "state.pt")
-    model = accelerator.unwrap_model(trainer.model).eval()
-    if folder is not None and trainer.step == config.steps and accelerator.is_main_process:
-        save_checkpoint(model, trainer.tokenizer, folder / "model", torch.float32)
-    path = None if folder is None else folder / "model"
-    return TrainedRun(config, model, trainer.tokenizer, trainer.domains, trainer.history, path)
+
+
+def _validation_record(found: Evaluation) -> dict[str, Any]:
+    routing: dict[str, Any] = {}
+    if len(found.losses) > 1:  # with one domain there is nothing to specialise in
+        routing = {str(k): v for k, v in routing_metrics(found.trace).to_dict("list").items()}
+    return {"validation": found.losses, "routing": routing}
+
+
+def _add_loads(loads: dict[Any, Tensor], records: Records, n: int) -> None:
+    for layer, record in records.items():
+        loads[layer] = loads.get(layer, torch.zeros(())) + record.load() / n
+
+
+def _check_run(config: TestbedConfig, accelerator: Accelerator) -> None:
+    if config.micro_batches % accelerator.num_processes:
+        raise ConfigError(
+            f"micro_batches={config.micro_batches} on {accelerator.num_processes} processes",
+            "a multiple of the number of processes",
+            "Change micro_batches or the number of processes.",
+        )
+    if config.strategy not in STRATEGIES:
+        raise ConfigError(f"strategy {config.strategy!r}", f"one of {sorted(STRATEGIES)}", "Choose another.")
 
 
 def _open_folder(trainer: Trainer, folder: Path, resume: bool) -> None:
     state = folder / "state.pt"
     if state.exists() and not resume:
-        raise ResultError(
-            f"{folder} already holds a run", "an empty folder, or resume", "Pass resume=True or another out."
-        )
+        raise ResultError(f"{folder} already holds a run", "an empty folder, or resume", "Resume, or change out.")
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
         trainer.load_state(state)
@@ -310,8 +313,3 @@ def _write_record(folder: Path | None, record: dict[str, Any], accelerator: Acce
     if folder is not None and accelerator.is_main_process:
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
-
-
-def _progress_bar(visible: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[status]}"), disable=not visible)
