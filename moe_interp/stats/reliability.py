@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 
 from moe_interp.errors import DataError
 from moe_interp.stats.checks import FloatArray, check_at_least, check_no_missing, check_probability, sample_last
+from moe_interp.stats.correlation import mean_rho_permutation
 from moe_interp.stats.streams import derive_rng
 
 # Item weights of a resample are 1 - SPREAD or 1 + SPREAD. Multinomial weights (spread 1) would double the noise of the
@@ -52,6 +53,8 @@ class CorrectedCorrelation:
         corrected: Correlation of the expectations, with its interval; NaN where the data are too noisy.
         raw: Mean Spearman correlation between the means over all items, not corrected.
         reliability_x, reliability_y: Of the means over all items, on the scale of a Pearson correlation.
+        p_value: Permutation test of the mean rho between the means (:func:`mean_rho_permutation`): are experts more
+            in line than exchangeable ones would be?
         too_noisy: Whether the lower bound of a reliability is below the floor.
         verdict: One plain sentence.
         n_items: Items per domain.
@@ -61,6 +64,7 @@ class CorrectedCorrelation:
     raw: Estimate
     reliability_x: Estimate
     reliability_y: Estimate
+    p_value: float
     too_noisy: bool
     verdict: str
     n_items: tuple[int, ...]
@@ -127,6 +131,7 @@ def corrected_correlation(
     floor: float = 0.2,
     n_splits: int = 100,
     n_resamples: int = 200,
+    n_permutations: int = 1999,
     seed: int = 0,
 ) -> CorrectedCorrelation:
     """Spearman correlation over experts between the **expectations** of ``x`` and ``y``, pooled over layers.
@@ -157,7 +162,8 @@ def corrected_correlation(
         DataError: Shapes that differ, missing values, too few items or experts, or no layer in which experts differ.
 
     Source: Spearman (1904) for the correction; the rest is derived. The unit of inference is the item: the interval is
-    for these experts and layers, not for others. Where noise differs much between experts, the correction is rough.
+    for these experts and layers, and a few experts are correlated by chance, so that the verdict asks for the
+    permutation test as well. Where noise differs much between experts, the correction is rough.
     """
     check_probability(level, "level")
     check_probability(floor, "floor")
@@ -179,29 +185,37 @@ def corrected_correlation(
     sizes = tuple(domain.n_items for domain in domains)
     sd = _standard_errors(np.array(odd), np.array(even), min(sizes))
     half_width = scipy_stats.t.ppf((1 + level) / 2, sum(sizes) - len(sizes)) * sd
-    return _result(_scores(base, n_experts), half_width, n_experts, floor, sizes)
+    means_x, means_y = (np.stack(sides) for sides in zip(*(domain.means for domain in domains)))
+    p = float(mean_rho_permutation(means_x, means_y, n_permutations=n_permutations, seed=seed)[1].p_value)
+    return _result(_scores(base, n_experts), half_width, n_experts, floor, sizes, p, p <= 1 - level)
 
 
 @dataclass(frozen=True)
 class _Domain:
-    """One domain's x and y as ``[expert * layer, item]``, and its halves ``[split, item]``."""
+    """One domain's x and y as ``[expert * layer, item]``, their means ``[layer, expert]``, halves ``[split, item]``."""
 
     x: FloatArray
     y: FloatArray
-    n_experts: int
+    means: tuple[FloatArray, FloatArray]
     halves: NDArray[np.bool_]
 
     @property
     def n_items(self) -> int:
         return self.x.shape[-1]
 
+    @property
+    def n_experts(self) -> int:
+        return self.means[0].shape[-1]
+
 
 def _domains(
     x: ArrayLike | Sequence[ArrayLike], y: ArrayLike | Sequence[ArrayLike], n_splits: int, seed: int
 ) -> list[_Domain]:
-    pairs = list(zip(x, y, strict=True)) if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) else [(x, y)]
+    xs, ys = (list(side) if isinstance(side, (list, tuple)) else [side] for side in (x, y))
+    if len(xs) != len(ys) or not xs:
+        raise DataError(f"x has {len(xs)} domains and y {len(ys)}", "as many", "Pass one array of each per domain.")
     domains = []
-    for index, (one, other) in enumerate(pairs):
+    for index, (one, other) in enumerate(zip(xs, ys)):
         a, b = _complete(one, "x", 8), _complete(other, "y", 8)
         if a.shape != b.shape or a.ndim != 3 or a.shape[-1] < 4:
             raise DataError(
@@ -211,12 +225,14 @@ def _domains(
             )
         usable = _varies(a) & _varies(b)
         halves = _random_halves(len(a), n_splits, derive_rng(seed, "halves", index))
-        domains.append(_Domain(_experts_first(a[:, usable]), _experts_first(b[:, usable]), a.shape[-1], halves))
-    if len({domain.n_experts for domain in domains}) != 1 or all(domain.x.size == 0 for domain in domains):
+        flat_x, flat_y = _experts_first(a[:, usable]), _experts_first(b[:, usable])
+        domains.append(_Domain(flat_x, flat_y, (a.mean(0), b.mean(0)), halves))
+    shapes = {domain.means[0].shape for domain in domains}
+    if len(shapes) != 1 or all(domain.x.size == 0 for domain in domains):
         raise DataError(
-            f"experts per domain {[domain.n_experts for domain in domains]}, "
-            f"layers in which they differ {[len(domain.x) // domain.n_experts for domain in domains]}",
-            "the same experts in every domain, and a layer in which they differ",
+            f"layers and experts {sorted(shapes)}, "
+            f"layers in which experts differ {[len(domain.x) // domain.n_experts for domain in domains]}",
+            "the same layers and experts in every domain, and a layer in which experts differ",
             "Leave out the layers or domains without any difference between experts.",
         )
     return [domain for domain in domains if domain.x.size]
@@ -266,11 +282,12 @@ def _unit_ranks(values: FloatArray) -> FloatArray:
     if len(values) > 64:
         ranks = 2 * scipy_stats.rankdata(values, axis=0) - (len(values) + 1)
     else:
-        ranks = np.zeros(values.shape, dtype=np.float32)
+        twice = np.zeros(values.shape, dtype=np.int16)
         for e in range(len(values) - 1):
             sign = (values[e + 1 :] > values[e]).view(np.int8) - (values[e + 1 :] < values[e]).view(np.int8)
-            ranks[e + 1 :] += sign
-            ranks[e] -= sign.sum(0, dtype=np.float32)
+            twice[e + 1 :] += sign
+            twice[e] -= sign.sum(0, dtype=np.int16)
+        ranks = twice.astype(np.float64)
     norm = np.sqrt((ranks * ranks).sum(0))
     return np.asarray(ranks / np.where(norm > 0, norm, 1))
 
@@ -310,13 +327,19 @@ def _standard_errors(odd: FloatArray, even: FloatArray, n: int) -> FloatArray:
 
 
 def _result(
-    center: FloatArray, half_width: FloatArray, n_experts: int, floor: float, sizes: tuple[int, ...]
+    center: FloatArray,
+    half_width: FloatArray,
+    n_experts: int,
+    floor: float,
+    sizes: tuple[int, ...],
+    p: float,
+    beyond_chance: bool,
 ) -> CorrectedCorrelation:
     bounds = np.stack([center, center - half_width, center + half_width], axis=-1)
     rx, ry = (Estimate(*map(float, spearman_brown(special.expit(row)))) for row in bounds[1:3])
     raw = Estimate(*map(float, np.clip(bounds[3], -1, 1)))
-    noisy = [name for name, r in (("x", rx), ("y", ry)) if r.low < floor]
     corrected = Estimate(*map(float, expected_spearman(np.clip(bounds[0], -1, 1), n_experts)))
+    noisy = [name for name, r in (("x", rx), ("y", ry)) if r.low < floor]
     if noisy:
         verdict = (
             f"too noisy: the reliability of {' and of '.join(noisy)} may be below {floor:g} "
@@ -325,5 +348,9 @@ def _result(
         corrected = Estimate(float("nan"), float("nan"), float("nan"))
     else:
         sign = "positive" if corrected.low > 0 else "negative" if corrected.high < 0 else "no"
-        verdict = f"{sign} correlation: {corrected.value:.2f}, interval {corrected.low:.2f} to {corrected.high:.2f}"
-    return CorrectedCorrelation(corrected, raw, rx, ry, bool(noisy), verdict, sizes)
+        chance = "" if beyond_chance else ", within what exchangeable experts show by chance"
+        verdict = (
+            f"{sign if beyond_chance else 'no'} correlation: {corrected.value:.2f}, "
+            f"interval {corrected.low:.2f} to {corrected.high:.2f}, p {p:.2g}{chance}"
+        )
+    return CorrectedCorrelation(corrected, raw, rx, ry, p, bool(noisy), verdict, sizes)
