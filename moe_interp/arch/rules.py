@@ -279,8 +279,8 @@ class TopKSigmoid(RoutingRule):
     """Top-k of the logits, then a sigmoid of each (Llama 4; the weight scales the expert's input)."""
 
     def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        chosen = logits.gather(-1, indices.clamp(min=0))
-        return self._cast(torch.sigmoid(chosen.float()), indices)
+        # at full width, as the family does it: a vectorised sigmoid rounds by the place of a value in its tensor
+        return self._cast(torch.sigmoid(logits.float()).gather(-1, indices.clamp(min=0)), indices)
 
     def log_policy(self, logits: Logits) -> Logits:
         """``log(s_e / sum s)`` with ``s = sigmoid(logits)`` (derived)."""

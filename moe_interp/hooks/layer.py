@@ -83,7 +83,7 @@ class OpenLayer:
             where = ", ".join(f"{axis} {i}" for axis, i in zip(("batch", "pos", "column"), bad.nonzero()[0].tolist()))
             raise RouteError(
                 f"a hook wrote {result[tuple(bad.nonzero()[0])].item()} to {self.points[name].name} at {where}",
-                "finite values" if name == "expert_weights" else "numbers (-inf shuts an expert out)",
+                "finite values" if name == "expert_weights" else "numbers (-inf gives an expert the score 0)",
                 "Mend the hook; the model was left as it was.",
             )
 
