@@ -1,0 +1,106 @@
+"""The best experts of a domain, and a cut of the items so that choice and measurement do not share any."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moe_interp.errors import ConfigError, DataError
+from moe_interp.experiments.isolation_data import (
+    FloatArray,
+    item_positions,
+    items_by_domain,
+    quality_array,
+    single_experts,
+)
+from moe_interp.stats import derive_rng
+
+
+class HasData(Protocol):
+    """A result with a dataset."""
+
+    data: xr.Dataset
+
+
+def best_experts(
+    result: HasData, domain: str, k: int, items: Any | None = None, mass: str | None = None
+) -> dict[int, list[int]]:
+    """The ``k`` experts of each layer with the highest mean quality on the items of ``domain``, best first.
+
+    Quality is delta when forced and -delta when ablated; every baseline gives the same order. Ties go to the smaller
+    id.
+
+    Args:
+        result: An isolation result of single experts.
+        domain: One of its domains.
+        k: Experts per layer.
+        items: Ids to use, such as one part of :func:`split_items`; those of other domains are left out. All where None.
+        mass: ``"one"`` | ``"natural"``; the run's first where None.
+
+    Raises:
+        DataError: Unknown domain or ids, none of ``items`` in the domain, or experts forced together.
+        ConfigError: ``k`` below 1 or above the number of forced experts.
+
+    Source: derived. Scored on the same items, the best of many experts looks better than it is.
+    """
+    data = result.data
+    groups = items_by_domain(data)
+    if domain not in groups:
+        raise DataError(f"domain {domain!r}", f"one of {list(groups)}", "Correct the name.")
+    experts = single_experts(data)
+    if not 1 <= k <= len(experts):
+        raise ConfigError(f"k={k}", f"1 to {len(experts)}, the number of forced experts", "Choose another k.")
+    rows = np.intersect1d(groups[domain], item_positions(data, items))
+    if not len(rows):
+        raise DataError(f"no item of {domain!r} among the {len(items or [])} given", "at least one", "Pass others.")
+    order = np.argsort(np.array(experts), kind="stable")
+    mean = quality_array(data, mass)[rows].mean(0)[:, order]
+    ranked = np.argsort(-mean, axis=-1, kind="stable")[:, :k]
+    return {int(layer): [experts[order[e]] for e in row] for layer, row in zip(data["layer"].values, ranked)}
+
+
+def split_items(result: HasData, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Ids of two random halves of the items, each domain cut in two; the first has the odd item.
+
+    Raises:
+        DataError: A domain with a single item.
+    """
+    first = np.zeros(result.data.sizes["item"], dtype=bool)
+    for domain, index in items_by_domain(result.data).items():
+        if len(index) < 2:
+            raise DataError(f"one item in domain {domain!r}", "at least two", "Add items, or drop the domain.")
+        order = derive_rng(seed, "split_items", domain).permutation(index)
+        first[order[: (len(index) + 1) // 2]] = True
+    ids = result.data["item"].values.astype(str)
+    return list(map(str, ids[first])), list(map(str, ids[~first]))
+
+
+def cross_fitted(
+    choose_by: FloatArray, measure: FloatArray, n_splits: int, rng: np.random.Generator
+) -> tuple[FloatArray, NDArray[np.int64]]:
+    """Each item's value at the best expert chosen without it.
+
+    The items are cut into halves ``n_splits`` times; the expert with the highest mean of ``choose_by`` in one half is
+    read off ``measure`` in the other, both ways round; an item's value is the mean over its cuts.
+
+    Args:
+        choose_by, measure: ``[item, layer, expert]`` of one domain, at least 2 items.
+
+    Returns:
+        ``[item, layer]`` in the unit of ``measure``, and how often each expert was chosen, ``[layer, expert]``.
+    """
+    n, _, n_experts = choose_by.shape
+    first = np.zeros((n_splits, n), dtype=bool)
+    first[:, : n // 2] = True
+    first = rng.permuted(first, axis=1)
+    halves = np.concatenate([first, ~first]).astype(np.float64)  # each is chosen on once
+    means = np.tensordot(halves, choose_by, axes=1) / halves.sum(1)[:, None, None]
+    best = means.argmax(-1)  # [half, layer]
+    held_out = 1 - halves
+    picked = np.take_along_axis(measure[None], best[:, None, :, None], axis=-1)[..., 0]  # [half, item, layer]
+    values = (picked * held_out[:, :, None]).sum(0) / np.maximum(held_out.sum(0), 1)[:, None]
+    votes = (best[:, :, None] == np.arange(n_experts)).sum(0)
+    return values, votes

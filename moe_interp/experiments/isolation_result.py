@@ -1,0 +1,106 @@
+"""The result of expert isolation: per-item values, and every statistic as a table that derives from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from moe_interp.experiments import calibration as calibration_tables
+from moe_interp.experiments import specialization as specialization_tables
+from moe_interp.experiments.impact import dominance_table, layer_impact_table
+from moe_interp.experiments.isolation_data import check_isolation, items_by_domain
+from moe_interp.experiments.item_calibration import item_calibration_table
+from moe_interp.results import Manifest, Result
+
+
+class IsolationResult(Result, kind="isolation"):
+    """What forcing (or ablating) each expert does to each item.
+
+    ``data`` holds ``delta[mass, baseline, item, layer, expert]`` (nats per answer token, positive = better than the
+    baseline), ``delta_first``, the scores, and the natural routing of each item and domain. It is not to be changed in
+    place: tables are computed once and kept.
+
+    Raises:
+        DataError: The dataset is not one of an isolation run, or is incomplete.
+    """
+
+    main = "delta"
+
+    def __init__(
+        self,
+        data: xr.Dataset,
+        *,
+        config: Mapping[str, Any] | None = None,
+        seeds: Mapping[str, int] | int | None = None,
+        data_checksum: str | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        check_isolation(data)
+        super().__init__(data, config=config, seeds=seeds, data_checksum=data_checksum, manifest=manifest)
+        self._tables: dict[tuple[Any, ...], pd.DataFrame] = {}
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, sorted."""
+        return tuple(items_by_domain(self.data))
+
+    def specialization(
+        self,
+        baseline: str = "natural",
+        mass: str | None = None,
+        alpha: float = 0.05,
+        score: str = "mean",
+        method: str = "bh",
+    ) -> pd.DataFrame:
+        """Experts that help or hurt a domain: :func:`moe_interp.experiments.specialization.specialization`."""
+        return self._table(specialization_tables.specialization, baseline, mass, alpha, score, method)
+
+    def mass_agreement(self, baseline: str = "natural", alpha: float = 0.05) -> pd.DataFrame:
+        """Where the two masses disagree: :func:`moe_interp.experiments.specialization.mass_agreement`."""
+        return self._table(specialization_tables.mass_agreement, baseline, alpha)
+
+    def domain_effect(
+        self, mass: str | None = None, alpha: float = 0.05, n_permutations: int = 9999, seed: int = 0
+    ) -> pd.DataFrame:
+        """Specialization between domains: :func:`moe_interp.experiments.specialization.domain_effect_table`."""
+        return self._table(specialization_tables.domain_effect_table, mass, alpha, n_permutations, seed)
+
+    def calibration(self, mass: str | None = None) -> pd.DataFrame:
+        """rho per domain and layer: :func:`moe_interp.experiments.calibration.calibration_table`.
+
+        ``.attrs["domains"]`` holds the rows of :meth:`calibration_by_domain`.
+        """
+        table = self._table(calibration_tables.calibration_table, mass)
+        table.attrs["domains"] = self.calibration_by_domain(mass).to_dict("records")
+        return table
+
+    def calibration_by_domain(self, mass: str | None = None, positions: str = "all", seed: int = 0) -> pd.DataFrame:
+        """rho averaged over layers, with interval, permutation p, reliability and correction:
+        :func:`moe_interp.experiments.calibration.calibration_by_domain`."""
+
+        def compute(data: xr.Dataset, mass: str | None, positions: str, seed: int) -> pd.DataFrame:
+            return calibration_tables.calibration_by_domain(data, mass, positions, seed=seed)
+
+        return self._table(compute, mass, positions, seed)
+
+    def item_calibration(self, mass: str | None = None, score: str = "mean") -> pd.DataFrame:
+        """rho within each item: :func:`moe_interp.experiments.item_calibration.item_calibration_table`."""
+        return self._table(item_calibration_table, mass, score)
+
+    def dominance(self, by_layer: bool = False) -> pd.DataFrame:
+        """Share of the slots against even use: :func:`moe_interp.experiments.impact.dominance_table`."""
+        return self._table(dominance_table, by_layer)
+
+    def layer_impact(self, baseline: str = "natural", mass: str | None = None) -> pd.DataFrame:
+        """Worth of each layer's best expert: :func:`moe_interp.experiments.impact.layer_impact_table`."""
+        return self._table(layer_impact_table, baseline, mass)
+
+    def _table(self, compute: Callable[..., pd.DataFrame], *args: Any) -> pd.DataFrame:
+        """``compute(data, *args)``, kept; a copy, so that nobody changes what the next caller gets."""
+        key = (compute.__qualname__, *args)
+        if key not in self._tables:
+            self._tables[key] = compute(self.data, *args)
+        return self._tables[key].copy()
