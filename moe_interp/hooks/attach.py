@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,7 @@ from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.layer import OpenLayer
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
 from moe_interp.hooks.opening import PastLength, close_layer, describe_layer, find_layers, open_layer
+from moe_interp.hooks.verify import Verification, verify
 from moe_interp.types import Layer
 
 _MARK = "_moe_interp_hooks"
@@ -33,7 +35,7 @@ class MoEHooks:
         self.bridge = bridge
         self._opened = opened
         self._blocks = blocks
-        self._past = PastLength(bridge.original_model)
+        self._mount()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -79,6 +81,10 @@ class MoEHooks:
         """Full names of all hook points, of one layer or of all, in the order they fire."""
         layers = self.layers if layer is None else (layer,)
         return [self.hook_name(name, label) for label in layers for name in self.hooks(label)]
+
+    def hooks_active(self, layer: Layer) -> bool:
+        """Whether any hook point of the layer has a hook right now."""
+        return self._open(layer).is_hooked()
 
     def filter(self, *names: str, layers: Iterable[Layer] | None = None) -> Callable[[str], bool]:
         """A ``names_filter`` for ``run_with_cache`` that selects these hooks only (not TransformerLens' of like name).
@@ -136,12 +142,47 @@ class MoEHooks:
         self._open(label)
         return label
 
+    def verify(self, tokens: Tensor | str | None = None, layers: Sequence[Layer] | None = None) -> Verification:
+        """Check every hook by cause on this very model: see :func:`moe_interp.hooks.verify.verify`."""
+        return verify(self, tokens, None if layers is None else [self.layer_label(label) for label in layers])
+
+    @contextmanager
+    def suspended(self) -> Iterator[TransformerBridge]:
+        """The model without these hook points, as it was before attaching; they come back after, with their hooks."""
+        registry = dict(self.bridge._hook_registry)
+        self._unmount()
+        try:
+            yield self.bridge
+        finally:
+            self._mount()
+            # in the order they were in, with any aliases
+            self.bridge._hook_registry.clear()
+            self.bridge._hook_registry.update(registry)
+
     def detach(self) -> None:
         """Give back the very model that was attached to.
 
         Raises:
             AttachError: already detached.
         """
+        self._unmount()
+        for opened in self._opened.values():
+            for point in opened.points.values():
+                point.remove_hooks(dir="both", including_permanent=True)
+
+    def _mount(self) -> None:
+        for layer, opened in self._opened.items():
+            open_layer(opened)
+            block = self.bridge.get_submodule(self._blocks[layer])
+            for name, point in opened.points.items():
+                point.train(self.bridge.training)
+                point.name = f"{self._blocks[layer]}.hook_{name}"
+                block.add_module(f"hook_{name}", point)
+                self.bridge._hook_registry[point.name] = point
+        self._past = PastLength(self.bridge.original_model)
+        self.bridge.__dict__[_MARK] = self
+
+    def _unmount(self) -> None:
         if not self.is_attached:
             raise AttachError(
                 "a model that these hooks are no longer attached to",
@@ -151,8 +192,7 @@ class MoEHooks:
         for layer, opened in self._opened.items():
             close_layer(opened)
             block = self.bridge.get_submodule(self._blocks[layer])
-            for name, point in opened.points.items():
-                point.remove_hooks(dir="both", including_permanent=True)
+            for name in opened.points:
                 del block._modules[f"hook_{name}"]
                 self.bridge._hook_registry.pop(f"{self._blocks[layer]}.hook_{name}", None)
         self._past.remove()
@@ -218,17 +258,7 @@ def attach(bridge: TransformerBridge, layers: Sequence[Layer] | None = None, exp
         path, spec = found[label]
         names = hooks_of(spec.family, has_shared=spec.shared is not None, expert_outputs=expert_outputs)
         opened[label], blocks[label] = OpenLayer(spec, {name: HookPoint() for name in names}), path
-    for label, layer in opened.items():
-        open_layer(layer)
-        block = bridge.get_submodule(blocks[label])
-        for name, point in layer.points.items():
-            point.train(bridge.training)
-            point.name = f"{blocks[label]}.hook_{name}"
-            block.add_module(f"hook_{name}", point)
-            bridge._hook_registry[point.name] = point
-    hooks = MoEHooks(bridge, opened, blocks)
-    bridge.__dict__[_MARK] = hooks
-    return hooks
+    return MoEHooks(bridge, opened, blocks)
 
 
 def attached(bridge: TransformerBridge) -> MoEHooks | None:

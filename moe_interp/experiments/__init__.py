@@ -1,0 +1,1 @@
+"""Experiments: from an attached model and items or sequences to a labelled result."""

@@ -1,0 +1,294 @@
+"""Expert isolation: every token of one layer through given experts, and what that does to the right answer.
+
+The method of "Learned Routers Don't Learn" (Phi-mini-MoE), without its defects: an isolated expert has its indices and
+its weight set, so that nothing else runs. Masses, the uniform and the random baseline are derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+
+from moe_interp.errors import ConfigError
+from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.items import (
+    Item,
+    ItemBatch,
+    TokenizedItem,
+    batches_of_like_length,
+    check_items,
+    tokenize_items,
+)
+from moe_interp.experiments.memory import tokens_per_pass
+from moe_interp.experiments.routing_stats import POSITIONS, RoutingStats
+from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
+from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets, label
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.interventions.force import Mass, check_mass
+from moe_interp.progress import Report, reporting
+from moe_interp.results import checksum
+from moe_interp.results.cells import Arrays, CellStore
+from moe_interp.stats import derive_rng
+
+Baseline = Literal["natural", "uniform", "random"]
+BASELINES: tuple[Baseline, ...] = ("natural", "uniform", "random")
+
+
+@dataclass(frozen=True)
+class IsolationPlan:
+    """What an isolation run computes.
+
+    Attributes:
+        model, items: Name of the model, checksum of the items.
+        mode: "force" or "ablate".
+        layers: MoE layers.
+        sets: Sets of experts that stand alone, or are missing.
+        drawn: By layer, the sets of the random baseline; the same for all items.
+        mass: The masses.
+        baselines: What is subtracted.
+    """
+
+    model: str
+    items: str
+    mode: Mode
+    layers: tuple[int, ...]
+    sets: tuple[ExpertSet, ...]
+    drawn: tuple[tuple[ExpertSet, ...], ...]
+    mass: tuple[Mass, ...]
+    baselines: tuple[Baseline, ...]
+
+    def to_score(self, layer: int) -> list[ExpertSet]:
+        """The sets to score at a layer: those asked for, then the drawn ones that are not among them."""
+        return list(dict.fromkeys([*self.sets, *self.drawn[self.layers.index(layer)]]))
+
+
+def isolate_experts(
+    moe: MoEHooks,
+    items: Sequence[Any],
+    layers: Sequence[int] | None = None,
+    experts: Sequence[int | Sequence[int]] | None = None,
+    baselines: Sequence[Baseline] = BASELINES,
+    mode: Mode = "force",
+    mass: Sequence[Mass] = ("one", "natural"),
+    random_draws: int = 8,
+    memory_budget: int | None = None,
+    seed: int = 0,
+    method: Literal["prefix", "naive"] = "prefix",
+    store: str | Path | None = None,
+    progress: bool | Report | None = None,
+) -> IsolationResult:
+    """Score every item with every expert, alone at every MoE layer in turn.
+
+    The score of an item is the mean log-probability of its answer's tokens (nats per token), and that of the first
+    one. ``delta = score(forced) - score(baseline)``: positive where the expert alone is better than the baseline.
+
+    Args:
+        moe: Attached hooks of a decoder-only model.
+        items: Items, or mappings with id, domain, prompt and answer.
+        layers: MoE layers; all by default.
+        experts: Expert ids, or tuples of ids that are forced (or ablated) together; each expert by default.
+        baselines: "natural" routing; "uniform" (every expert, 1/E); "random" (the mean over ``random_draws`` experts,
+            each for all tokens). A baseline applies at the isolated layer only.
+        mode: "force" sends all tokens through the experts; "ablate" takes the experts away from the tokens that use
+            them (their outputs are dropped, the others keep their weights, so there is the mass "natural" only).
+        mass: The forced experts' total weight: 1, or the token's own natural sum of weights. Uniform routing likewise.
+            Several experts share it in proportion to the family's weights for the set (derived).
+        random_draws: Experts drawn for the random baseline, without replacement while there are enough.
+        memory_budget: Bytes a forward pass may use; half of the free memory by default.
+        seed: Seed of the random baseline.
+        method: "prefix" computes a layer's prefix once; "naive" runs ``run_with_hooks`` one item and set at a time.
+        store: Folder for finished cells (layer x batch of items): an interrupted run goes on from there.
+        progress: See :func:`moe_interp.progress.reporting`.
+
+    Raises:
+        DataError: items that cannot be scored; the message names the item and its line.
+        ConfigError, RouteError: options out of range.
+        ResultError: a store of another run, or a disk that refuses to be written.
+
+    What it does not show: how an expert works together with others; an expert alone gets tokens that it never had to
+    serve alone.
+    """
+    checked = check_items(items)
+    tokenized = tokenize_items(moe.bridge, checked)
+    plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed)
+    tokens = tokens_per_pass(moe, max(len(item) for item in tokenized), memory_budget)
+    batches = batches_of_like_length(tokenized, tokens)
+    cells = None if store is None else CellStore(store, asdict(plan) | {"batches": batches})
+    scorer = NaiveScorer(moe, mode) if method == "naive" else PrefixScorer(moe, mode, tokens)
+    finished: dict[tuple[int, int], Arrays] = {}
+    with reporting("isolating experts", progress) as report, torch.no_grad():
+        report(0, len(batches) * len(plan.layers))
+        for number, index in enumerate(batches):
+            for layer, cell in _run_batch(moe, plan, scorer, tokenized, index, number, cells):
+                finished[number, layer] = cell
+                report(len(finished), len(batches) * len(plan.layers))
+    data = _dataset(moe, plan, tokenized, batches, finished)
+    data.attrs |= {"random_draws": random_draws, "null_difference": scorer.null_difference or 0.0, "method": method}
+    return IsolationResult(data, config=asdict(plan), seeds=seed, data_checksum=plan.items)
+
+
+def _plan(
+    moe: MoEHooks,
+    items: list[Item],
+    layers: Sequence[int] | None,
+    experts: Sequence[int | Sequence[int]] | None,
+    baselines: Sequence[Baseline],
+    mode: Mode,
+    mass: Sequence[Mass],
+    random_draws: int,
+    seed: int,
+) -> IsolationPlan:
+    labels: list[Any] = list(moe.layers) if layers is None else [moe.layer_label(layer) for layer in layers]
+    n_experts = moe.spec(labels[0]).n_experts
+    unknown = [b for b in baselines if b not in BASELINES]
+    if unknown or not baselines or mode not in ("force", "ablate") or random_draws < 1:
+        raise ConfigError(
+            f"baselines={tuple(baselines)}, mode={mode!r}, random_draws={random_draws}",
+            f"baselines among {BASELINES}, mode 'force' or 'ablate', at least one draw",
+            "Correct the options.",
+        )
+    for name in mass:
+        check_mass(name)
+    if any(moe.spec(label).n_experts != n_experts for label in labels):
+        raise ConfigError("layers with different numbers of experts", "one number", "Isolate them one after the other.")
+    sets = expert_sets(experts, n_experts)
+    size = len(sets[0])
+    drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
+    return IsolationPlan(
+        model=str(getattr(moe.bridge.cfg, "model_name", "") or type(moe.bridge.original_model).__name__),
+        items=checksum([asdict(item) for item in items]),
+        mode=mode,
+        layers=tuple(labels),
+        sets=tuple(sets),
+        drawn=drawn if "random" in baselines else tuple(() for _ in labels),
+        mass=tuple(mass) if mode == "force" else ("natural",),
+        baselines=tuple(baselines),
+    )
+
+
+def _draw(seed: int, layer: int, n_experts: int, size: int, draws: int) -> tuple[ExpertSet, ...]:
+    """The random baseline's sets at a layer, of the size of the isolated ones."""
+    rng = derive_rng(seed, "random baseline", layer)
+    if size == 1:
+        order = rng.permutation(n_experts) if draws <= n_experts else rng.integers(n_experts, size=draws)
+        return tuple((int(e),) for e in order[:draws])
+    return tuple(tuple(int(e) for e in rng.choice(n_experts, size, replace=False)) for _ in range(draws))
+
+
+def _run_batch(
+    moe: MoEHooks,
+    plan: IsolationPlan,
+    scorer: PrefixScorer | NaiveScorer,
+    items: list[TokenizedItem],
+    index: list[int],
+    number: int,
+    cells: CellStore | None,
+) -> Iterator[tuple[int, Arrays]]:
+    """The cells of one batch of items, layer after layer; finished ones come from the store."""
+    stored = {layer: None if cells is None else cells.load(number, layer) for layer in plan.layers}
+    todo = [layer for layer, cell in stored.items() if cell is None]
+    if todo:
+        batch = ItemBatch.build(index, items, next(moe.bridge.original_model.parameters()).device)
+        stats = RoutingStats(moe, batch, todo)
+        natural = scorer.begin(batch, todo, stats.hooks())
+    for layer in plan.layers:
+        cell = stored[layer]
+        if cell is None:
+            cell = {"natural": by_item(natural, batch.reads, len(index)), **stats.arrays(layer)}
+            scores = [scorer.sets(layer, plan.to_score(layer), m, stats.natural_mass(layer)) for m in plan.mass]
+            cell["sets"] = np.stack([by_item(s, batch.reads, len(index)) for s in scores], axis=1)
+            if "uniform" in plan.baselines:
+                even = [scorer.uniform(layer, m) for m in plan.mass]
+                cell["uniform"] = np.stack([by_item(s, batch.reads, len(index)) for s in even], axis=1)
+            if cells is not None:
+                cells.save(cell, number, layer)
+        yield layer, cell
+
+
+def _dataset(
+    moe: MoEHooks,
+    plan: IsolationPlan,
+    items: list[TokenizedItem],
+    batches: list[list[int]],
+    cells: dict[tuple[int, int], Arrays],
+) -> xr.Dataset:
+    """The cells put together, with every delta."""
+    order = np.argsort([i for batch in batches for i in batch])
+
+    def gather(name: str, item_axis: int) -> Any:
+        by_layer = [
+            np.concatenate([cells[n, layer][name] for n in range(len(batches))], axis=item_axis)
+            for layer in plan.layers
+        ]
+        return np.stack(by_layer, axis=item_axis + 1).take(order, axis=item_axis)
+
+    natural = gather("natural", 1)[:, :, 0]  # [score, item]
+    # [score, mass, item, layer, set], the sets asked for and then the drawn ones, whose number differs by layer
+    widest = max(len(plan.to_score(layer)) for layer in plan.layers)
+    for (_, layer), cell in cells.items():
+        missing = widest - len(plan.to_score(layer))
+        cell["sets"] = np.pad(cell["sets"], [(0, 0)] * 3 + [(0, missing)], constant_values=np.nan)
+    sets = gather("sets", 2)
+    forced = sets[..., : len(plan.sets)]
+    baselines = {"natural": np.broadcast_to(natural[:, None, :, None], forced.shape[:-1])}
+    random_sd = np.full(forced.shape[:-1], np.nan)
+    if "uniform" in plan.baselines:
+        baselines["uniform"] = gather("uniform", 2)
+    if "random" in plan.baselines:
+        drawn = _drawn_scores(plan, sets)
+        baselines["random"] = drawn.mean(axis=-1)
+        random_sd = drawn.std(axis=-1, ddof=1) if drawn.shape[-1] > 1 else random_sd
+    base = np.stack([baselines[name] for name in plan.baselines], axis=2)  # [score, mass, baseline, item, layer]
+    delta = forced[:, :, None] - base[..., None]
+    cube, flat = ("mass", "baseline", "item", "layer", "expert"), ("mass", "baseline", "item", "layer")
+    routing, share = gather("routing", 1), gather("share", 1)  # [positions, item, layer, expert]
+    names = np.array([item.item.domain for item in items])
+    domains = sorted(set(names.tolist()))
+    by_domain = [np.stack([v[0, names == d].mean(axis=0) for d in domains]) for v in (routing, share)]
+    per_item, per_domain = ("positions", "item", "layer", "routed_expert"), ("domain", "layer", "routed_expert")
+    spec = moe.spec(plan.layers[0])
+    return xr.Dataset(
+        {
+            "delta": (cube, delta[0]),
+            "delta_first": (cube, delta[1]),
+            "score": ("item", natural[0]),
+            "score_first": ("item", natural[1]),
+            "baseline_score": (flat, base[0]),
+            "baseline_score_first": (flat, base[1]),
+            "random_sd": (("mass", "item", "layer"), random_sd[0]),
+            "routing_item": (per_item, routing),
+            "share_item": (per_item, share),
+            "routing_prob": (per_domain, by_domain[0]),
+            "slot_share": (per_domain, by_domain[1]),
+            "margin_min": ((), min(float(cell["margin"]) for cell in cells.values())),
+        },
+        coords={
+            "item": [item.item.id for item in items],
+            "domain": ("item", names),
+            "domain_name": ("domain", domains),
+            "n_prompt_tokens": ("item", [len(item.prompt) for item in items]),
+            "n_answer_tokens": ("item", [len(item.answer) for item in items]),
+            "layer": list(plan.layers),
+            "expert": [label(chosen) for chosen in plan.sets],
+            "routed_expert": np.arange(spec.n_experts),
+            "mass": list(plan.mass),
+            "baseline": list(plan.baselines),
+            "positions": list(POSITIONS),
+        },
+        attrs={"mode": plan.mode, "model": plan.model, "n_experts": spec.n_experts, "top_k": spec.top_k},
+    )
+
+
+def _drawn_scores(plan: IsolationPlan, sets: Any) -> Any:
+    """``[score, mass, item, layer, draw]``: the scores of each layer's drawn sets."""
+    columns = []
+    for position, layer in enumerate(plan.layers):
+        known = plan.to_score(layer)
+        columns.append(sets[..., position, [known.index(s) for s in plan.drawn[position]]])
+    return np.stack(columns, axis=3)

@@ -1,0 +1,212 @@
+"""Items: a prompt, its right answer, and the domain it belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_interp.errors import DataError
+from moe_interp.hooks.prefix import Reads
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        id: Unique name.
+        domain: Label of its domain.
+        prompt, answer: Texts, tokenised apart, their ids concatenated. Lists of ids are taken as they are.
+        line: Line of the file it was read from.
+    """
+
+    id: str
+    domain: str
+    prompt: str | tuple[int, ...]
+    answer: str | tuple[int, ...]
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        return f"item {self.id!r}" + ("" if self.line is None else f" (line {self.line})")
+
+
+def load_items(*paths: str | Path, domains: Sequence[str] | None = None) -> list[Item]:
+    """Read JSON-lines files with the fields id, domain, prompt and answer; further fields are ignored.
+
+    Args:
+        paths: One or more files.
+        domains: Keep these domains only.
+
+    Raises:
+        DataError: a file that does not exist, a line that is not such an item, ids that occur twice, or a domain that
+            no item has. The message names the item and its line.
+    """
+    items = [item for path in paths for item in _read(Path(path))]
+    return check_items(items, domains)
+
+
+def check_items(items: Iterable[Any], domains: Sequence[str] | None = None) -> list[Item]:
+    """Items from items, or from mappings with the same fields.
+
+    Raises:
+        DataError: no items, missing fields, ids that occur twice, or an unknown domain.
+    """
+    found = [item if isinstance(item, Item) else _item(item, None, "the items") for item in items]
+    twice = [name for name, count in Counter(item.id for item in found).items() if count > 1]
+    if twice:
+        places = ", ".join(item.place for item in found if item.id == twice[0])
+        raise DataError(f"id {twice[0]!r} more than once: {places}", "unique ids", "Rename one of them.")
+    if domains is not None:
+        known = sorted({item.domain for item in found})
+        unknown = sorted(set(domains) - set(known))
+        if unknown:
+            raise DataError(f"domain {unknown[0]!r}", f"domains among {known}", "Correct the name.")
+        found = [item for item in found if item.domain in domains]
+    if not found:
+        raise DataError("no items", "at least one item with id, domain, prompt and answer", "Check the file.")
+    return found
+
+
+def _read(path: Path) -> list[Item]:
+    if not path.is_file():
+        raise DataError(f"{path}, which is not a file", "a JSON-lines file of items", "Check the path.")
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: {error.msg}", "one JSON object a line", "Mend the line."
+                ) from error
+            items.append(_item(fields, number, str(path)))
+    return items
+
+
+def _item(fields: Any, line: int | None, source: str) -> Item:
+    where = source if line is None else f"{source}, line {line}"
+    if not isinstance(fields, dict):
+        raise DataError(
+            f"{where}: {type(fields).__name__}", "an object with id, domain, prompt, answer", "Mend the line."
+        )
+    missing = [name for name in ("id", "domain", "prompt", "answer") if fields.get(name) in (None, "", [])]
+    if missing:
+        name = f" (item {fields['id']!r})" if fields.get("id") else ""
+        raise DataError(
+            f"{where}{name}: no {' and no '.join(missing)}",
+            "an item with id, domain, prompt and answer",
+            "Complete the item, or leave it out.",
+        )
+    texts = [fields[name] if isinstance(fields[name], str) else tuple(fields[name]) for name in ("prompt", "answer")]
+    return Item(str(fields["id"]), str(fields["domain"]), texts[0], texts[1], line)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedItem:
+    """An item's ids: ``prompt`` (with the leading special token the model expects), then ``answer``."""
+
+    item: Item
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[TokenizedItem]:
+    """Tokenise prompts and answers apart; answers without special tokens.
+
+    Raises:
+        DataError: an answer that is empty after tokenising or begins with a special token, an item longer than the
+            model's context, or text without a tokenizer.
+    """
+    tokenizer, context = bridge.tokenizer, int(getattr(bridge.cfg, "n_ctx", 0) or 0)
+    special = set(getattr(tokenizer, "all_special_ids", ()) or ())
+    tokenized = []
+    for item in items:
+        prompt, answer = _ids(bridge, item.prompt, item, True), _ids(bridge, item.answer, item, False)
+        if not prompt or not answer:
+            raise DataError(
+                f"{item.place}: an empty {'prompt' if not prompt else 'answer'} after tokenising",
+                "at least one token each",
+                "Correct the item, or leave it out.",
+            )
+        if isinstance(item.answer, str) and answer[0] in special:
+            raise DataError(
+                f"{item.place}: an answer that begins with the special token {answer[0]}",
+                "an answer of ordinary tokens",
+                "The tokenizer adds it although told not to: give the answer as a list of ids.",
+            )
+        if context and len(prompt) + len(answer) > context:
+            raise DataError(
+                f"{item.place}: {len(prompt)} + {len(answer)} tokens",
+                f"at most the model's context of {context}",
+                "Shorten the item, or leave it out.",
+            )
+        tokenized.append(TokenizedItem(item, prompt, answer))
+    return tokenized
+
+
+def _ids(bridge: TransformerBridge, text: str | tuple[int, ...], item: Item, is_prompt: bool) -> tuple[int, ...]:
+    if not isinstance(text, str):
+        return tuple(int(i) for i in text)
+    if bridge.tokenizer is None:
+        raise DataError(f"{item.place}: text, but the model has no tokenizer", "ids", "Give prompt and answer as ids.")
+    if is_prompt:
+        return tuple(bridge.to_tokens(text)[0].tolist())
+    return tuple(bridge.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True, eq=False)
+class ItemBatch:
+    """Tokenised items of like length, padded on the right.
+
+    Attributes:
+        index: Position of each row's item in the list that was batched.
+        tokens: ``[row, pos]``.
+        reads: The answers' predictions, row by row.
+        prompt_length, length: ``[row]`` tokens of the prompt and of the whole.
+    """
+
+    index: list[int]
+    tokens: Tensor
+    reads: Reads
+    prompt_length: Tensor
+    length: Tensor
+
+    @classmethod
+    def build(cls, index: Sequence[int], items: Sequence[TokenizedItem], device: Any) -> ItemBatch:
+        rows = [torch.tensor(items[i].prompt + items[i].answer) for i in index]
+        # the padding id is never attended to and never read; the row's own last token is always a legal id
+        width = max(len(row) for row in rows)
+        tokens = torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in rows])
+        row, column, target = [], [], []
+        for r, i in enumerate(index):
+            start = len(items[i].prompt)
+            for k, token in enumerate(items[i].answer):
+                row.append(r), column.append(start + k - 1), target.append(token)
+        reads = Reads(*(torch.tensor(v, device=device) for v in (row, column, target)))
+        prompts = torch.tensor([len(items[i].prompt) for i in index], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return cls(list(index), tokens.to(device), reads, prompts, lengths)
+
+
+def batches_of_like_length(items: Sequence[TokenizedItem], tokens_per_batch: int) -> list[list[int]]:
+    """Item indices, longest first, cut so that rows x width stays within the budget (at least one item each)."""
+    order = sorted(range(len(items)), key=lambda i: (-len(items[i]), i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and len(items[batches[-1][0]]) * (len(batches[-1]) + 1) <= tokens_per_batch:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

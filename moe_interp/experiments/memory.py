@@ -1,0 +1,46 @@
+"""How many tokens a forward pass may hold."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from moe_interp.errors import ConfigError
+from moe_interp.hooks.attach import MoEHooks
+
+CPU_TOKENS = 8192  # beyond this a larger batch is no faster on a CPU, and falls out of its caches
+
+
+def tokens_per_pass(moe: MoEHooks, width: int, memory_budget: int | None = None) -> int:
+    """Tokens that fit into a budget, from an estimate of a layer's activations (derived, on the high side).
+
+    Args:
+        moe: Attached hooks.
+        width: Longest sequence.
+        memory_budget: Bytes; half of what is free by default.
+
+    Raises:
+        ConfigError: a budget in which not even one sequence fits.
+    """
+    device = next(moe.bridge.original_model.parameters()).device
+    budget = memory_budget if memory_budget is not None else _free_bytes(device) // 2
+    spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
+    heads = int(getattr(cfg, "n_heads", 0) or 0)
+    mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))
+    # residual, norms, projections and their temporaries; attention scores of one layer, three times; 4 bytes each
+    per_token = 4 * (16 * spec.d_model + mlp + 3 * heads * width)
+    tokens = budget // per_token
+    if tokens < width:
+        raise ConfigError(
+            f"a memory budget of {budget / 2**20:.0f} MiB",
+            f"at least {per_token * width / 2**20:.0f} MiB for one sequence of {width} tokens",
+            "Raise memory_budget, or leave the longest items out.",
+        )
+    limit = CPU_TOKENS if device.type == "cpu" else 64 * CPU_TOKENS
+    return int(min(tokens, max(limit, width)))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

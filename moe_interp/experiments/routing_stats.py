@@ -1,0 +1,82 @@
+"""Natural routing of items, read off while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_interp.experiments.items import ItemBatch
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.types import Hooks
+
+POSITIONS = ("all", "prompt", "answer")
+"""Which positions an item's routing is averaged over: all that predict something, those before the answer's
+predictions, and those that predict the answer."""
+
+
+class RoutingStats:
+    """Mean routing probability and slot share of each expert, by item, layer and kind of position.
+
+    Routing probability is exp of ``rule.log_policy``; an item's last position predicts nothing and is left out, padding
+    too. A slot share counts how often an expert fills a slot; empty slots do not count.
+    """
+
+    def __init__(self, moe: MoEHooks, batch: ItemBatch, layers: Sequence[int]) -> None:
+        self.moe, self.layers = moe, list(layers)
+        column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        predicts = column < (batch.length - 1).unsqueeze(1)
+        answers = predicts & (column >= (batch.prompt_length - 1).unsqueeze(1))
+        self.masks = torch.stack([predicts, predicts & ~answers, answers])  # [positions, row, pos]
+        self.found: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
+
+    def hooks(self) -> Hooks:
+        """Hooks that only read, for the natural pass."""
+        return [
+            (self.moe.hook_name(name, layer), self._reader(layer, read))
+            for layer in self.layers
+            for name, read in (
+                ("router_logits", self._read_logits),
+                ("expert_indices", self._read_indices),
+                ("expert_weights", self._read_weights),
+            )
+        ]
+
+    def natural_mass(self, layer: int) -> Tensor:
+        """``[row, pos, 1]``: the sum of each token's own weights."""
+        return self.found[layer]["mass"]
+
+    def arrays(self, layer: int) -> dict[str, Any]:
+        """``routing`` and ``share`` as ``[positions, row, expert]``, and the smallest ``margin`` of a choice."""
+        return {name: np.asarray(self.found[layer][name]) for name in ("routing", "share", "margin")}
+
+    def _reader(self, layer: int, read: Any) -> Any:
+        def hook_function(value: Tensor, hook: Any) -> None:
+            read(layer, value)
+
+        return hook_function
+
+    def _read_logits(self, layer: int, logits: Tensor) -> None:
+        spec = self.moe.spec(layer)
+        rule = spec.rule
+        self.found[layer]["routing"] = self._average(rule.log_policy(logits).exp())
+        best = rule.choice_logits(logits)[self.masks[0]].topk(min(spec.top_k + 1, spec.n_experts), dim=-1).values
+        margins = best[:, -2] - best[:, -1] if best.shape[-1] > spec.top_k else torch.tensor([torch.inf])
+        self.found[layer]["margin"] = float(margins.min())
+
+    def _read_indices(self, layer: int, indices: Tensor) -> None:
+        n_experts = self.moe.spec(layer).n_experts
+        counts = torch.nn.functional.one_hot(indices + 1, n_experts + 1)[..., 1:].sum(dim=-2).double()
+        totals = torch.einsum("mrp,rpe->mre", self.masks.double(), counts)
+        self.found[layer]["share"] = (totals / totals.sum(dim=-1, keepdim=True)).cpu().numpy()
+
+    def _read_weights(self, layer: int, weights: Tensor) -> None:
+        self.found[layer]["mass"] = weights.sum(dim=-1, keepdim=True)
+
+    def _average(self, values: Tensor) -> Any:
+        masks = self.masks.double()
+        sums = torch.einsum("mrp,rpe->mre", masks, values.double())
+        return (sums / masks.sum(dim=-1, keepdim=True)).cpu().numpy()  # nan where an item has no such position

@@ -1,0 +1,66 @@
+"""Finished cells of a long run, on disk: what is done is kept, whatever happens to the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_interp.errors import ResultError
+from moe_interp.results.files import replacing
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class CellStore:
+    """A folder of finished cells that belong to one plan.
+
+    Args:
+        path: The folder; made if it does not exist.
+        plan: What the run computes, as JSON values. Cells of another plan are refused, not mixed in.
+
+    Raises:
+        ResultError: the folder holds cells of another plan.
+    """
+
+    def __init__(self, path: str | Path, plan: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        wanted = json.dumps(plan, sort_keys=True, indent=1)
+        file = self.path / "plan.json"
+        if file.exists() and (found := file.read_text()) != wanted:
+            raise ResultError(
+                f"{self.path} holds cells of another run ({_difference(json.loads(found), json.loads(wanted))})",
+                "cells of the same model, items and options",
+                "Choose another folder, delete this one, or repeat the run with its options.",
+            )
+        with replacing(file) as out:
+            out.write(wanted.encode())
+
+    def load(self, *key: Any) -> Arrays | None:
+        """The arrays of a finished cell; None where it is still to do (or was cut off while being written)."""
+        file = self._file(key)
+        if not file.exists():
+            return None
+        try:
+            with np.load(file) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def save(self, arrays: Arrays, *key: Any) -> None:
+        """Keep a finished cell, whole or not at all."""
+        with replacing(self._file(key)) as out:
+            np.savez(out, **arrays)
+
+    def _file(self, key: tuple[Any, ...]) -> Path:
+        return self.path / ("-".join(str(part) for part in key) + ".npz")
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+    return "; ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} here" for k in keys[:3])[:300]
