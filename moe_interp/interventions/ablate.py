@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.layer import check_route
-from moe_interp.interventions.streams import uniform_keys
+from moe_interp.interventions.force import checked_experts
+from moe_interp.interventions.streams import layer_labels
 from moe_interp.interventions.where import Positions, Where, merge_slots
-from moe_interp.types import Hooks, Layer
+from moe_interp.types import EMPTY, Hooks, Layer
 
 Ablation = Literal["zero", "mean", "resample", "reroute"]
 
@@ -30,9 +30,10 @@ def ablate_experts(
     """Take experts away from the tokens that chose them.
 
     "zero": their outputs are dropped; the other experts keep their weights. "mean": each output is replaced by the
-    expert's mean over the tokens of the batch that use it. "resample": by its output on another such token, drawn by
-    ``seed``. "reroute": the token takes the next best experts instead, with the family's weights for its new set.
-    Tokens that do not use the experts are untouched by all four.
+    expert's mean over the tokens of the batch that use it. "resample": by its output on one of those tokens, drawn by
+    ``seed``, maybe itself. "reroute": the token keeps its other experts and takes the next best by ``choice_logits`` in
+    place of these (none where the family's group limit leaves none), with the family's weights for its new set. Tokens
+    that do not use the experts are untouched by all four.
 
     Args:
         moe: Attached hooks; "mean" and "resample" need ``expert_outputs=True``.
@@ -44,13 +45,12 @@ def ablate_experts(
 
     Raises:
         RouteError: an id out of range, or an expert twice.
-        ConfigError: an unknown mode, or fewer experts left than the router needs.
+        ConfigError: an unknown mode, no experts, or fewer experts left than the router needs.
     """
     spec = moe.spec(layer)
-    gone = torch.tensor([experts] if isinstance(experts, int) else list(experts))
-    check_route(gone, spec.n_experts, "ablate_experts")
-    if mode not in ("zero", "mean", "resample", "reroute") or not len(gone):
-        raise ConfigError(f"mode={mode!r}, {len(gone)} experts", "zero, mean, resample or reroute", "Correct the mode.")
+    gone = checked_experts(moe, layer, experts, "ablate_experts")
+    if mode not in get_args(Ablation):
+        raise ConfigError(f"mode={mode!r}", f"one of {', '.join(get_args(Ablation))}", "Correct the mode.")
     if mode == "reroute" and spec.n_experts - len(gone) < spec.top_k:
         raise ConfigError(
             f"{spec.n_experts - len(gone)} experts left of {spec.n_experts}",
@@ -61,12 +61,18 @@ def ablate_experts(
     if mode == "reroute":
         return _reroute(moe, layer, gone, where)
     if mode == "zero":
-        return _replace(moe, layer, gone, where, "expert_weights", lambda value, used, real: torch.zeros_like(value))
-    stand_in = _mean if mode == "mean" else _resampler(seed)
-    return _replace(moe, layer, gone, where, "expert_out", lambda v, used, real: stand_in(v, used & real))
+        return _replace(moe, layer, gone, where, "expert_weights", lambda value, expert, used: torch.zeros_like(value))
+    stand_in = _mean if mode == "mean" else _resampler(where, seed, layer)
+    return _replace(moe, layer, gone, where, "expert_out", stand_in)
 
 
-def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str, stand_in: Any) -> Hooks:
+class StandIn(Protocol):
+    """What takes the place of ``value`` where ``used`` ``[batch, pos, slot]``, the real tokens' slots of the expert."""
+
+    def __call__(self, value: Tensor, expert: int, used: Tensor) -> Tensor: ...
+
+
+def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str, stand_in: StandIn) -> Hooks:
     seen: dict[str, Tensor] = {}
 
     def read(value: Tensor, hook: Any) -> None:
@@ -76,43 +82,45 @@ def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str,
         route, tokens = seen.pop("route"), where.tokens(value).unsqueeze(-1)
         real = where.is_real(value).unsqueeze(-1)
         for expert in gone.tolist():
-            used = route == expert
+            used = (route == expert) & real
             spot = used & tokens
-            new = stand_in(value, used, real)
-            value = torch.where(spot if value.ndim == 3 else spot.unsqueeze(-1), new, value)
+            value = torch.where(spot if value.ndim == 3 else spot.unsqueeze(-1), stand_in(value, expert, used), value)
         return value
 
     return [(moe.hook_name("expert_indices", layer), read), (moe.hook_name(name, layer), replace)]
 
 
-def _mean(value: Tensor, used: Tensor) -> Tensor:
+def _mean(value: Tensor, expert: int, used: Tensor) -> Tensor:
     mask = used.unsqueeze(-1).to(value)
     return ((value * mask).sum(dim=(0, 1, 2)) / mask.sum().clamp(min=1)).expand_as(value)
 
 
-def _resampler(seed: int) -> Any:
-    def resample(value: Tensor, used: Tensor) -> Tensor:
+def _resampler(where: Where, seed: int, layer: Layer) -> StandIn:
+    def resample(value: Tensor, expert: int, used: Tensor) -> Tensor:
         pool = value[used]
         if not len(pool):
             return value
-        place = torch.arange(used.numel(), device=value.device)
-        draw = (uniform_keys(place, 1, seed).squeeze(-1) * len(pool)).long().clamp(max=len(pool) - 1)
-        return pool[draw].view_as(value)
+        key = where.keys(value, 1, seed, *layer_labels(layer), expert)  # [batch, pos, 1]
+        return pool[(key * len(pool)).long()].expand_as(value)
 
     return resample
 
 
 def _reroute(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where) -> Hooks:
     seen: dict[str, Tensor] = {}
+    everyone = torch.arange(moe.spec(layer).n_experts)
 
     def read(value: Tensor, hook: Any) -> None:
         seen["logits"] = value
 
     def set_indices(value: Tensor, hook: Any) -> Tensor:
-        choice = moe.spec(layer).rule.choice_logits(seen.pop("logits")).clone()
-        choice[..., gone.to(choice.device)] = float("-inf")
-        best = choice.topk(value.shape[-1], dim=-1).indices.masked_fill(value < 0, -1)
-        uses = torch.isin(value, gone.to(value)).any(dim=-1)
-        return merge_slots(where.tokens(value) & uses, best, value)
+        choice = moe.spec(layer).rule.choice_logits(seen.pop("logits"))
+        is_gone = torch.isin(value, gone.to(value))
+        taken = (value.unsqueeze(-1) == everyone.to(value)).any(dim=-2) | torch.isin(everyone, gone).to(value.device)
+        best = choice.masked_fill(taken, float("-inf")).topk(min(value.shape[-1], len(everyone)), dim=-1)
+        rank = torch.arange(best.indices.shape[-1], device=value.device)
+        is_needed = (rank < is_gone.sum(dim=-1, keepdim=True)) & (best.values > float("-inf"))
+        new = torch.cat([value.masked_fill(is_gone, EMPTY), best.indices.masked_fill(~is_needed, EMPTY)], dim=-1)
+        return merge_slots(where.tokens(value), new, value)
 
     return [(moe.hook_name("router_logits", layer), read), (moe.hook_name("expert_indices", layer), set_indices)]

@@ -12,7 +12,7 @@ from moe_interp.arch.rules import RoutingRule
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import check_route
-from moe_interp.interventions.where import Positions, Where, merge_slots, merge_weights
+from moe_interp.interventions.where import Positions, Where, merge_slots, merge_weights, pack_routes
 from moe_interp.types import Hooks, Layer
 
 Mass = Literal["one", "natural"]
@@ -42,23 +42,20 @@ def force_experts(
 
     Raises:
         RouteError: an id out of range, or an expert twice.
-        ConfigError: another mass, or weights that do not fit.
+        ConfigError: another mass, no experts, or weights that do not fit.
     """
     check_mass(mass)
-    ids = [int(e) for e in ([experts] if isinstance(experts, int) else experts)]
-    given = (
-        None if weights is None else [float(w) for w in ([weights] if isinstance(weights, int | float) else weights)]
-    )
-    if not ids or (given is not None and len(given) != len(ids)):
+    ids = checked_experts(moe, layer, experts, "force_experts")
+    fixed = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).reshape(-1)
+    if fixed is not None and (len(fixed) != len(ids) or mass != "one"):
         raise ConfigError(
-            f"{len(ids)} experts and {'no' if given is None else len(given)} weights",
-            "at least one expert, and one weight an expert if any",
-            "Give as many weights as experts.",
+            f"{len(ids)} experts and {len(fixed)} weights with mass={mass!r}",
+            'one weight an expert, used as they are, and mass="one"',
+            "Give as many weights as experts, and leave mass out.",
         )
-    if given is None and len(ids) == 1:
-        return _force_one(moe, layer, ids[0], mass, Where(moe, positions, attention_mask))
-    fixed = None if given is None else torch.tensor(given)
-    return set_routes(moe, layer, torch.tensor(ids), fixed, positions, attention_mask)
+    if fixed is None and len(ids) == 1:
+        return _force_one(moe, layer, ids, mass, Where(moe, positions, attention_mask))
+    return set_routes(moe, layer, ids, fixed, positions, attention_mask)
 
 
 def set_routes(
@@ -96,14 +93,17 @@ def set_routes(
             "one weight a slot",
             "Give both the same shape.",
         )
+    routes, fixed = pack_routes(routes, fixed)
     where = Where(moe, positions, attention_mask)
 
     def set_indices(value: Tensor, hook: Any) -> Tensor:
-        return merge_slots(where.tokens(value), _broadcast(routes, value), value)
+        tokens = where.tokens(value)
+        return merge_slots(tokens, _broadcast(routes, value), value) if bool(tokens.any()) else value
 
     def set_weights(value: Tensor, hook: Any) -> Tensor:
         assert fixed is not None
-        return merge_weights(where.tokens(value), _broadcast(fixed, value), value)
+        tokens = where.tokens(value)
+        return merge_weights(tokens, _broadcast(fixed, value), value) if bool(tokens.any()) else value
 
     hooks: Hooks = [(moe.hook_name("expert_indices", layer), set_indices)]
     return hooks if fixed is None else [*hooks, (moe.hook_name("expert_weights", layer), set_weights)]
@@ -134,9 +134,7 @@ class NaturalMass:
         return total
 
 
-def _force_one(moe: MoEHooks, layer: Layer, expert: int, mass: Mass, where: Where) -> Hooks:
-    forced = torch.tensor([expert])
-    check_route(forced, moe.spec(layer).n_experts, "force_experts")
+def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, where: Where) -> Hooks:
     natural = NaturalMass(moe, layer) if mass == "natural" else None
 
     def set_indices(value: Tensor, hook: Any) -> Tensor:
@@ -168,6 +166,26 @@ def _broadcast(values: Tensor, like: Tensor) -> Tensor:
             f"a shape that broadcasts to [{batch}, {pos}, slot]",
             "Give one route, one a position, or one a token; the model was left as it was.",
         ) from None
+
+
+def checked_experts(moe: MoEHooks, layer: Layer, experts: int | Sequence[int] | Tensor, where: str) -> Tensor:
+    """``[expert]`` ids of one or several different experts of a layer.
+
+    Raises:
+        ConfigError: no experts.
+        RouteError: an id that is no integer or out of range, or an expert twice.
+    """
+    ids, n_experts = torch.as_tensor(experts).reshape(-1), moe.spec(layer).n_experts
+    if not len(ids):
+        raise ConfigError(f"no experts for {where}", f"ids from 0 to {n_experts - 1}", "Name at least one expert.")
+    if ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
+        raise RouteError(
+            f"experts {ids.tolist()} for {where}",
+            f"integers from 0 to {n_experts - 1}",
+            "Name existing experts; set_routes takes -1 for an empty slot.",
+        )
+    check_route(ids, n_experts, where)
+    return ids.long()
 
 
 def check_mass(mass: str) -> None:

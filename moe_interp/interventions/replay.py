@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_interp.errors import RouteError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.interventions.where import Positions, Where, merge_slots, merge_weights
+from moe_interp.interventions.where import Positions, Where, merge_slots, merge_weights, pack_routes
 from moe_interp.types import Hooks, Layer
 
 
@@ -66,13 +66,25 @@ def _of_cache(moe: MoEHooks, cache: Mapping[str, Tensor], layers: list[Layer] | 
         name = moe.hook_name("expert_indices", layer)
         if name in cache:
             weights = moe.hook_name("expert_weights", layer)
-            has_weights = weights in cache
-            found[layer] = (cache[name], cache[weights] if has_weights else None)
+            found[layer] = pack_routes(_batched(cache, name), _batched(cache, weights) if weights in cache else None)
         elif layers:
             raise _nothing_recorded(layer)
     if not found:
         raise _nothing_recorded(moe.layers[0])
     return found
+
+
+def _batched(cache: Mapping[str, Tensor], name: str) -> Tensor:
+    """A cached activation with its batch axis, also from a cache that dropped it."""
+    value = cache[name]
+    value = value if getattr(cache, "has_batch_dim", True) else value.unsqueeze(0)
+    if value.ndim != 3:
+        raise RouteError(
+            f"{name} of shape {tuple(value.shape)} in the cache",
+            "[batch, pos, slot]",
+            "Record whole sequences, without pos_slice.",
+        )
+    return value
 
 
 def _of_trace(moe: MoEHooks, trace: Routes, layers: list[Layer] | None) -> Recorded:
@@ -91,7 +103,7 @@ def _of_trace(moe: MoEHooks, trace: Routes, layers: list[Layer] | None) -> Recor
         indices = _by_sequence(trace, torch.as_tensor(trace.expert_indices[:, column]).long(), -2)
         weights = trace.expert_weights
         weights = None if weights is None else _by_sequence(trace, torch.as_tensor(weights[:, column]), 0.0)
-        found[layer] = (indices, weights)
+        found[layer] = pack_routes(indices, weights)
     if not found:
         raise _nothing_recorded(moe.layers[0])
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
-from moe_interp.interventions.streams import uniform_keys
+from moe_interp.interventions.streams import layer_labels
 from moe_interp.interventions.where import Positions, Where, merge_slots
 from moe_interp.types import Hooks, Layer
 
@@ -60,11 +60,10 @@ def random_routing(
     where = Where(moe, positions, attention_mask)
 
     def draw(layer: Layer) -> Any:
-        stream, n_experts = moe.layers.index(layer), moe.spec(layer).n_experts
+        n_experts = moe.spec(layer).n_experts
 
         def set_indices(value: Tensor, hook: Any) -> Tensor:
-            row = torch.arange(value.shape[0], device=value.device).unsqueeze(1)
-            keys = uniform_keys(where.index(value), n_experts, seed, stream, row)
+            keys = where.keys(value, n_experts, seed, *layer_labels(layer))
             drawn = keys.topk(value.shape[-1], dim=-1).indices.masked_fill(value < 0, -1)
             return merge_slots(where.tokens(value), drawn, value)
 
@@ -109,27 +108,31 @@ def bias_router(
 
 def _uniform(moe: MoEHooks, layer: Layer, mass: Mass, where: Where) -> Hooks:
     spec = moe.spec(layer)
-    natural = NaturalMass(moe, layer)
+    natural = NaturalMass(moe, layer) if mass == "natural" else None
     everyone = torch.arange(spec.n_experts)
 
     def set_indices(value: Tensor, hook: Any) -> Tensor:
-        natural.read_route(value)
+        if natural is not None:
+            natural.read_route(value)
         return merge_slots(where.tokens(value), everyone.to(value).expand(*value.shape[:2], -1), value)
 
     def set_weights(value: Tensor, hook: Any) -> Tensor:
-        total = 1.0 if mass == "one" or spec.weight_on_input else natural.take()
-        weight = total if spec.weight_on_input else total / spec.n_experts
-        return torch.where(where.tokens(value).unsqueeze(-1), torch.ones_like(value) * weight, value)
+        share = torch.ones_like(value) if spec.weight_on_input else portion(value)
+        return torch.where(where.tokens(value).unsqueeze(-1), share, value)
 
     def average(value: Tensor, hook: Any) -> Tensor:
-        scale = natural.take().to(value) if mass == "natural" else torch.ones_like(value[..., :1])
-        return torch.where(where.tokens(value).unsqueeze(-1), value * scale / spec.n_experts, value)
+        return torch.where(where.tokens(value).unsqueeze(-1), value * portion(value), value)
+
+    def portion(like: Tensor) -> Tensor:
+        mass = torch.ones_like(like[..., :1]) if natural is None else natural.take().to(like)
+        return (mass / spec.n_experts).expand_as(like)
 
     hooks: Hooks = [
-        (moe.hook_name("router_logits", layer), natural.read_logits),
         (moe.hook_name("expert_indices", layer), set_indices),
         (moe.hook_name("expert_weights", layer), set_weights),
     ]
+    if natural is not None:
+        hooks = [(moe.hook_name("router_logits", layer), natural.read_logits), *hooks]
     return [*hooks, (moe.hook_name("routed_out", layer), average)] if spec.weight_on_input else hooks
 
 
