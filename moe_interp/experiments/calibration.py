@@ -79,7 +79,8 @@ def calibration_by_domain(
     n_resamples: int = 120,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Calibration averaged over layers, one row per domain and one for all domains.
+    """Calibration averaged over layers, one row per domain and one for all domains (of at least 8 items, where there
+    are two such).
 
     Returns:
         domain, n_items, n_layers;
@@ -103,16 +104,40 @@ def calibration_by_domain(
     groups = items_by_domain(data)
     pairs = {d: (routing[index], quality[index]) for d, index in groups.items()}
     x, y = (np.stack([_mean(pair[side]) for pair in pairs.values()]) for side in (0, 1))
-    each, whole = stats.mean_rho_permutation(x, y, n_permutations=n_permutations, seed=seed)
+    each, _ = stats.mean_rho_permutation(x, y, n_permutations=n_permutations, seed=seed)
     rho = stats.spearman(x, y).rho  # [domain, layer]
     rows = []
     for index, (domain, pair) in enumerate(pairs.items()):
         permuted = (float(each.statistic[index]), float(each.p_value[index]))
         rows.append(_domain_row(domain, [pair], rho[index], permuted, level, n_resamples, seed))
     if len(pairs) > 1:
+        sizes = np.array([len(pair[0]) for pair in pairs.values()])
+        # a domain too small for the correction would take it away from all
+        kept = sizes >= MIN_ITEMS if (sizes >= MIN_ITEMS).sum() > 1 else sizes > 0
+        _, whole = stats.mean_rho_permutation(x[kept], y[kept], n_permutations=n_permutations, seed=seed)
         permuted = (float(whole.statistic), float(whole.p_value))
-        rows.append(_domain_row(ALL, list(pairs.values()), rho, permuted, level, n_resamples, seed))
+        pooled = [pair for pair, keep in zip(pairs.values(), kept) if keep]
+        rows.append(_domain_row(ALL, pooled, rho[kept], permuted, level, n_resamples, seed))
+        if left_out := [domain for domain, keep in zip(pairs, kept) if not keep]:
+            rows[-1]["verdict"] = f"{rows[-1]['verdict']} (without {', '.join(left_out)}: fewer than {MIN_ITEMS} items)"
     return pd.DataFrame(rows)
+
+
+def calibration_points(data: xr.Dataset, mass: str | None = "one", positions: str | None = "all") -> pd.DataFrame:
+    """The pairs behind the correlations.
+
+    Returns:
+        domain, layer, expert; routing (mean probability over the domain's items); quality (mean over items, nats,
+        centred over the experts of a layer).
+    """
+    routing, quality = routing_array(data, chosen(data, "positions", positions)), quality_array(data, mass)
+    layers, experts = data["layer"].values, data["expert"].values.astype(str)
+    frames = []
+    for domain, index in items_by_domain(data).items():
+        labels = {"domain": domain, "layer": np.repeat(layers, len(experts)), "expert": np.tile(experts, len(layers))}
+        values = {"routing": _mean(routing[index]).ravel(), "quality": quality[index].mean(0).ravel()}
+        frames.append(pd.DataFrame(labels | values))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _domain_row(
@@ -140,7 +165,11 @@ def _domain_row(
     if n_experts >= MIN_EXPERTS and not np.isnan(rho).all():
         analytic = stats.fisher_z_interval(rho.ravel(), n_experts, level=level)
         row |= {"analytic_low": float(analytic.low), "analytic_high": float(analytic.high)}
-    return row | _corrected(pairs, level, n_resamples, seed)
+    row |= _corrected(pairs, level, n_resamples, seed)
+    if row["too_noisy"] and permuted[1] <= 1 - level:
+        way = "positive" if permuted[0] > 0 else "negative"
+        row["verdict"] = f"{row['verdict']}; the uncorrected correlation is {way} all the same"
+    return row
 
 
 def _corrected(pairs: list[Pair], level: float, n_resamples: int, seed: int) -> dict[str, object]:

@@ -10,6 +10,7 @@ import xarray as xr
 
 from moe_interp.experiments import calibration as calibration_tables
 from moe_interp.experiments import specialization as specialization_tables
+from moe_interp.experiments.findings import findings_table, summary_text
 from moe_interp.experiments.impact import dominance_table, layer_impact_table
 from moe_interp.experiments.isolation_data import check_isolation, items_by_domain
 from moe_interp.experiments.item_calibration import item_calibration_table
@@ -97,6 +98,21 @@ class IsolationResult(Result, kind="isolation"):
     def layer_impact(self, baseline: str = "natural", mass: str | None = None) -> pd.DataFrame:
         """Worth of each layer's best expert: :func:`moe_interp.experiments.impact.layer_impact_table`."""
         return self._table(layer_impact_table, baseline, mass)
+
+    def calibration_points(self, mass: str | None = None) -> pd.DataFrame:
+        """What calibration correlates: :func:`moe_interp.experiments.calibration.calibration_points`."""
+        return self._table(calibration_tables.calibration_points, mass)
+
+    def findings_table(self) -> pd.DataFrame:
+        """Beside the published numbers: :func:`moe_interp.experiments.findings.findings_table`."""
+        return findings_table(self)
+
+    def summary(self) -> str:
+        """The run in plain words: what was done, what it could show, what it shows."""
+        return summary_text(self)
+
+    def __repr__(self) -> str:
+        return super().summary()
 
     def _table(self, compute: Callable[..., pd.DataFrame], *args: Any) -> pd.DataFrame:
         """``compute(data, *args)``, kept; a copy, so that nobody changes what the next caller gets."""

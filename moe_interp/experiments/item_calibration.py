@@ -33,7 +33,7 @@ def item_calibration_table(
         score: ``"mean"`` over the answer's tokens, or its ``"first"`` token.
 
     Returns:
-        domain (and one row for all), positions (``"all"``, ``"answer"``), n_items; rho, the mean over layers and items,
+        domain (and one row for all of at least 2 items), positions (``"all"``, ``"answer"``), n_items; rho, the mean over layers and items,
         with low and high (bootstrap over items within domains); p (expert labels permuted within a layer, the same way
         for all items); rho_other_items, the same with the quality of **other** items of the domain; specificity = rho -
         rho_other_items, what routing knows about the item beyond the domain, with specificity_p (items of a domain
@@ -55,7 +55,8 @@ def item_calibration_table(
         for domain, pair in pairs.items():
             rows.append({"domain": domain, "positions": positions} | _row([pair], level, n_permutations, seed))
         if len(pairs) > 1:
-            rows.append({"domain": ALL, "positions": positions} | _row([*pairs.values()], level, n_permutations, seed))
+            pooled = [pair for pair in pairs.values() if len(pair[0]) > 1] or list(pairs.values())
+            rows.append({"domain": ALL, "positions": positions} | _row(pooled, level, n_permutations, seed))
     return pd.DataFrame(rows).sort_values("positions", kind="stable", ignore_index=True)
 
 

@@ -1,0 +1,258 @@
+"""What a run shows, in plain words and beside the published numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_interp import stats
+from moe_interp.errors import DataError
+from moe_interp.experiments.calibration import ALL
+from moe_interp.experiments.isolation_data import chosen, items_by_domain, masses, sign
+from moe_interp.experiments.published import (
+    DOMINANT_SHARE,
+    LARGE,
+    LAYER_IMPACT,
+    SMALL,
+    SOURCE,
+    UNIFORM_SHARE,
+    Published,
+)
+from moe_interp.results.tables import IsolationTables
+
+NOTE = "A comparison, not a reproduction: another model, other items and domains."
+
+
+def plan_isolation(
+    n_items: Mapping[str, int], n_layers: int, n_experts: int, alpha: float = 0.05, method: str = "bh"
+) -> str:
+    """What the planned tests can show at best, to be read before a run.
+
+    Args:
+        n_items: Items per domain.
+        n_layers, n_experts: Isolated layers, and experts (or sets) per layer.
+
+    Returns:
+        Sentences: the smallest attainable p, how many tests must reach it together, how many items would make one test
+        enough, and the power for an effect of half a standard deviation.
+
+    Raises:
+        DataError: No items.
+
+    Source: derived. Power is simulated with normal differences; real ones are not.
+    """
+    if not n_items or min(n_items.values()) < 1:
+        raise DataError(f"items per domain {dict(n_items)}", "at least one item in each", "Add items.")
+    lines = []
+    testable = {d: n for d, n in n_items.items() if stats.smallest_attainable_p(n) <= alpha}
+    if left_out := sorted(set(n_items) - set(testable)):
+        fewest = next(n for n in range(1, 100) if stats.smallest_attainable_p(n) <= alpha)
+        lines.append(f"Too few items for any test at {alpha}, at least {fewest} are needed: {', '.join(left_out)}.")
+    if not testable:
+        return lines[0]
+    m, n = len(testable) * n_layers * n_experts, min(testable.values())
+    lines.append(f"{m} tests: {len(testable)} domains x {n_layers} layers x {n_experts} experts.")
+    lines.append(stats.plan_wilcoxon(n, m, alpha, method=method))
+    needed = stats.items_needed(m, alpha, method=method)
+    if needed > n:
+        lines.append(f"{needed} items per domain would let a single test be rejected on its own.")
+    power = stats.wilcoxon_power(0.5, n, alpha / 10)
+    lines.append(
+        f"If a tenth of the tests are rejected, an effect of half a standard deviation is found with probability "
+        f"{power:.2f} in the smallest domain ({n} items)."
+    )
+    return " ".join(lines)
+
+
+def findings_table(result: IsolationTables) -> pd.DataFrame:
+    """The published findings on Phi-mini-MoE (10 and 50 items per domain) beside this run's. A comparison, not a
+    reproduction: another model, other items and domains.
+
+    Returns:
+        finding; value, low, high (of this run, where it is one number); reliability (of quality, for a correlation);
+        here, phi_mini_moe_10, phi_mini_moe_50 (text, empty where there is none). ``.attrs``: note and source.
+    """
+    rows = [_significant_row(result), *_rho_rows(result), _dominance_row(result), *_impact_rows(result)]
+    columns = ["finding", "value", "low", "high", "reliability", "here", "phi_mini_moe_10", "phi_mini_moe_50"]
+    table = pd.DataFrame(rows, columns=columns)
+    texts = columns[:1] + columns[5:]
+    table[texts] = table[texts].fillna("")
+    table.attrs = {"note": NOTE, "source": SOURCE}
+    return table
+
+
+def _significant_row(result: IsolationTables) -> dict[str, Any]:
+    counts = result.specialization(baseline=chosen(result.data, "baseline", None)).attrs
+    m, found = counts["n_tests"], counts["helped"] + counts["hurt"]
+
+    def published(run: Published) -> str:
+        return f"{run.n_significant}/{run.n_tests} ({run.n_significant / run.n_tests:.0%})"
+
+    return {
+        "finding": "tests significant at q <= .05",
+        "value": found / m if m else np.nan,
+        "here": f"{found}/{m} ({found / m:.0%}): {counts['helped']} helped, {counts['hurt']} hurt" if m else "none",
+        "phi_mini_moe_10": published(SMALL),
+        "phi_mini_moe_50": published(LARGE),
+    }
+
+
+def _rho_rows(result: IsolationTables) -> list[dict[str, Any]]:
+    rows = []
+    seen = set()
+    for row in result.calibration_by_domain().to_dict("records"):
+        is_all = row["domain"] == ALL
+        name = str(row["domain"]).lower()
+        seen.add(name)
+        rows.append(
+            {
+                "finding": f"calibration rho, {row['domain']}",
+                "value": row["rho"],
+                "low": row["low"],
+                "high": row["high"],
+                "reliability": row["reliability_quality"],
+                "here": f"{_interval(row['rho'], row['low'], row['high'])}; {row['verdict']}",
+                "phi_mini_moe_10": _number(SMALL.mean_rho if is_all else SMALL.rho.get(name)),
+                "phi_mini_moe_50": _number(LARGE.mean_rho if is_all else LARGE.rho.get(name)),
+            }
+        )
+    others = [name for name in SMALL.rho if name not in seen]
+    if others:
+        text = (", ".join(f"{name} {run.rho[name]:.3f}" for name in others) for run in (SMALL, LARGE))
+        rows.append(
+            dict(zip(("finding", "phi_mini_moe_10", "phi_mini_moe_50"), ("calibration rho, its domains", *text)))
+        )
+    return rows
+
+
+def _dominance_row(result: IsolationTables) -> dict[str, Any]:
+    table = result.dominance()
+    top = table.iloc[int(table["ratio"].to_numpy().argmax())]
+    published = ", ".join(f"{name} {share:.4f}" for name, share in DOMINANT_SHARE.items())
+    return {
+        "finding": "largest share of the slots, mean over layers",
+        "value": top["share"],
+        "low": top["low"],
+        "high": top["high"],
+        "here": f"expert {top['expert']} in {top['domain']}: {top['share']:.4f}, even use {top['uniform']:.4f}",
+        "phi_mini_moe_10": f"expert 2: {published}, even use {UNIFORM_SHARE}",
+    }
+
+
+def _impact_rows(result: IsolationTables) -> list[dict[str, Any]]:
+    try:
+        table = result.layer_impact(baseline=chosen(result.data, "baseline", None))
+    except DataError as error:
+        return [{"finding": "impact of the layers' best experts", "here": f"not testable: {error.given}"}]
+    order = (table["impact"] * sign(result.data)).sort_values(ascending=False, kind="stable").index
+    published = ", ".join(f"L{layer} {value:.3f}" for layer, value in LAYER_IMPACT.items())
+
+    def text(column: str) -> str:
+        return ", ".join(f"L{row.layer} {getattr(row, column):.3f}" for row in table.loc[order[:7]].itertuples())
+
+    top, regimes = table.loc[order[0]], table.attrs["regimes"]
+    return [
+        {
+            "finding": "impact of the layers' best experts, same items (as published), nats per token",
+            "value": top["naive"],
+            "here": text("naive"),
+            "phi_mini_moe_10": published,
+        },
+        {
+            "finding": "impact of the layers' best experts, cross-fitted, nats per token",
+            "value": top["impact"],
+            "low": top["low"],
+            "high": top["high"],
+            "here": text("impact"),
+        },
+        {
+            "finding": "early and last layers against the middle, nats per token",
+            "value": regimes["difference"],
+            "here": f"{regimes['difference']:.3f}, p = {regimes['p']:.2g}: {regimes['verdict']}",
+            "phi_mini_moe_10": "early and last layers larger (not tested)",
+        },
+    ]
+
+
+def summary_text(result: IsolationTables, alpha: float = 0.05) -> str:
+    """The run in plain words: what was done, what could be shown, what was."""
+    data = result.data
+    sizes = {domain: len(index) for domain, index in items_by_domain(data).items()}
+    verb = "Ablation" if sign(data) < 0 else "Isolation"
+    counts = ", ".join(f"{name} {n}" for name, n in sizes.items())
+    lines = [
+        f"{verb} of {data.sizes['expert']} experts in each of {data.sizes['layer']} layers of "
+        f"{data.attrs.get('model', 'the model')}; {sum(sizes.values())} items ({counts}).",
+        plan_isolation(sizes, data.sizes["layer"], data.sizes["expert"], alpha),
+        *_specialization_lines(result, alpha),
+        *_calibration_lines(result),
+        *_use_lines(result),
+        _domain_line(result),
+    ]
+    return "\n".join(lines)
+
+
+def _specialization_lines(result: IsolationTables, alpha: float) -> list[str]:
+    baseline = chosen(result.data, "baseline", None)
+    lines = []
+    for mass in masses(result.data):
+        counts = result.specialization(baseline=baseline, mass=mass, alpha=alpha).attrs
+        unused = f"; {counts['unused']} experts never used" if counts["unused"] else ""
+        lines.append(
+            f"Against {baseline} routing, mass {mass}: of {counts['n_tests']} tests at q <= {alpha}, "
+            f"{counts['helped']} helped and {counts['hurt']} hurt{unused}."
+        )
+    if len(masses(result.data)) > 1:
+        agreement = result.mass_agreement(baseline=baseline, alpha=alpha).attrs
+        lines.append(
+            f"The masses agree in {agreement['agree']} of {agreement['n']} tests; "
+            f"in {agreement['opposite']} they point in opposite directions."
+        )
+    return lines
+
+
+def _calibration_lines(result: IsolationTables) -> list[str]:
+    try:
+        table, items = result.calibration_by_domain(), result.item_calibration()
+    except DataError as error:
+        return [f"Calibration: not testable, {error.given}; expected {error.expected}."]
+    lines = ["Calibration (does the router prefer the better experts?), mean rho over layers:"]
+    for row in table.to_dict("records"):
+        interval = _interval(row["rho"], row["low"], row["high"])
+        lines.append(f"  {row['domain']}: {interval}, p = {row['p']:.2g}. Corrected for reliability: {row['verdict']}.")
+    answers = items[items["positions"] == "answer"]
+    last = (answers if len(answers) else items).iloc[-1]
+    lines.append(
+        f"Within an item ({last['positions']} positions): rho {_interval(last['rho'], last['low'], last['high'])}; "
+        f"with other items' quality {last['rho_other_items']:.2f}, so what routing knows about the very item is "
+        f"{last['specificity']:.3f} (p = {last['specificity_p']:.2g})."
+    )
+    return lines
+
+
+def _use_lines(result: IsolationTables) -> list[str]:
+    rows = [_dominance_row(result), *_impact_rows(result)[1:]]
+    return [f"{str(row['finding']).capitalize()}: {row['here']}." for row in rows]
+
+
+def _domain_line(result: IsolationTables) -> str:
+    try:
+        table = result.domain_effect()
+    except DataError as error:
+        return f"Specialization between domains: not testable, {error.given}; expected {error.expected}."
+    found = int(table["significant"].sum())
+    return (
+        f"Specialization between domains: {found} of {len(table)} (layer, expert) pairs help some domains more than "
+        f"others at q <= {table.attrs['alpha']}; all at once p = {table.attrs['global_p']:.2g}."
+    )
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

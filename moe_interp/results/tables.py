@@ -1,0 +1,39 @@
+"""What figures and pages may ask of an isolation result, whatever class it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pandas as pd
+import xarray as xr
+
+
+class IsolationTables(Protocol):
+    """Dataset and derived tables of an expert-isolation run; the columns are those of ``IsolationResult``."""
+
+    data: xr.Dataset
+
+    @property
+    def domains(self) -> tuple[str, ...]: ...
+
+    def specialization(self, baseline: str = ..., mass: str | None = ..., alpha: float = ...) -> pd.DataFrame: ...
+
+    def mass_agreement(self, baseline: str = ..., alpha: float = ...) -> pd.DataFrame: ...
+
+    def domain_effect(self) -> pd.DataFrame: ...
+
+    def calibration(self, mass: str | None = ...) -> pd.DataFrame: ...
+
+    def calibration_by_domain(self, mass: str | None = ...) -> pd.DataFrame: ...
+
+    def calibration_points(self, mass: str | None = ...) -> pd.DataFrame: ...
+
+    def item_calibration(self, mass: str | None = ...) -> pd.DataFrame: ...
+
+    def dominance(self, by_layer: bool = ...) -> pd.DataFrame: ...
+
+    def layer_impact(self, baseline: str = ..., mass: str | None = ...) -> pd.DataFrame: ...
+
+    def findings_table(self) -> pd.DataFrame: ...
+
+    def summary(self) -> str: ...
