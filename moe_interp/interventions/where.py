@@ -37,11 +37,11 @@ class Where:
 
     def __init__(self, moe: MoEHooks, positions: Positions = None, attention_mask: Tensor | None = None) -> None:
         self.moe = moe
+        if isinstance(positions, str) and positions not in ("all", "new"):
+            raise _bad_positions(positions)
         self.named = positions if positions is None or isinstance(positions, str) else "listed"
         self.listed = _as_positions(positions) if self.named == "listed" else torch.empty(0)
         self.attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask).bool()
-        if self.named not in (None, "all", "new", "listed") or positions == "listed":
-            raise _bad_positions(positions)
         if self.attention_mask is not None and self.attention_mask.ndim != 2:
             raise ConfigError(
                 f"an attention mask of shape {tuple(self.attention_mask.shape)}",
