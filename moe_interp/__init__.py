@@ -18,6 +18,7 @@ _HOME = {
     "MoEHooks": "moe_interp.hooks.attach",
     "attach": "moe_interp.hooks.attach",
     "attached": "moe_interp.hooks.attach",
+    "support_table": "moe_interp.hooks.support",
     "ablate_experts": "moe_interp.interventions",
     "bias_router": "moe_interp.interventions",
     "force_experts": "moe_interp.interventions",

@@ -1,0 +1,212 @@
+"""Running a model under test: the same tokens, the user's own hooks set aside, and everything as before afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_interp.arch.spec import MoESpec
+from moe_interp.errors import ConfigError
+from moe_interp.types import Layer
+
+Edit = Callable[[Tensor], Tensor | None]
+Place = tuple[str, Layer]
+Seen = dict[Place, Tensor]
+
+ROUTER_HOOKS = ("router_in", "router_logits", "router_probs", "expert_indices", "expert_weights")
+
+_HOOK_STATE = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "fwd_hooks",
+    "bwd_hooks",
+)
+
+
+class Attached(Protocol):
+    """The part of ``MoEHooks`` that the checks use."""
+
+    bridge: TransformerBridge
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...
+
+    def spec(self, layer: Layer) -> MoESpec: ...
+
+    def hooks(self, layer: Layer) -> tuple[str, ...]: ...
+
+    def hook_name(self, name: str, layer: Layer) -> str: ...
+
+    def hook_names(self, layer: Layer | None = None) -> list[str]: ...
+
+    def suspended(self) -> AbstractContextManager[TransformerBridge]: ...
+
+
+class Trial:
+    """Forward passes of one model on one batch.
+
+    Attributes:
+        natural: The logits with nothing hooked.
+        noise: Twice the largest difference between two runs with nothing hooked; 0.0 for a deterministic model.
+        router_calls: Layer -> the router's input and its own return value.
+        block_outputs: Layer -> what the block that holds router and experts returned.
+        seen: Every activation but those of the experts, with nothing edited.
+    """
+
+    def __init__(self, moe: Attached, tokens: Tensor, layers: Sequence[Layer]) -> None:
+        self.moe, self.tokens, self.layers = moe, tokens, tuple(layers)
+        self.specs = {layer: moe.spec(layer) for layer in layers}
+        self.router_calls: dict[Layer, tuple[Tensor, Any]] = {}
+        self.block_outputs: dict[Layer, Tensor] = {}
+        with ExitStack() as stack:
+            for layer, spec in self.specs.items():
+                stack.enter_context(_recorded(spec.router, self.router_calls, layer))
+                stack.enter_context(_recorded_output(spec.container, self.block_outputs, layer))
+            self.natural = self.run()
+        self.noise = 2 * difference(self.run(), self.natural)
+        # apart: in some families reading the sums changes the last digit of what later layers see
+        self.seen = self.read(ROUTER_HOOKS) | self.read(("routed_out", "shared_out"))
+
+    def read(self, names: Iterable[str]) -> Seen:
+        """These activations of all layers that have them, with nothing edited."""
+        return self.see(read=[(n, layer) for layer in self.layers for n in names if n in self.moe.hooks(layer)])[1]
+
+    def run(self, edits: Mapping[Place, Edit] | None = None) -> Tensor:
+        """Logits ``[batch, pos, vocab]`` under edits."""
+        bridge = self.moe.bridge
+        hooks = [(self.moe.hook_name(*place), _as_hook(edit)) for place, edit in (edits or {}).items()]
+        inputs: dict[str, Any] = {}
+        if getattr(bridge.original_model.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = self.tokens
+        with bridge.hooks(fwd_hooks=hooks):
+            return bridge(self.tokens, **inputs)
+
+    def see(self, edits: Mapping[Place, Edit] | None = None, read: Iterable[Place] = ()) -> tuple[Tensor, Seen]:
+        """Logits under edits, and the activations at ``read`` as they are after the edits."""
+        seen: Seen = {}
+
+        def reader(place: Place, edit: Edit | None) -> Edit:
+            def hook(value: Tensor) -> Tensor:
+                new = None if edit is None else edit(value)
+                new = value if new is None else new
+                seen[place] = new.detach().clone()
+                return new
+
+            return hook
+
+        given = dict(edits or {})
+        logits = self.run(given | {place: reader(place, given.get(place)) for place in read})
+        return logits, seen
+
+    def block_output(self, layer: Layer, edits: Mapping[Place, Edit]) -> Tensor:
+        """What the layer's block returns under edits."""
+        found: dict[Layer, Tensor] = {}
+        with _recorded_output(self.specs[layer].container, found, layer):
+            self.run(edits)
+        return found[layer]
+
+
+@contextmanager
+def at_rest(bridge: TransformerBridge) -> Iterator[None]:
+    """No hooks, eval mode, no gradients inside; everything as it was after, also after an exception."""
+    modules = {*bridge.modules(), *bridge.original_model.modules()}
+    modes = {module: module.training for module in modules}
+    points = [module for module in modules if isinstance(module, HookPoint)]
+    state = [(point, {name: vars(point)[name] for name in _HOOK_STATE}) for point in points]
+    try:
+        for module in modules:
+            module.training = False
+        for point, held in state:
+            # new containers of the same kind: handles go on pointing at the old ones
+            vars(point).update({name: type(value)() for name, value in held.items()})
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for point, held in state:
+            vars(point).update(held)
+        for module, training in modes.items():
+            module.training = training
+
+
+def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None) -> Tensor:
+    """Ids ``[batch, pos]`` on the model's device; two random sequences of eight by default, special ids left out.
+
+    Raises:
+        ConfigError: not 2-D, or not integers.
+    """
+    device = next(bridge.original_model.parameters()).device
+    if isinstance(tokens, str):
+        return bridge.to_tokens(tokens)
+    if tokens is None:
+        ids = torch.arange(int(bridge.cfg.d_vocab))
+        ids = ids[~torch.isin(ids, torch.tensor(sorted(_special_ids(bridge.original_model.config)), dtype=ids.dtype))]
+        draws = torch.randint(len(ids), (2, 8), generator=torch.Generator().manual_seed(0))
+        return ids[draws].to(device)
+    if tokens.ndim != 2 or tokens.dtype.is_floating_point:
+        raise ConfigError(
+            f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype}",
+            "integer ids [batch, pos]",
+            "Pass bridge.to_tokens(text), or leave tokens out.",
+        )
+    return tokens.to(device)
+
+
+def difference(a: Any, b: Any) -> float:
+    """The largest absolute difference, over tensors or tuples of them; inf where the shapes differ."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape:
+            return float("inf")
+        if torch.equal(a, b):
+            return 0.0
+        return float((a.double() - b.double()).abs().max())
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
+        return max((difference(x, y) for x, y in zip(a, b)), default=0.0)
+    return 0.0 if a == b else float("inf")
+
+
+def _as_hook(edit: Edit) -> Callable[..., Tensor | None]:
+    return lambda value, hook: edit(value)
+
+
+@contextmanager
+def _recorded(module: nn.Module, into: dict[Layer, tuple[Tensor, Any]], layer: Layer) -> Iterator[None]:
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        into[layer] = args[0], output
+
+    handle = module.register_forward_hook(record)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _recorded_output(module: nn.Module, into: dict[Layer, Tensor], layer: Layer) -> Iterator[None]:
+    calls: dict[Layer, tuple[Tensor, Any]] = {}
+    with _recorded(module, calls, layer):
+        yield
+    if layer in calls:
+        output = calls[layer][1]
+        into[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Ids that a configuration, or a part of it, gives a meaning to (padding, images, ...)."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found |= _special_ids(value)
+        elif name.endswith(("token_id", "token_index")):
+            found |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+    return found
