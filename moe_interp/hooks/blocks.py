@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_interp.arch.layouts import OneHot
 from moe_interp.hooks.experts import EXPERT_HOOKS, finish, mix
 from moe_interp.hooks.layer import OpenLayer, Pass
 
@@ -25,11 +26,17 @@ class OpenedBlock:
         batch, pos = hidden.shape[:2] if hidden.ndim == 3 else (1, hidden.shape[0])
         layer.running = Pass(batch, pos)
         try:
-            if layer.spec.family.own_block and layer.is_hooked(*EXPERT_HOOKS, "routed_out", "shared_out"):
+            if layer.spec.family.own_block and layer.is_hooked(*_block_hooks(layer)):
                 return _OWN_BLOCKS[layer.spec.family.name](layer, layer.running, hidden)
             return self.native_forward(hidden, *args, **kwargs)
         finally:
             layer.running = None
+
+
+def _block_hooks(layer: OpenLayer) -> tuple[str, ...]:
+    """The hooks that the family's own block cannot serve; a one-hot choice has no room for a second slot."""
+    after = (*EXPERT_HOOKS, "routed_out", "shared_out")
+    return (*after, "expert_indices") if isinstance(layer.spec.family.layout, OneHot) else after
 
 
 def _llama4(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:

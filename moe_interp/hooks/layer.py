@@ -95,7 +95,7 @@ class OpenLayer:
             raise self._edit_error("expert_indices", f"dtype {result.dtype}", "integer expert ids")
         result = result.to(before.dtype)
         check_route(result, self.spec.n_experts, f"{self.points['expert_indices'].name}")
-        return pack_left(result)
+        return result
 
     def _edit_error(self, name: str, given: str, expected: str) -> HookError:
         return HookError(

@@ -84,7 +84,7 @@ def weights(name: str, layer: tiny.NativeMoE, logits: Tensor, chosen: Tensor) ->
     _, normalised, scale = RULES[name]
     kept = torch.where(chosen, scores(name, logits), 0.0)
     if normalised:
-        total = kept.sum(-1, keepdim=True)
+        total = kept.sum(-1, keepdim=True) + (1e-6 if name == "lfm2_moe" else 0.0)
         kept = torch.where(total > 0, kept / torch.where(total > 0, total, 1.0), 0.0)
     if name.startswith("gemma4"):
         kept = kept * layer.router.per_expert_scale.detach()  # type: ignore[operator]
