@@ -19,8 +19,8 @@ from tests.integration.surface.helpers import (
     cache_of,
     largest_difference,
     logits_of,
-    run_hooked,
     negate,
+    run_hooked,
 )
 
 BATCH, POS = TOKENS.shape
@@ -50,7 +50,7 @@ def expected_shape(moe: Any, name: str, layer: Any) -> tuple[int, ...]:
 def test_unfiltered_caching_holds_every_hook_in_its_shape_and_changes_nothing(family: str) -> None:
     bridge = build(family)
     plain = logits_of(bridge, family)
-    unattached = {name for name in bridge.run_with_cache(TOKENS, **tiny.model_inputs(family, TOKENS))[1]}
+    unattached = set(bridge.run_with_cache(TOKENS, **tiny.model_inputs(family, TOKENS))[1])
     moe = attach_to(family)
     with torch.no_grad():
         logits, cache = moe.bridge.run_with_cache(TOKENS, **tiny.model_inputs(family, TOKENS))
