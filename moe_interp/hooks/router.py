@@ -24,7 +24,10 @@ class OpenedRouter:
             return self.native_forward(hidden, *args, **kwargs)
         if self.layer.is_hooked("router_in"):
             folded = run.fold(hidden)
-            hidden = self.layer.fire("router_in", folded).reshape(hidden.shape)
+            new = self.layer.fire("router_in", folded)
+            # unedited, the block's own tensor goes on: in training some routers write their jitter into it
+            if is_edited(new, folded) or carries_gradient(new):
+                hidden = new.reshape(hidden.shape)
         out = self.native_forward(hidden, *args, **kwargs)
         run.rule = spec.rule_for(hidden.dtype)
         flat_logits, *route = spec.family.layout.read(spec.router, run.rule, hidden, out)
