@@ -1,0 +1,207 @@
+"""The loop: exact resume, accumulation, the balance loss by hand, the optimisers, and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from moe_interp.errors import ConfigError, ResultError, TrainingError
+from moe_interp.testbed.config import TestbedConfig
+from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.evaluate import max_violation, token_losses, unigram_loss
+from moe_interp.testbed.model import ModelConfig, model_tensors
+from moe_interp.testbed.optim import Muon, orthogonalise
+from moe_interp.testbed.packing import PackedSequences
+from moe_interp.testbed.presets import PRESETS
+from moe_interp.testbed.registry import load_domains
+from moe_interp.testbed.strategies import MicroBatchBalance, RouterRecord
+from moe_interp.testbed.train import Trainer, train
+
+TINY = TestbedConfig(
+    model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),
+    vocab_size=280,
+    domains=("letters", "numbers"),
+    length=32,
+    micro_batch=4,
+    steps=6,
+    warmup_steps=2,
+    log_every=2,
+    validate_every=3,
+    checkpoint_every=2,
+    validation_sequences=3,
+    optimizer="muon",
+    lr=3e-3,
+)
+PAIRS = [(i, j) for i in range(20) for j in range(20)]
+LETTERS = [f"abc {'xy' * i} {'z' * j} cba" for i, j in PAIRS]
+NUMBERS = [f"{i} + {j} = {i + j}" for i, j in PAIRS]
+DOMAINS = tuple(
+    Domain(name, tuple(t for k, t in enumerate(texts) if k % 7), tuple(texts[::7]))
+    for name, texts in (("letters", LETTERS), ("numbers", NUMBERS))
+)
+
+
+def weights(run):
+    return {name: tensor.clone() for name, tensor in model_tensors(run.moe.bridge.original_model).items()}
+
+
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(tmp_path):
+    whole = train(TINY, domains=DOMAINS, out=tmp_path / "whole", progress=False)
+    train(TINY, domains=DOMAINS, out=tmp_path / "parts", progress=False, stop_at=3)
+    assert not (tmp_path / "parts" / "model").exists()
+    resumed = train(TINY, domains=DOMAINS, out=tmp_path / "parts", progress=False, resume=True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+    assert whole.history[-1]["validation"] == resumed.history[-1]["validation"]
+    log = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [2, 3, 4, 6]
+    assert log == resumed.history
+    assert (resumed.path / "model.safetensors").is_file()
+
+    with pytest.raises(ResultError, match="already holds a run"):
+        train(TINY, domains=DOMAINS, out=tmp_path / "parts", progress=False)
+    other = TINY.model_copy(update={"lr": 1e-3})
+    with pytest.raises(ResultError, match="the very same configuration"):
+        train(other, domains=DOMAINS, out=tmp_path / "parts", progress=False, resume=True)
+
+
+def test_a_run_learns_and_reports(tmp_path):
+    longer = {"steps": 60, "validate_every": 60, "lr": 1e-2}
+    run = train(TINY.model_copy(update=longer), domains=DOMAINS, progress=False)
+    last = run.history[-1]
+    assert all(loss < 0.9 * last["unigram"][name] for name, loss in last["validation"].items())
+    assert run.path is None
+    assert last["tokens"] == 60 * 4 * 32
+    frame = run.specialization()
+    assert frame["layer"].tolist() == [0, 1]
+    assert last["routing"]["specialization"] == pytest.approx(frame["specialization"].tolist())
+    # the trace is that of the validation tokens
+    assert run.trace.n_tokens == 2 * 3 * 32
+    assert run.moe.hooks(0)[0] == "router_in"
+    assert not run.moe.bridge.training
+
+
+def test_accumulated_micro_batches_equal_one_large_batch():
+    options = {"strategy": "none", "steps": 2, "optimizer": "adamw", "domains_per_micro_batch": 1}
+    small = TINY.model_copy(update={**options, "micro_batch": 4, "micro_batches": 2})
+    large = TINY.model_copy(update={**options, "micro_batch": 8, "micro_batches": 1})
+    trainers = [Trainer(config, DOMAINS, Accelerator()) for config in (small, large)]
+    trainers[1].data = trainers[0].data
+    steps = [trainer.train_step() for trainer in trainers]
+    assert steps[0]["loss"] == pytest.approx(steps[1]["loss"], abs=1e-6)
+    for layer, load in steps[0]["loads"].items():
+        torch.testing.assert_close(load, steps[1]["loads"][layer])
+    one, two = (model_tensors(t.bridge.original_model) for t in trainers)
+    for name in one:
+        # AdamW's first step is the gradient's sign: it magnifies rounding where a gradient is almost zero
+        assert (one[name] - two[name]).abs().float().mean() < 1e-5, name
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    calls = []
+
+    def losses(logits, tokens):
+        calls.append(1)
+        return token_losses(logits, tokens) * (math.nan if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr("moe_interp.testbed.train.token_losses", losses)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 0\.00"):
+        train(TINY, domains=DOMAINS, out=tmp_path, progress=False)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_balance_loss_by_hand_is_one_a_layer_when_balanced_and_e_when_collapsed():
+    def record(probs, indices):
+        return RouterRecord(torch.tensor(probs).log()[None], torch.tensor(indices)[None])
+
+    # f = (2/4, 1/4, 1/4) over filled slots, P = (.5, .3, .2): 3 * (.25 + .075 + .05)
+    by_hand = record([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]], [[0, 1], [0, 2]])
+    loss = MicroBatchBalance().auxiliary_loss({0: by_hand}, None)
+    assert float(loss) == pytest.approx(1.125)
+    third = [1 / 3] * 3
+    balanced = record([third] * 3, [[0, 1], [1, 2], [2, 0]])
+    collapsed = record([[1 - 2e-9, 1e-9, 1e-9]] * 2, [[0, -1], [0, -1]])
+    assert float(MicroBatchBalance().auxiliary_loss({0: balanced, 1: collapsed}, None)) == pytest.approx(1 + 3)
+    assert max_violation(balanced.load()) == pytest.approx(0)
+    assert max_violation(collapsed.load()) == pytest.approx(2)
+
+
+def test_unigram_loss_is_the_cross_entropy_of_training_frequencies():
+    train_data = PackedSequences(np.array([[0, 0, 1, 2]]), np.zeros((1, 4), int), ("a",))
+    held_out = PackedSequences(np.array([[9, 0, 0, 2]]), np.zeros((1, 4), int), ("a",))
+    # add-one counts of 3 types: 3, 2, 2 of 7; the first position is not predicted
+    expected = -(2 * math.log(3 / 7) + math.log(2 / 7)) / 3
+    assert unigram_loss(train_data, held_out, 3)["a"] == pytest.approx(expected)
+
+
+def test_orthogonalise_keeps_the_singular_vectors_and_evens_the_values():
+    g = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = orthogonalise(g)
+    for one, whole in zip(g, out):
+        u, _, vh = torch.linalg.svd(one, full_matrices=False)
+        inner = u.T @ whole @ vh.T
+        assert torch.dist(inner, torch.diag(inner.diag())) < 1e-8
+        assert 0.5 < inner.diag().min() <= inner.diag().max() < 1.3
+        torch.testing.assert_close(orthogonalise(one), whole)
+    torch.testing.assert_close(orthogonalise(g.mT), out.mT)
+
+
+def test_muon_takes_a_nesterov_step_along_the_orthogonalised_gradient():
+    p = torch.nn.Parameter(torch.zeros(6, 3))
+    optimizer = Muon([p], lr=0.1, momentum=0.5)
+    first, second = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1))
+    p.grad = first
+    optimizer.step()
+    # momentum .5 g1, look-ahead g1 + .5 (m - g1) = .75 g1: the same direction; scaled by sqrt(6 / 3)
+    torch.testing.assert_close(p.detach(), -0.1 * math.sqrt(2) * orthogonalise(0.75 * first))
+    before = p.detach().clone()
+    p.grad = second
+    optimizer.step()
+    momentum = 0.25 * first + 0.5 * second
+    expected = before - 0.1 * math.sqrt(2) * orthogonalise(0.5 * second + 0.5 * momentum)
+    torch.testing.assert_close(p.detach(), expected)
+
+
+def test_schedules_by_hand():
+    linear = TINY.model_copy(update={"schedule": "linear", "steps": 100, "warmup_steps": 10, "decay_from": 0.6})
+    assert [linear.lr_factor(s) for s in (0, 4, 10, 59)] == pytest.approx([0.1, 0.5, 1, 1])
+    assert linear.lr_factor(80) == pytest.approx(0.5)
+    assert linear.lr_factor(100) == pytest.approx(0)
+    cosine = linear.model_copy(update={"schedule": "cosine"})
+    assert cosine.lr_factor(10) == pytest.approx(1)
+    assert cosine.lr_factor(55) == pytest.approx(0.55)
+    assert cosine.lr_factor(100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"lr": -1.0}, r"lr=-1\.0"),
+        ({"shares": (1.0,)}, "1 shares for domains"),
+        ({"length": 128}, "length=128"),
+        ({"decay_from": 1.5}, r"decay_from=1\.5"),
+        ({"domains": ()}, "one share a domain"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TestbedConfig(**{**dict(TINY), **changes})
+
+
+def test_unknown_strategies_and_domains_are_refused():
+    with pytest.raises(ConfigError, match="strategy 'magic'"):
+        train(TINY.model_copy(update={"strategy": "magic"}), domains=DOMAINS, progress=False)
+    with pytest.raises(ConfigError, match="domain 'letters'"):
+        load_domains(TINY)
+
+
+def test_presets_are_what_they_say():
+    assert set(PRESETS) == {"smoke", "demo", "paper"}
+    demo = PRESETS["demo"]
+    assert (demo.model.n_layers, demo.model.n_experts, demo.model.top_k, len(demo.domains)) == (4, 16, 2, 4)
