@@ -225,12 +225,13 @@ def _calibration_lines(result: IsolationTables) -> list[str]:
         lines.append(f"  {row['domain']}: {interval}, p = {row['p']:.2g}. Corrected for reliability: {row['verdict']}.")
     answers = items[items["positions"] == "answer"]
     last = (answers if len(answers) else items).iloc[-1]
-    lines.append(
-        f"Within an item ({last['positions']} positions): rho {_interval(last['rho'], last['low'], last['high'])}; "
-        f"with other items' quality {last['rho_other_items']:.2f}, so what routing knows about the very item is "
-        f"{last['specificity']:.3f} (p = {last['specificity_p']:.2g})."
-    )
-    return lines
+    text = f"Within an item ({last['positions']} positions): rho {_interval(last['rho'], last['low'], last['high'])}"
+    if not np.isnan(last["specificity"]):
+        text += (
+            f"; with other items' quality {last['rho_other_items']:.2f}, so what routing knows about the very item is "
+            f"{round(last['specificity'], 3) + 0.0:.3f} (p = {last['specificity_p']:.2g})"
+        )
+    return [*lines, f"{text}."]
 
 
 def _use_lines(result: IsolationTables) -> list[str]:
@@ -251,7 +252,11 @@ def _domain_line(result: IsolationTables) -> str:
 
 
 def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    if np.isnan(value):
+        return "undefined"
+    # adding zero turns -0.00 into 0.00
+    text = f"{round(value, 2) + 0.0:.2f}"
+    return f"{text} (no interval)" if np.isnan(low) else f"{text} [{low:.2f}, {high:.2f}]"
 
 
 def _number(value: float | None) -> str:

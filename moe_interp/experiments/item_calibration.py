@@ -33,11 +33,12 @@ def item_calibration_table(
         score: ``"mean"`` over the answer's tokens, or its ``"first"`` token.
 
     Returns:
-        domain (and one row for all of at least 2 items), positions (``"all"``, ``"answer"``), n_items; rho, the mean over layers and items,
-        with low and high (bootstrap over items within domains); p (expert labels permuted within a layer, the same way
-        for all items); rho_other_items, the same with the quality of **other** items of the domain; specificity = rho -
-        rho_other_items, what routing knows about the item beyond the domain, with specificity_p (items of a domain
-        permuted against each other). A layer where an item's experts are all equal is left out for that item.
+        domain (and one row for all of at least 2 items), positions (``"all"``, ``"answer"``), n_items; rho, the mean
+        over layers and items, with low and high (bootstrap over items within domains); p (expert labels permuted
+        within a layer, the same way for all items); rho_other_items, the same with the quality of **other** items of
+        the domain; specificity = rho - rho_other_items, what routing knows about the item beyond the domain, with
+        specificity_p (items of a domain permuted against each other). A layer where an item's experts are all equal
+        is left out for that item.
 
     Raises:
         DataError: Fewer than 3 experts.
