@@ -1,0 +1,216 @@
+"""`moe.verify()` passes on every family, finds what is broken, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_interp.arch.rules import RoutingRule, ScoreRule
+from moe_interp.errors import ConfigError, HookError
+from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.hooks.layer import OpenLayer
+from moe_interp.hooks.names import HOOK_NAMES
+from moe_interp.hooks.theirs import THEIR_HOOKS
+from moe_interp.hooks.verify import COLUMNS, Verification
+from tests import tiny
+
+# (family of the table, hook) -> why a check has no meaning there, in tests' tiny models
+EXCEPTED = {
+    ("phimoe", "router_in"): "do not depend on the logits",
+    ("phimoe", "router_logits"): "do not depend on the logits",
+    ("gemma4", "routed_out"): "a norm follows",
+    ("jamba", "mlp.router.hook_out"): "a tuple",
+}
+
+
+def attached(name: str, dtype: torch.dtype = torch.float32) -> MoEHooks:
+    return attach(tiny.build_bridge(tiny.build_hf(name, dtype=dtype), name))
+
+
+def failures(table: Verification) -> list[tuple[str, str]]:
+    bad = table[~table["passed"]]
+    return list(zip(bad["check"], bad["hook"]))
+
+
+def test_every_check_passes_on_every_family(family: str) -> None:
+    moe = attached(family)
+    table = moe.verify()
+    assert table.ok, failures(table)
+    assert tuple(table.columns) == tuple(COLUMNS)
+    name = moe.spec(moe.layers[0]).family.name
+    excepted = table[table["note"].str.startswith("excepted")]
+    assert {(name, hook) for hook in excepted["hook"]} == {key for key in EXCEPTED if key[0] == name}
+    for check in ("pass-through changes nothing", "an edit changes the logits"):
+        rows = table[table["check"] == check]
+        assert set(zip(rows["layer"], rows["hook"])) == {(at, hook) for at in moe.layers for hook in moe.hooks(at)}
+    gradients = table[table["check"] == "a gradient arrives"]
+    assert set(gradients["hook"]) == set(moe.hooks(moe.layers[0])) - {"expert_indices"}
+    theirs = table[table["check"] == "TransformerLens' hook agrees"]
+    assert set(theirs["hook"]) == {hook.path for hook in THEIR_HOOKS[name]}
+
+
+def test_router_checks_are_exact_and_expert_checks_are_bounded_by_the_number_format() -> None:
+    table = attached("qwen3_moe").verify()
+    through = table[table["check"] == "pass-through changes nothing"]
+    bounds = dict(zip(through["hook"], through["bound"]))
+    assert {hook for hook, bound in bounds.items() if bound > 0} == {"expert_post", "expert_out"}
+    assert bounds["expert_out"] == 32 * torch.finfo(torch.float32).eps
+    assert attached("qwen3_moe", torch.bfloat16).verify().ok
+
+
+def broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh = ScoreRule._weigh_scores
+    monkeypatch.setattr(ScoreRule, "_weigh_scores", lambda self, s, i: weigh(self, s, i) * 1.001)
+
+
+def silent_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fire = OpenLayer.fire
+
+    def deaf(self: OpenLayer, name: str, value: Tensor, **kwargs: Any) -> Tensor:
+        result = fire(self, name, value, **kwargs)
+        return value if name == "router_logits" else result
+
+    monkeypatch.setattr(OpenLayer, "fire", deaf)
+
+
+def shifted_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    fire = OpenLayer.fire
+
+    def shift(self: OpenLayer, name: str, value: Tensor, **kwargs: Any) -> Tensor:
+        result = fire(self, name, value, **kwargs)
+        return result * 1.01 if name == "expert_out" and self.is_hooked(name) else result
+
+    monkeypatch.setattr(OpenLayer, "fire", shift)
+
+
+def no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    fire = OpenLayer.fire
+    monkeypatch.setattr(OpenLayer, "fire", lambda self, name, v, **k: fire(self, name, v, **k).detach())
+
+
+def raising_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: RoutingRule, *args: Any) -> Any:
+        raise ValueError("a rule that fails")
+
+    monkeypatch.setattr(RoutingRule, "route", fail)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "found"),
+    [
+        (broken_rule, ("the rule is the router's", "expert_indices")),
+        (silent_logits, ("an edit changes the logits", "router_logits")),
+        (silent_logits, ("edited logits re-route by the rule", "router_logits")),
+        (shifted_output, ("pass-through changes nothing", "expert_out")),
+        (shifted_output, ("the rule's experts run", "router_logits")),
+        (no_gradient, ("a gradient arrives", "router_logits")),
+        (raising_rule, ("routes as the rule", "all")),
+    ],
+)
+def test_a_mistake_is_found(
+    monkeypatch: pytest.MonkeyPatch, mistake: Callable[[pytest.MonkeyPatch], None], found: tuple[str, str]
+) -> None:
+    moe = attached("olmoe")
+    mistake(monkeypatch)
+    table = moe.verify(layers=[1])
+    assert not table.ok
+    assert found in failures(table)
+    assert "NO" in repr(table)
+
+
+def test_the_model_and_the_users_hooks_are_as_before() -> None:
+    moe = attached("deepseek_v3")
+    bridge, tokens = moe.bridge, tiny.random_tokens()
+    bridge.train()
+    bridge.eval()
+    bridge.blocks[1].train()
+    seen: list[str] = []
+    bridge.add_hook(moe.hook_name("router_logits", 1), lambda value, hook: value * 0.5)
+    bridge.add_hook("blocks.0.hook_resid_pre", lambda value, hook: seen.append(hook.name), is_permanent=True)
+    parameter = next(bridge.original_model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    with torch.no_grad():
+        before = bridge(tokens)
+    modes = [module.training for module in bridge.modules()]
+    state, names = list(bridge.hook_dict), [name for name, _ in bridge.named_modules()]
+    seen.clear()
+    assert moe.verify(layers=[1]).ok
+    assert seen == []
+    assert [module.training for module in bridge.modules()] == modes
+    assert list(bridge.hook_dict) == state
+    assert sorted(name for name, _ in bridge.named_modules()) == sorted(names)
+    assert torch.equal(parameter.grad, torch.ones_like(parameter))
+    with torch.no_grad():
+        assert torch.equal(bridge(tokens), before)
+    assert len(seen) == 1
+    bridge.reset_hooks()
+    with torch.no_grad():
+        assert not torch.equal(bridge(tokens), before)
+
+
+def test_an_interruption_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = attached("olmoe")
+    bridge, tokens = moe.bridge, tiny.random_tokens()
+    with torch.no_grad():
+        before = bridge(tokens)
+    bridge.train()
+    native = type(bridge).hooks
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not moe.is_attached:
+            raise KeyboardInterrupt
+        return native(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(bridge), "hooks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        moe.verify()
+    monkeypatch.undo()
+    assert moe.is_attached
+    assert bridge.training
+    bridge.eval()
+    with torch.no_grad():
+        assert torch.equal(bridge(tokens), before)
+    assert moe.verify().ok
+
+
+def test_suspended_is_the_unattached_model() -> None:
+    bridge = tiny.build_bridge(tiny.build_hf("jetmoe"), "jetmoe")
+    names = set(bridge.hook_dict)
+    moe = attach(bridge)
+    with moe.suspended() as same:
+        assert same is bridge
+        assert set(bridge.hook_dict) == names
+        assert not moe.is_attached
+    assert set(bridge.hook_dict) == names | set(moe.hook_names())
+
+
+def test_tokens_text_and_layers() -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tokenizer))
+    assert moe.verify("w3 w4 w5 w6 w7", layers=[-1])["layer"].unique().tolist() == [2]
+    assert moe.verify(tiny.random_tokens(1, 3), layers=[0]).ok
+    with pytest.raises(ConfigError, match=r"tokens of shape \(3,\).*integer ids \[batch, pos\]"):
+        moe.verify(torch.tensor([3, 4, 5]))
+    with pytest.raises(HookError, match="layer 7, which does not exist"):
+        moe.verify(layers=[7])
+
+
+def test_without_expert_hooks_the_rest_is_checked() -> None:
+    bridge = tiny.build_bridge(tiny.build_hf("gpt_oss"), "gpt_oss")
+    table = attach(bridge, expert_outputs=False).verify()
+    assert table.ok
+    assert not {"expert_post", "expert_out"} & set(table["hook"])
+
+
+def test_the_printed_table_sums_up_over_the_layers() -> None:
+    table = attached("mixtral").verify()
+    summary = table.summary()
+    assert len(summary) < len(table) / 2
+    assert set(summary["layers"]) == {"3/3", "1/1"}
+    text = repr(table)
+    assert f"{len(table)} of {len(table)} checks passed" in text
+    assert all(name in text for name in HOOK_NAMES if name != "shared_out")
