@@ -7,6 +7,7 @@ python benchmarks/stats_coverage.py --runs 50       # a quick look, written to t
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -115,29 +116,44 @@ def calibration_run(run: int, reliability: float, planted: float, n: int, skewed
     if skewed:  # probabilities: the items' noise is then larger at the larger expectations
         x = np.exp(0.5 * x)
         x /= x.sum(-1, keepdims=True)
-    result = stats.corrected_correlation(x, y, n_resamples=120, seed=run)
+    result = stats.corrected_correlation(x, y, n_resamples=120, n_permutations=9, seed=run)
     truth = float(stats.spearman(true_x, true_y).rho.mean())
     value, low, high = result.corrected.value, result.corrected.low, result.corrected.high
     reliable = result.reliability_x.value
     return value - truth, low <= truth <= high, high - low, result.too_noisy, reliable, value - planted
 
 
-def calibration_section(runs: int, workers: int) -> str:
+def calibration_row(design: tuple[float, float, int, bool], count: int, pool: ProcessPoolExecutor) -> list[str]:
+    """One row of the table: ``count`` runs of (reliability, planted, items, skewed)."""
+    one = partial(calibration_run, reliability=design[0], planted=design[1], n=design[2], skewed=design[3])
+    out = np.array(list(pool.map(one, range(count), chunksize=10)), dtype=float)
+    told = out[out[:, 3] == 0]
+    cells = ["-"] * 4
+    if len(told):
+        cells = [
+            f"{told[:, 0].mean():+.3f}",
+            f"{told[:, 5].mean():+.3f}",
+            share(told[:, 1]),
+            f"{told[:, 2].mean():.2f}",
+        ]
+    name = f"{design[0]}" + (", routing skewed" if design[3] else "")
+    return [name, f"{design[1]}", f"{design[2]}", f"{count}", *cells, f"{out[:, 4].mean():.2f}", share(out[:, 3])]
+
+
+def calibration_section(runs: int, workers: int, done: Path | None) -> str:
     designs = [(rel, planted, 50, False) for rel in (0.5, 0.8) for planted in (0.0, 0.3, 0.6)]
     others = [(0.5, 0.3, 12, False), (0.8, 0.3, 12, False), (0.8, 0.6, 50, True), (0.15, 0.6, 50, False)]
-    rows = []
+    kept: dict[str, list[str]] = json.loads(done.read_text()) if done and done.exists() else {}
     with ProcessPoolExecutor(workers) as pool:
         for design in designs + others:
             count = runs if design in designs else max(10, runs // 5)
-            one = partial(calibration_run, reliability=design[0], planted=design[1], n=design[2], skewed=design[3])
-            out = np.array(list(pool.map(one, range(count), chunksize=10)), dtype=float)
-            told = out[out[:, 3] == 0]
-            cells = [f"{told[:, 0].mean():+.3f}", f"{told[:, 5].mean():+.3f}", share(told[:, 1])] if len(told) else []
-            cells = [*cells, f"{told[:, 2].mean():.2f}"] if len(told) else ["-"] * 4
-            name = f"{design[0]}" + (", routing skewed" if design[3] else "")
-            cells += [f"{out[:, 4].mean():.2f}", share(out[:, 3])]
-            rows.append([name, f"{design[1]}", f"{design[2]}", f"{count}", *cells])
-            print(rows[-1], flush=True)
+            key = f"{design} {count}"
+            if key not in kept:
+                kept[key] = calibration_row(design, count, pool)
+                if done:
+                    done.write_text(json.dumps(kept))
+            print(kept[key], flush=True)
+    rows = [kept[f"{design} {runs if design in designs else max(10, runs // 5)}"] for design in designs + others]
     head = ["reliability", "planted", "items", "runs", "bias", "bias against planted", "coverage", "mean width"]
     return table([*head, "mean reliability of x found", "too noisy"], rows)
 
@@ -184,13 +200,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--done", type=Path, help="a file that keeps finished rows of the calibration study")
     options = parser.parse_args()
     page = PAGE_TEXT.format(
         runs=options.runs,
         error=np.sqrt(0.95 * 0.05 / options.runs),
         intervals=intervals_section(options.runs),
         levels=levels_section(options.runs),
-        calibration=calibration_section(options.runs, options.workers),
+        calibration=calibration_section(options.runs, options.workers, options.done),
         layers=LAYERS,
         experts=EXPERTS,
         scatter=1 / np.sqrt(LAYERS * (EXPERTS - 1)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -91,8 +92,13 @@ def expected_spearman(r: ArrayLike, n: int) -> FloatArray:
 
 def latent_pearson(rho: ArrayLike, n: int) -> FloatArray:
     """The Pearson correlation whose :func:`expected_spearman` is ``rho`` (interpolated, to about 1e-7)."""
+    return np.interp(np.asarray(rho, dtype=np.float64), *_latent_table(n))
+
+
+@lru_cache(maxsize=16)
+def _latent_table(n: int) -> tuple[FloatArray, FloatArray]:
     grid = np.sin(np.linspace(-np.pi / 2, np.pi / 2, 4001))  # dense at the ends, where arcsin is steep
-    return np.interp(np.asarray(rho, dtype=np.float64), expected_spearman(grid, n), grid)
+    return expected_spearman(grid, n), grid
 
 
 def split_half_reliability(x: ArrayLike, *, n_splits: int = 100, seed: int = 0) -> Reliability:
@@ -275,19 +281,13 @@ def _half_ranks(flat: FloatArray, n_experts: int, halves: NDArray[np.bool_], wei
 
 
 def _unit_ranks(values: FloatArray) -> FloatArray:
-    """Centred average ranks along the first axis, scaled to length one; zeros where all are equal.
-
-    2 rank - (E + 1) = sum over e' of sign(v_e - v_e'): for few experts much faster than sorting.
-    """
+    """Centred average ranks along the first axis, scaled to length one; zeros where all are equal."""
     if len(values) > 64:
-        ranks = 2 * scipy_stats.rankdata(values, axis=0) - (len(values) + 1)
-    else:
-        twice = np.zeros(values.shape, dtype=np.int16)
-        for e in range(len(values) - 1):
-            sign = (values[e + 1 :] > values[e]).view(np.int8) - (values[e + 1 :] < values[e]).view(np.int8)
-            twice[e + 1 :] += sign
-            twice[e] -= sign.sum(0, dtype=np.int16)
-        ranks = twice.astype(np.float64)
+        ranks = scipy_stats.rankdata(values, axis=0)
+    else:  # counting those below and those not above is as fast as sorting, and gives ties their average
+        below = (values[:, None] > values).sum(1, dtype=np.int16)
+        ranks = (below + (values[:, None] >= values).sum(1, dtype=np.int16)) / 2
+    ranks -= ranks.mean(0)
     norm = np.sqrt((ranks * ranks).sum(0))
     return np.asarray(ranks / np.where(norm > 0, norm, 1))
 
