@@ -12,7 +12,9 @@ from moe_interp.errors import ConfigError
 from moe_interp.testbed.model import ModelConfig
 
 _COUNTS = ("length", "micro_batch", "micro_batches", "steps", "log_every", "validate_every", "checkpoint_every")
-_POSITIVE = (*_COUNTS, "validation_sequences", "lr", "clip", "data_scale")
+_POSITIVE = (*_COUNTS, "validation_sequences", "lr", "clip", "data_scale", "capacity_factor")
+_COEFFICIENTS = ("balance", "bias_rate", "z_coefficient", "weight_decay")
+_SHARES = ("decay_from", "load_decay")
 
 
 class TestbedConfig(BaseModel):
@@ -24,7 +26,9 @@ class TestbedConfig(BaseModel):
             folder of text.
         shares: Expected share of sequences of each domain; equal if None.
         strategy: Routing strategy, ``none`` or ``micro_batch``, ... (see ``strategies``).
-        balance: Coefficient of the strategy's auxiliary loss, summed over layers.
+        balance: Coefficient of the auxiliary balance loss, summed over layers.
+        bias_rate, z_coefficient, capacity_factor: Of ``loss_free``, ``z_loss`` and ``capacity``.
+        load_decay: Of the running means of ``global_running`` and ``expert_choice``.
         length, micro_batch, micro_batches: Tokens a sequence, sequences a micro-batch, and micro-batches an optimiser
             step **over all processes**, so that a run on more processes is the same run.
         mixed_sequences: Domains alternate within a sequence; otherwise a sequence has one.
@@ -43,6 +47,10 @@ class TestbedConfig(BaseModel):
     data_scale: float = 1.0
     strategy: str = "micro_batch"
     balance: float = 0.01
+    bias_rate: float = 1e-3
+    z_coefficient: float = 1e-3
+    capacity_factor: float = 1.25
+    load_decay: float = 0.9
     length: int = 256
     micro_batch: int = 12
     micro_batches: int = 1
@@ -66,10 +74,12 @@ class TestbedConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> TestbedConfig:
         bad = [f"{name}={getattr(self, name)}" for name in _POSITIVE if not getattr(self, name) > 0]
-        if bad or self.balance < 0 or not 0 < self.decay_from < 1:
+        bad += [f"{name}={getattr(self, name)}" for name in _COEFFICIENTS if getattr(self, name) < 0]
+        bad += [f"{name}={getattr(self, name)}" for name in _SHARES if not 0 < getattr(self, name) < 1]
+        if bad:
             raise ConfigError(
-                f"{', '.join(bad) or f'balance={self.balance}, decay_from={self.decay_from}'}",
-                "positive sizes and rates, balance >= 0, decay_from between 0 and 1",
+                ", ".join(bad),
+                "positive sizes and rates, coefficients >= 0, decay_from and load_decay between 0 and 1",
                 "Change the configuration.",
             )
         if not self.domains or (self.shares is not None and len(self.shares) != len(self.domains)):

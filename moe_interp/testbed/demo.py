@@ -24,7 +24,7 @@ from moe_interp.testbed.generate import complete
 from moe_interp.testbed.metrics import routing_metrics
 from moe_interp.testbed.model import bridge_model, save_checkpoint
 from moe_interp.testbed.presets import DEMO
-from moe_interp.testbed.strategies import recorded
+from moe_interp.testbed.strategy import recorded
 from moe_interp.testbed.train import TrainedRun, train
 from moe_interp.testbed.worlds.arithmetic import final_answer
 from moe_interp.traces.trace import RoutingTrace

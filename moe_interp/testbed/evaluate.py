@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_interp.testbed.packing import PackedSequences
-from moe_interp.testbed.strategies import Records
+from moe_interp.testbed.strategy import Records
 from moe_interp.traces.trace import RoutingTrace
 from moe_interp.types import Layer
 

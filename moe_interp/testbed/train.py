@@ -30,7 +30,8 @@ from moe_interp.testbed.model import bridge_model, build_model, model_tensors, s
 from moe_interp.testbed.optim import make_optimizers
 from moe_interp.testbed.packing import PackedSequences, training_sequences, validation_sequences
 from moe_interp.testbed.registry import load_domains
-from moe_interp.testbed.strategies import STRATEGIES, Batch, Loads, Records, recorded
+from moe_interp.testbed.strategies import check_strategy, make_strategy
+from moe_interp.testbed.strategy import Batch, Loads, Records, Setting, Strategy, recorded
 from moe_interp.traces.trace import RoutingTrace
 
 
@@ -39,7 +40,8 @@ class TrainedRun:
     """A finished run.
 
     Attributes:
-        moe: Hooks on the trained model's bridge.
+        moe: Hooks on the trained model's bridge. They route as the family does: add ``strategy.fwd_hooks(batch)`` to
+            route as in training, for a strategy that changes the route.
         domains, validation: The data, and the held-out sequences behind ``trace`` and the history's losses.
         trace: Routes of the validation sequences under the strategy, with domain labels.
         history: The log's records; the last holds the final losses.
@@ -48,6 +50,7 @@ class TrainedRun:
 
     config: TestbedConfig
     moe: MoEHooks
+    strategy: Strategy
     tokenizer: PreTrainedTokenizerFast
     domains: tuple[Domain, ...]
     validation: PackedSequences
@@ -88,14 +91,16 @@ class Trainer:
         self.moe = attach(self.bridge, expert_outputs=False)
         prepared = accelerator.prepare(self.bridge.original_model, *optimizers)
         self.model, self.optimizers = prepared[0], prepared[1:]
-        self.strategy = STRATEGIES[config.strategy]()
-        self.strategy.bind(self.moe, tuple(d.name for d in domains), config.seed)
+        setting = Setting(
+            self.moe, config, tuple(d.name for d in domains), partial(accelerator.reduce, reduction="mean")
+        )
+        self.strategy = make_strategy(config.strategy, setting)
         self.bridge.train()
         self.step, self.history = 0, list[dict[str, Any]]()
 
     def forward(self, tokens: Tensor, domain: Tensor, training: bool = True) -> tuple[Tensor, Records]:
         """Logits and what each router did, under the strategy's hooks."""
-        hooks = self.strategy.fwd_hooks(self.moe, Batch(tokens, domain, self.step, training))
+        hooks = self.strategy.fwd_hooks(Batch(tokens, domain, self.step, training))
         return recorded(self.moe, lambda: self.model(tokens, use_cache=False).logits, hooks)
 
     def micro_batch(self, micro: int) -> tuple[Tensor, Tensor]:
@@ -126,10 +131,9 @@ class Trainer:
             with nullcontext() if micro == mine[-1] else accelerator.no_sync(self.model):
                 logits, records = self.forward(tokens, domain)
                 loss = token_losses(logits, tokens).mean()
-                auxiliary = self.strategy.auxiliary_loss(records, step_load)
-                accelerator.backward((loss + config.balance * auxiliary) / len(mine))
-            both = torch.stack([loss.detach(), torch.as_tensor(auxiliary, device=loss.device).detach()])
-            totals += both / len(mine)
+                auxiliary = self.strategy.auxiliary_loss(records, Batch(tokens, domain, self.step, True), step_load)
+                accelerator.backward((loss + auxiliary) / len(mine))
+            totals += torch.stack([loss.detach(), auxiliary.detach()]) / len(mine)
             _add_loads(loads, records, len(mine))
         totals = accelerator.reduce(totals, "mean")
         self._check_finite(float(totals[0]), factor)
@@ -237,11 +241,20 @@ def train(
         if accelerator.is_main_process:
             save_checkpoint(trainer.bridge.original_model, trainer.tokenizer, path, torch.float32)
         accelerator.wait_for_everyone()
-    trainer.moe.detach()
     trainer.bridge.eval()
+    trainer.moe.detach()
     moe = attach(trainer.bridge)
+    trainer.strategy.rebind(moe)
     return TrainedRun(
-        config, moe, trainer.tokenizer, trainer.domains, trainer.validation, final.trace, trainer.history, path
+        config=config,
+        moe=moe,
+        strategy=trainer.strategy,
+        tokenizer=trainer.tokenizer,
+        domains=trainer.domains,
+        validation=trainer.validation,
+        trace=final.trace,
+        history=trainer.history,
+        path=path,
     )
 
 
@@ -292,8 +305,7 @@ def _check_run(config: TestbedConfig, accelerator: Accelerator) -> None:
             "a multiple of the number of processes",
             "Change micro_batches or the number of processes.",
         )
-    if config.strategy not in STRATEGIES:
-        raise ConfigError(f"strategy {config.strategy!r}", f"one of {sorted(STRATEGIES)}", "Choose another.")
+    check_strategy(config.strategy)
 
 
 def _open_folder(trainer: Trainer, folder: Path, resume: bool) -> None:

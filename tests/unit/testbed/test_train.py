@@ -13,13 +13,12 @@ from accelerate import Accelerator
 from moe_interp.errors import ConfigError, ResultError, TrainingError
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
-from moe_interp.testbed.evaluate import max_violation, token_losses, unigram_loss
+from moe_interp.testbed.evaluate import token_losses, unigram_loss
 from moe_interp.testbed.model import ModelConfig, model_tensors
 from moe_interp.testbed.optim import Muon, orthogonalise
 from moe_interp.testbed.packing import PackedSequences
 from moe_interp.testbed.presets import PRESETS
 from moe_interp.testbed.registry import load_domains
-from moe_interp.testbed.strategies import MicroBatchBalance, RouterRecord
 from moe_interp.testbed.train import Trainer, train
 
 TINY = TestbedConfig(
@@ -113,22 +112,6 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 0\.00"):
         train(TINY, domains=DOMAINS, out=tmp_path, progress=False)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
-
-
-def test_balance_loss_by_hand_is_one_a_layer_when_balanced_and_e_when_collapsed():
-    def record(probs, indices):
-        return RouterRecord(torch.tensor(probs).log()[None], torch.tensor(indices)[None])
-
-    # f = (2/4, 1/4, 1/4) over filled slots, P = (.5, .3, .2): 3 * (.25 + .075 + .05)
-    by_hand = record([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]], [[0, 1], [0, 2]])
-    loss = MicroBatchBalance().auxiliary_loss({0: by_hand}, None)
-    assert float(loss) == pytest.approx(1.125)
-    third = [1 / 3] * 3
-    balanced = record([third] * 3, [[0, 1], [1, 2], [2, 0]])
-    collapsed = record([[1 - 2e-9, 1e-9, 1e-9]] * 2, [[0, -1], [0, -1]])
-    assert float(MicroBatchBalance().auxiliary_loss({0: balanced, 1: collapsed}, None)) == pytest.approx(1 + 3)
-    assert max_violation(balanced.load()) == pytest.approx(0)
-    assert max_violation(collapsed.load()) == pytest.approx(2)
 
 
 def test_unigram_loss_is_the_cross_entropy_of_training_frequencies():
