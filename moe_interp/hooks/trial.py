@@ -139,7 +139,7 @@ def at_rest(bridge: TransformerBridge) -> Iterator[None]:
             module.training = training
 
 
-def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None) -> Tensor:
+def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int = 0) -> Tensor:
     """Ids ``[batch, pos]`` on the model's device; two random sequences of eight by default, special ids left out.
 
     Raises:
@@ -151,7 +151,7 @@ def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None) -> Tensor:
     if tokens is None:
         ids = torch.arange(int(bridge.cfg.d_vocab))
         ids = ids[~torch.isin(ids, torch.tensor(sorted(_special_ids(bridge.original_model.config)), dtype=ids.dtype))]
-        draws = torch.randint(len(ids), (2, 8), generator=torch.Generator().manual_seed(0))
+        draws = torch.randint(len(ids), (2, 8), generator=torch.Generator().manual_seed(seed))
         return ids[draws].to(device)
     if tokens.ndim != 2 or tokens.dtype.is_floating_point:
         raise ConfigError(

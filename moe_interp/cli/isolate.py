@@ -1,0 +1,124 @@
+"""``moe-interp isolate``: expert isolation and router calibration of a model on items."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from matplotlib.figure import Figure
+from rich.markup import escape
+
+from moe_interp.cli import console
+from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
+from moe_interp.errors import ConfigError
+from moe_interp.experiments.isolation import isolate_experts
+from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.items import Item, check_items, load_items
+from moe_interp.plots import calibration_scatter, dominance, layer_impact, save_figure, sorted_p, specialization_map
+from moe_interp.report.page import write_page
+from moe_interp.stats import plan_wilcoxon
+from moe_interp.testbed.demo import load_demo_assets
+
+FIGURES: dict[str, Callable[..., Figure]] = {
+    "specialization": specialization_map,
+    "calibration": calibration_scatter,
+    "dominance": dominance,
+    "layer_impact": layer_impact,
+    "sorted_p": sorted_p,
+}
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result, the figures and the page.")]
+
+
+def isolate(
+    model: Model,
+    out: Out,
+    items: Annotated[list[str] | None, typer.Option(help="JSON-lines files, or 'demo' for the bundled items.")] = None,
+    domains: Annotated[str | None, typer.Option(help="Keep these domains only, e.g. math,science.")] = None,
+    per_domain: Annotated[int | None, typer.Option(help="Keep the first N items of each domain.")] = None,
+    layers: Annotated[str | None, typer.Option(help="MoE layers, e.g. 0,3,-1; all by default.")] = None,
+    experts: Annotated[str | None, typer.Option(help="Experts, e.g. 0,1,2+5 (a set); all by default.")] = None,
+    mode: Annotated[str, typer.Option(help="force (alone) or ablate (taken away).")] = "force",
+    random_draws: Annotated[int, typer.Option(help="Experts drawn for the random baseline.")] = 8,
+    memory: Annotated[float | None, typer.Option(help="Memory a pass may use, in GiB; half of what is free.")] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with the finished cells in --out.")] = True,
+) -> None:
+    """Send all tokens of a layer through one expert at a time: which experts are good for which domain, and does the
+    router prefer them?"""
+    chosen = read_items(items or ([DEMO] if model == DEMO else []), domains, per_domain)
+    moe = load_hooks(model, device, dtype)
+    sets = _experts(experts)
+    labels = None if layers is None else [moe.layer_label(part) for part in layers.split(",")]
+    _announce_plan(chosen, len(labels or moe.layers) * len(sets or range(moe.spec(moe.layers[0]).n_experts)))
+    store = out / "cells"
+    if not resume and store.exists():
+        for file in store.iterdir():
+            file.unlink()
+    result = isolate_experts(
+        moe,
+        chosen,
+        layers=labels,  # type: ignore[arg-type]
+        experts=sets,
+        mode=mode,  # type: ignore[arg-type]
+        random_draws=random_draws,
+        memory_budget=None if memory is None else int(memory * 2**30),
+        seed=seed,
+        store=store,
+    )
+    write_isolation(result, out)
+    console.out.print(escape(result.summary()))
+    console.out.print(f"\nOpen [bold]{out / 'index.html'}[/] in a browser. The result is {out / 'isolation.nc'}.")
+
+
+def read_items(sources: list[str], domains: str | None, per_domain: int | None) -> list[Item]:
+    """Items of files and of the bundled set, the first ``per_domain`` of each domain."""
+    if not sources:
+        raise ConfigError("no items", "--items FILE.jsonl (id, domain, prompt, answer)", "Or use --items demo.")
+    wanted = None if domains is None else domains.split(",")
+    found: list[Item] = []
+    for source in sources:
+        if source == DEMO:
+            found += check_items([item for group in load_demo_assets().items.values() for item in group])
+        else:
+            found += load_items(source)
+    found = check_items(found, wanted)
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in found:
+        seen[item.domain] += 1
+        if per_domain is None or seen[item.domain] <= per_domain:
+            kept.append(item)
+    return kept
+
+
+def write_isolation(result: IsolationResult, out: Path, **extra: str) -> None:
+    """The result, its figures as SVG files, and the page."""
+    result.save(out / "isolation.nc")
+    for name, draw in FIGURES.items():
+        save_figure(draw(result), out / "figures" / f"{name}.svg")
+    write_page(out / "index.html", result, extra=extra)
+
+
+def _announce_plan(items: list[Item], cells: int) -> None:
+    """Before the run: what the tests will be able to show."""
+    counts = Counter(item.domain for item in items)
+    tests = cells * len(counts)
+    sizes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    console.err.print(f"{len(items)} items ({escape(sizes)}), {cells} layer-expert cells, {tests} tests")
+    console.err.print(plan_wilcoxon(min(counts.values()), tests))
+
+
+def _experts(text: str | None) -> list[int | tuple[int, ...]] | None:
+    if text is None:
+        return None
+    try:
+        sets = [tuple(int(e) for e in part.split("+")) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--experts {text}", "ids such as 0,1,2+5", "Separate sets by commas.") from None
+    return [s[0] if len(s) == 1 else s for s in sets]

@@ -1,0 +1,126 @@
+"""Loading what ``--model`` names: the bundled demo model, a folder, or a model of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_interp.errors import ConfigError
+from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.testbed.demo import load_demo_assets
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DEMO = "demo"
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A hub name, a local folder, or 'demo'.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default the best there is.")]
+Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def load_bridge(model: str, device: str | None = None, dtype: str = "float32", **options: Any) -> TransformerBridge:
+    """A bridge in eval mode.
+
+    Args:
+        model: "demo", a folder with a transformers checkpoint, or a hub name. ``HF_HUB_OFFLINE=1`` is honoured: then
+            only what is already in the cache is found.
+        device: A torch device; TransformerLens' own choice by default.
+        dtype: A key of ``DTYPES``.
+        options: Handed on to ``TransformerBridge.boot_transformers``.
+
+    Raises:
+        ConfigError: an unknown number format or device, a folder that is not there, a name that is not on the hub or
+            cannot be reached, or a model that TransformerLens does not bridge.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "Choose a number format.")
+    source = _source(model)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        bridge = TransformerBridge.boot_transformers(source, device=_device(device), dtype=DTYPES[dtype], **options)
+    except (OSError, ValueError) as error:
+        raise _explained(model, error) from error
+    bridge.eval()
+    return bridge
+
+
+def load_hooks(model: str, device: str | None = None, dtype: str = "float32") -> MoEHooks:
+    """The same, attached.
+
+    Raises:
+        ConfigError: as for :func:`load_bridge`.
+        AttachError: a model without MoE layers, or of an unknown family.
+    """
+    return attach(load_bridge(model, device, dtype))
+
+
+def _source(model: str) -> str:
+    if model == DEMO:
+        return str(load_demo_assets().model_path)
+    looks_local = model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"the folder {model} without a config.json",
+                "a folder written by save_pretrained",
+                "Give the folder that holds config.json and the weights.",
+            )
+        return str(path)
+    if looks_local or path.exists():
+        raise ConfigError(
+            f"the path {model}, which is not a folder that exists",
+            "a folder with a transformers checkpoint, a hub name such as allenai/OLMoE-1B-7B-0924, or 'demo'",
+            "Correct the path.",
+        )
+    return model
+
+
+def _device(device: str | None) -> str | None:
+    if device is None:
+        return None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device!r} ({str(error).splitlines()[0]})", "a device that this machine has", "Try --device cpu."
+        ) from error
+    return device
+
+
+def _explained(model: str, error: Exception) -> ConfigError:
+    """What went wrong in loading, found in the chain of causes."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        remedy = "Ask for access on its page and log in with `hf auth login`."
+        return ConfigError(f"the gated model {model}", "a model you have access to", remedy)
+    if any(isinstance(e, RepositoryNotFoundError | HFValidationError) for e in chain):
+        remedy = "Correct the name; `moe-interp models` lists some. Private models need `hf auth login`."
+        return ConfigError(f"{model}, which is not on the hub", "the name of a hub model", remedy)
+    if offline or any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        remedy = "Unset HF_HUB_OFFLINE to download it, or give a local folder."
+        return ConfigError(
+            f"{model}, which is not in the local cache (HF_HUB_OFFLINE is set)", "a cached model", remedy
+        )
+    if any("connect" in str(e).lower() or "connect" in type(e).__name__.lower() for e in chain):
+        remedy = "Check the network, or give a local folder or 'demo'."
+        return ConfigError(f"{model}, which could not be reached on the hub", "a network connection", remedy)
+    if isinstance(error, ValueError) and "not supported" in first.lower():
+        remedy = "See `moe-interp support` for the families."
+        return ConfigError(f"{model}: {first}", "a model that TransformerLens bridges", remedy)
+    return ConfigError(
+        f"{model}, which could not be loaded: {first}", "a complete checkpoint", "See the message above."
+    )
