@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from moe_interp.testbed.domains import Domain, Example, Split, generated_domain, words
 
-LIMIT = 999  # no intermediate value is larger: single digits are tokens, and three of them are enough
+LIMIT = 9999  # no value is larger
 SIZES = ("small", "medium", "large")
-# size -> range of what is added or taken away, range of factors; a number above 99 is never multiplied
-_RANGES = {"small": ((1, 10), (2, 3)), "medium": ((2, 50), (2, 5)), "large": ((11, 99), (2, 9))}
-_TRAIN_WEIGHTS = (1, 2, 4)
+# size -> range of what is added or taken away, range of factors; a number above 99 is never multiplied.
+# A product of two numbers of two digits in one step is what a small model goes on getting wrong, and sometimes right.
+_RANGES = {"small": ((2, 50), (2, 5)), "medium": ((11, 99), (2, 19)), "large": ((11, 299), (11, 99))}
+_TRAIN_WEIGHTS = (1, 2, 3)
 _NAMES = words("Ana Bo Cleo Dan Eva Finn Gus Hana Ivo Jo Kim Lea Max Nora Otto Pia")
 _THINGS = words("apples books coins shells stamps cards beads stones")
 _PHRASES = {
@@ -59,12 +60,12 @@ def apply(op: str, a: int, b: int) -> int:
 
 
 def draw_problem(rng: random.Random, n_steps: int, size: str) -> Problem:
-    """A problem of ``n_steps``: values stay in 0..999, products have a factor below 10 and one below 100."""
+    """A problem of ``n_steps``: values stay in 0..9999, and products have factors below 100."""
     (low, high), (f_low, f_high) = _RANGES[size]
-    value = start = rng.randint(max(low, 2), high)
+    value = start = rng.randint(low, min(high, 99))
     steps: list[tuple[str, int]] = []
     while len(steps) < n_steps:
-        op = rng.choice("+-*")
+        op = rng.choice("+-**")
         b = rng.randint(f_low, f_high) if op == "*" else rng.randint(low, high)
         result = apply(op, value, b)
         if 0 <= result <= LIMIT and not (op == "*" and not 2 <= value <= 99):

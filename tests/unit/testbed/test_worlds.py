@@ -50,7 +50,7 @@ def test_arithmetic_solutions_are_right_by_evaluating_the_chain(worlds):
         assert final_answer(document) == str(eval(value))
         assert re.findall(r"\d+", document.split("\n")[0]) == [start, *(b for _, b in steps)]
         assert len(steps) <= 5
-        assert all(0 <= int(n) <= 999 for n in re.findall(r"=(\d+)", document))
+        assert all(0 <= int(n) <= 9999 for n in re.findall(r"=(\d+)", document))
 
 
 def test_arithmetic_holds_out_computations_and_grades_items_evenly(worlds):
