@@ -52,19 +52,18 @@ def _tokens(moe: MoEHooks, text: str | None, ids: str | None, seed: int) -> torc
 
 
 def _print(table: Verification, full: bool) -> None:
-    if full:
-        rows = [
-            (r.check, r.layer, r.hook, f"{r.figure:.2g}", f"{r.relation} {r.bound:.2g}", _mark(bool(r.passed)), r.note)
-            for r in table.itertuples()
-        ]
-        columns = ["check", "layer", "hook", "figure", "must be", "", "note"]
-    else:
-        rows = [
-            (r["check"], r["hook"], r["layers"], f"{r['worst']:.2g}", r["must be"], _mark(r["passed"]), r["note"])
-            for r in table.summary().to_dict("records")
-        ]
-        columns = ["check", "hook", "layers", "worst", "must be", "", "note"]
-    console.out.print(console.table("", columns, rows, wrap=["check", "hook", "note"]))
+    """One line a check, and below it one a hook."""
+    rows: list[tuple[str, ...]] = []
+    shown = table.assign(layers=table["layer"], worst=table["figure"]) if full else table.summary()
+    for check, group in shown.groupby("check", sort=False):
+        rows.append((f"[bold]{check}[/]", "", "", "", "", ""))
+        for line in group.to_dict("records"):
+            must_be = f"{line['relation']} {line['bound']:.2g}"
+            mark = _mark(bool(line["passed"]))
+            rows.append((f"  {line['hook']}", line["layers"], f"{line['worst']:.2g}", must_be, mark, line["note"]))
+    figure = "figure" if full else "worst"
+    columns = ["check, hook", "layer" if full else "layers", figure, "must be", "", "note"]
+    console.out.print(console.table("", columns, rows, wrap=["note"]))
     failed = int((~table["passed"]).sum())
     verdict = "[green]all passed[/]" if not failed else f"[bold red]{failed} failed[/]"
     console.out.print(f"{len(table)} checks, {verdict}")

@@ -90,7 +90,8 @@ def calibration_by_domain(
         - p: expert labels permuted within a layer, the same way in all domains.
         - analytic_low, analytic_high: of the Fisher-z mean if layers were independent, which they are not.
         - reliability_routing, reliability_quality, each with its lower bound ``_low``; corrected, corrected_low,
-          corrected_high; too_noisy; verdict: :func:`moe_interp.stats.corrected_correlation`. Corrected is NaN where it
+          corrected_high; too_noisy: :func:`moe_interp.stats.corrected_correlation`; verdict in words, a correlation
+          only where p agrees. Corrected is NaN where it
           is too noisy to tell, or where there are too few items (8) or experts (4).
 
     Raises:
@@ -165,14 +166,14 @@ def _domain_row(
     if n_experts >= MIN_EXPERTS and not np.isnan(rho).all():
         analytic = stats.fisher_z_interval(rho.ravel(), n_experts, level=level)
         row |= {"analytic_low": float(analytic.low), "analytic_high": float(analytic.high)}
-    row |= _corrected(pairs, level, n_resamples, seed)
+    row |= _corrected(pairs, permuted[1], level, n_resamples, seed)
     if row["too_noisy"] and permuted[1] <= 1 - level:
         way = "positive" if permuted[0] > 0 else "negative"
         row["verdict"] = f"{row['verdict']}; the uncorrected correlation is {way} all the same"
     return row
 
 
-def _corrected(pairs: list[Pair], level: float, n_resamples: int, seed: int) -> dict[str, object]:
+def _corrected(pairs: list[Pair], p: float, level: float, n_resamples: int, seed: int) -> dict[str, object]:
     """The columns of the correction, and the verdict in words; NaN with the reason where it cannot be had."""
     names = ["reliability_routing", "reliability_quality"]
     columns = (*names, *(f"{name}_low" for name in names), "corrected", "corrected_low", "corrected_high")
@@ -191,10 +192,12 @@ def _corrected(pairs: list[Pair], level: float, n_resamples: int, seed: int) -> 
     for name, reliability in zip(names, (result.reliability_x, result.reliability_y)):
         found |= {name: reliability.value, f"{name}_low": reliability.low}
     found |= dict(zip(("corrected", "corrected_low", "corrected_high"), vars(result.corrected).values()))
-    return found | {"too_noisy": result.too_noisy, "verdict": _verdict(result)}
+    return found | {"too_noisy": result.too_noisy, "verdict": _verdict(result, p, level)}
 
 
-def _verdict(result: stats.CorrectedCorrelation) -> str:
+def _verdict(result: stats.CorrectedCorrelation, p: float, level: float) -> str:
+    """Noise comes first. Then chance: the interval is about other items, so experts that were matched to the router at
+    random keep the correlation they happen to have, and only the permutation of experts knows that."""
     if result.too_noisy:
         x, y = result.reliability_x, result.reliability_y
         return (
@@ -202,8 +205,11 @@ def _verdict(result: stats.CorrectedCorrelation) -> str:
             f"of quality {y.value:.2f} (lower bound {y.low:.2f})"
         )
     c = result.corrected
-    kind = "positive" if c.low > 0 else "negative" if c.high < 0 else "no"
-    return f"{kind} correlation: {c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}"
+    text = f"{c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}"
+    if p > 1 - level:
+        return f"no correlation beyond chance (p = {p:.2g}): {text}"
+    kind = "positive" if c.low > 0 else "negative" if c.high < 0 else "no clear"
+    return f"{kind} correlation: {text}"
 
 
 def item_interval(

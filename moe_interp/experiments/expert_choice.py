@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from moe_interp.experiments.isolation_data import (
     single_experts,
 )
 from moe_interp.stats import derive_rng
+
+SPREAD = 0.75  # of the items' weights in a resample
 
 
 class HasData(Protocol):
@@ -78,29 +81,53 @@ def split_items(result: HasData, seed: int = 0) -> tuple[list[str], list[str]]:
     return list(map(str, ids[first])), list(map(str, ids[~first]))
 
 
-def cross_fitted(
-    choose_by: FloatArray, measure: FloatArray, n_splits: int, rng: np.random.Generator
-) -> tuple[FloatArray, NDArray[np.int64]]:
-    """Each item's value at the best expert chosen without it.
+@dataclass(frozen=True)
+class CrossFit:
+    """Result of :func:`cross_fitted`.
 
-    The items are cut into halves ``n_splits`` times; the expert with the highest mean of ``choose_by`` in one half is
-    read off ``measure`` in the other, both ways round; an item's value is the mean over its cuts.
+    Attributes:
+        value: ``[layer]``, in the unit of ``measure``.
+        deviations: ``[resample, layer]``, of a reweighted sample from ``value``; their root mean square is its standard
+            error. Zero below 4 items, where a half of one item cannot be reweighted.
+        votes: How often each expert was chosen, ``[layer, expert]``.
+    """
+
+    value: FloatArray
+    deviations: FloatArray
+    votes: NDArray[np.int64]
+
+
+def cross_fitted(
+    choose_by: FloatArray, measure: FloatArray, rng: np.random.Generator, n_splits: int = 10, n_resamples: int = 100
+) -> CrossFit:
+    """The best expert's worth, chosen on one half of the items and measured on the other.
+
+    The items are cut into halves ``n_splits`` times, each half is chosen on once; the mean over all. For the spread,
+    items are reweighted by 1 +- .75, half of them up and half down, and everything, the choice included, is done again
+    on the same halves; the odd part of the two changes is kept. (Items of one half stay in it, so nothing leaks.)
 
     Args:
         choose_by, measure: ``[item, layer, expert]`` of one domain, at least 2 items.
 
-    Returns:
-        ``[item, layer]`` in the unit of ``measure``, and how often each expert was chosen, ``[layer, expert]``.
+    Source: derived. In simulation (10 to 100 items, with and without any best expert) intervals at .95 cover .94 to
+    .98; taking the choices as given would cover .83 to .94.
     """
-    n, _, n_experts = choose_by.shape
+    n, n_layers, n_experts = choose_by.shape
     first = np.zeros((n_splits, n), dtype=bool)
     first[:, : n // 2] = True
     first = rng.permuted(first, axis=1)
-    halves = np.concatenate([first, ~first]).astype(np.float64)  # each is chosen on once
-    means = np.tensordot(halves, choose_by, axes=1) / halves.sum(1)[:, None, None]
-    best = means.argmax(-1)  # [half, layer]
-    held_out = 1 - halves
-    picked = np.take_along_axis(measure[None], best[:, None, :, None], axis=-1)[..., 0]  # [half, item, layer]
-    values = (picked * held_out[:, :, None]).sum(0) / np.maximum(held_out.sum(0), 1)[:, None]
-    votes = (best[:, :, None] == np.arange(n_experts)).sum(0)
-    return values, votes
+    halves = np.concatenate([first, ~first]).astype(np.float64)
+    signs = SPREAD * rng.permuted(np.tile(np.arange(n) % 2 * 2 - 1, (n_resamples, 1)), axis=1)
+    weights = np.concatenate([np.ones((1, n)), 1 + signs, 1 - signs])
+
+    def means(sides: FloatArray, values: FloatArray) -> FloatArray:
+        shares = weights[:, None, :] * sides
+        shares /= shares.sum(-1, keepdims=True)
+        # (resample * half, item) @ (item, layer * expert) -> (resample, half, layer, expert)
+        return (shares.reshape(-1, n) @ values.reshape(n, -1)).reshape(len(weights), -1, n_layers, n_experts)
+
+    best = means(halves, choose_by).argmax(-1)
+    picked = np.take_along_axis(means(1 - halves, measure), best[..., None], axis=-1)[..., 0].mean(1)
+    odd = (picked[1 : n_resamples + 1] - picked[n_resamples + 1 :]) / (2 * SPREAD)
+    votes = (best[0][:, :, None] == np.arange(n_experts)).sum(0)
+    return CrossFit(picked[0], odd, votes)

@@ -171,10 +171,16 @@ def _impact_rows(result: IsolationTables) -> list[dict[str, Any]]:
         {
             "finding": "early and last layers against the middle, nats per token",
             "value": regimes["difference"],
-            "here": f"{regimes['difference']:.3f}, p = {regimes['p']:.2g}: {regimes['verdict']}",
+            "here": _regime_text(regimes),
             "phi_mini_moe_10": "early and last layers larger (not tested)",
         },
     ]
+
+
+def _regime_text(test: Mapping[str, Any]) -> str:
+    if np.isnan(test["difference"]):
+        return f"{test['verdict']}, there are not layers of both kinds"
+    return f"{test['difference']:.3f}, p = {test['p']:.2g}: {test['verdict']}"
 
 
 def summary_text(result: IsolationTables, alpha: float = 0.05) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
+from scipy import stats as scipy_stats
 
 from moe_interp import stats
 from moe_interp.errors import DataError
@@ -95,7 +96,6 @@ def layer_impact_table(
     baseline: str | None = "natural",
     mass: str | None = "one",
     level: float = 0.95,
-    n_splits: int = 50,
     seed: int = 0,
 ) -> pd.DataFrame:
     """What a layer's best expert is worth: the mean over domains of its delta, nats per answer token.
@@ -105,8 +105,8 @@ def layer_impact_table(
     ablation the best expert is the one whose removal costs most, and impact is what it costs, as a negative delta.
 
     Returns:
-        layer, regime (``"early"`` | ``"middle"`` | ``"late"``), impact, low, high (bootstrap over items within domains,
-        given the choices), naive, best_experts (the most often chosen per domain, and the share of the choices).
+        layer, regime (``"early"`` | ``"middle"`` | ``"late"``), impact, low, high (items
+        reweighted within domains, through the choice; none below 4 items in a domain), naive, best_experts (the most often chosen per domain, and the share of the choices).
         ``.attrs["regimes"]``: the test of :func:`two_regimes`.
 
     Raises:
@@ -120,26 +120,28 @@ def layer_impact_table(
         raise DataError(f"one item in domain {short[0]!r}", "at least two", "Add items, or drop the domain.")
     baseline, mass = chosen(data, "baseline", baseline), chosen(data, "mass", mass)
     delta, quality = delta_array(data, mass, baseline), quality_array(data, mass)
-    values, naive, favourites = [], [], []
+    fits, naive, favourites = [], [], []
     labels = data["expert"].values.astype(str)
     for domain, index in groups.items():
-        rng = stats.derive_rng(seed, "layer_impact", domain)
-        held_out, votes = cross_fitted(quality[index], delta[index], n_splits, rng)
-        values.append(held_out)
+        fit = cross_fitted(quality[index], delta[index], stats.derive_rng(seed, "layer_impact", domain))
+        fits.append(fit)
         best = quality[index].mean(0).argmax(-1)
         naive.append(delta[index].mean(0)[np.arange(len(best)), best])
-        top = votes.argmax(-1)
-        shares = votes.max(-1) / votes.sum(-1)
+        top = fit.votes.argmax(-1)
+        shares = fit.votes.max(-1) / fit.votes.sum(-1)
         favourites.append([f"{domain} {labels[e]} ({share:.0%})" for e, share in zip(top, shares)])
-    impact, low, high = stratified_interval(values, level, seed=seed)
+    impact = np.mean([fit.value for fit in fits], axis=0)
+    error = np.sqrt((np.mean([fit.deviations for fit in fits], axis=0) ** 2).mean(0))
+    n_min = min(map(len, groups.values()))
+    half = scipy_stats.t.ppf((1 + level) / 2, n_min - 1) * error if n_min >= 4 else np.full(len(error), np.nan)
     layers = data["layer"].values
     table = pd.DataFrame(
         {
             "layer": layers,
             "regime": regimes(layers, data.attrs.get("n_layers")),
             "impact": impact,
-            "low": low,
-            "high": high,
+            "low": impact - half,
+            "high": impact + half,
             "naive": np.mean(naive, axis=0),
             "best_experts": [", ".join(words) for words in zip(*favourites)],
         }

@@ -41,7 +41,7 @@ def check_isolation(data: xr.Dataset) -> None:
         raise DataError("items without domains", "a coordinate domain(item)", "Label every item with its domain.")
     ids, counts = np.unique(data["item"].values.astype(str), return_counts=True)
     if (counts > 1).any():
-        raise DataError(f"item {ids[counts > 1][0]!r} more than once", "unique ids", "Rename or drop one of them.")
+        raise DataError(f"item {str(ids[counts > 1][0])!r} more than once", "unique ids", "Rename or drop one of them.")
     missing = data["delta"].isnull().any([axis for axis in data["delta"].dims if axis != "item"]).values
     if missing.any():
         raise DataError(

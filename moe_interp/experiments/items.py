@@ -60,7 +60,7 @@ def check_items(items: Iterable[Any], domains: Sequence[str] | None = None) -> l
     Raises:
         DataError: no items, missing fields, ids that occur twice, or an unknown domain.
     """
-    found = [item if isinstance(item, Item) else _item(item, None, "the items") for item in items]
+    found = [item if isinstance(item, Item) else _item(_fields(item), None, "the items") for item in items]
     twice = [name for name, count in Counter(item.id for item in found).items() if count > 1]
     if twice:
         places = ", ".join(item.place for item in found if item.id == twice[0])
@@ -74,6 +74,12 @@ def check_items(items: Iterable[Any], domains: Sequence[str] | None = None) -> l
     if not found:
         raise DataError("no items", "at least one item with id, domain, prompt and answer", "Check the file.")
     return found
+
+
+def _fields(item: Any) -> Any:
+    """Any object with the four fields counts as an item."""
+    names = ("id", "domain", "prompt", "answer")
+    return {name: getattr(item, name) for name in names} if all(hasattr(item, name) for name in names) else item
 
 
 def _read(path: Path) -> list[Item]:
@@ -189,12 +195,12 @@ class ItemBatch:
         # the padding id is never attended to and never read; the row's own last token is always a legal id
         width = max(len(row) for row in rows)
         tokens = torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in rows])
-        row, column, target = [], [], []
+        places = []
         for r, i in enumerate(index):
             start = len(items[i].prompt)
             for k, token in enumerate(items[i].answer):
-                row.append(r), column.append(start + k - 1), target.append(token)
-        reads = Reads(*(torch.tensor(v, device=device) for v in (row, column, target)))
+                places.append((r, start + k - 1, token))
+        reads = Reads(*torch.tensor(places, device=device).T)
         prompts = torch.tensor([len(items[i].prompt) for i in index], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return cls(list(index), tokens.to(device), reads, prompts, lengths)

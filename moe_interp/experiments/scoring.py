@@ -56,7 +56,7 @@ class PrefixScorer:
         """``[read, set]``: the answers' log-probabilities with each set of experts."""
         rows = self.batch.tokens.shape[0]
         per_pass = max(1, self.tokens // self.batch.tokens.numel())
-        columns = []
+        columns: list[Tensor] = []
         for start in range(0, len(sets), per_pass):
             chunk = sets[start : start + per_pass]
             each = [chosen for chosen in chunk for _ in range(rows)]

@@ -99,7 +99,7 @@ class PrefixRunner:
     def _trimmed_last_block(self, layer: int, place: Tensor) -> Iterator[None]:
         """The last layer's experts run only where a prediction is read: nothing else of its output is used."""
         last = len(self.layers) - 1
-        container = self.moe.spec(last).container if last in self.moe.layers and last != layer else None
+        container: Any = self.moe.spec(last).container if last in self.moe.layers and last != layer else None
         if container is None or container is self.layers[last] or self.moe.hooks_active(last):
             yield
             return

@@ -25,7 +25,7 @@ MANIFEST, ATTRS = "moe_interp_manifest", "moe_interp_attrs"
 # kind -> module that defines its class, imported only when such a file is loaded
 HOMES = {
     "isolation": "moe_interp.experiments.isolation_result",
-    "domain_router": "moe_interp.experiments.calibration",
+    "domain_router": "moe_interp.experiments.domain_router",
     "counterfactual": "moe_interp.experiments.counterfactual",
     "router_tuning": "moe_interp.experiments.router_tuning",
     "pass_at_k": "moe_interp.experiments.pass_at_k",

@@ -55,7 +55,7 @@ class CellStore:
     def save(self, arrays: Arrays, *key: Any) -> None:
         """Keep a finished cell, whole or not at all."""
         with replacing(self._file(key)) as out:
-            np.savez(out, **arrays)
+            np.savez(out, allow_pickle=False, **arrays)
 
     def _file(self, key: tuple[Any, ...]) -> Path:
         return self.path / ("-".join(str(part) for part in key) + ".npz")

@@ -1,0 +1,173 @@
+"""Expert isolation: the prefix engine against run_with_hooks, one at a time and in its best batches.
+
+    python benchmarks/isolation.py [--threads 1] [--items 8]
+
+All ways score the same layers, experts and items, interleaved in one process, best of three; the table gives ratios.
+The limit counts, for each way's own work, the matrix products that the engine cannot avoid (each layer's prefix once,
+one expert a token at the isolated layer, the later layers, the unembedding at the answers) at the matrix rate measured
+in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+import moe_interp as mi
+from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
+from moe_interp.experiments.memory import tokens_per_pass
+from moe_interp.experiments.scoring import PrefixScorer
+
+LAYERS, D_MODEL, EXPERTS, TOP_K, D_EXPERT, VOCAB, TOKENS, ANSWER = 8, 256, 32, 4, 256, 8192, 128, 4
+
+
+def build() -> mi.MoEHooks:
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=D_MODEL,
+        intermediate_size=D_EXPERT,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        max_position_embeddings=TOKENS,
+    )
+    model = OlmoeForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=0.1)
+    return mi.attach(build_bridge_from_module(model, "OlmoeForCausalLM", hf_config=config))
+
+
+def reads_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    logp = torch.log_softmax(logits[:, -ANSWER - 1 : -1], dim=-1)
+    return logp.gather(-1, tokens[:, -ANSWER:].unsqueeze(-1)).squeeze(-1)
+
+
+def naive(moe: mi.MoEHooks, tokens: torch.Tensor, cells: list[tuple[int, int]], rows: int) -> torch.Tensor:
+    """run_with_hooks, ``rows`` items at a time."""
+    found = []
+    for layer, expert in cells:
+        for part in tokens.split(rows):
+            logits = moe.bridge.run_with_hooks(part, fwd_hooks=mi.force_experts(moe, layer, expert))
+            found.append(reads_of(logits, part))
+    return torch.cat(found).reshape(len(cells), *tokens[:, :ANSWER].shape)
+
+
+def engine(moe: mi.MoEHooks, tokens: torch.Tensor, cells: list[tuple[int, int]], budget: int | None) -> torch.Tensor:
+    """The prefix engine on the same cells, the natural pass and its self-check included."""
+    raw = [{"id": str(i), "domain": "d", "prompt": t[:-ANSWER], "answer": t[-ANSWER:]} for i, t in enumerate(tokens.tolist())]
+    items = tokenize_items(moe.bridge, check_items(raw))
+    scorer = PrefixScorer(moe, "force", tokens_per_pass(moe, TOKENS, budget))
+    per_pass = max(1, scorer.tokens // TOKENS)
+    found = []
+    for start in range(0, len(items), per_pass):
+        index = list(range(start, min(start + per_pass, len(items))))
+        batch = ItemBatch.build(index, items, "cpu")
+        layers = sorted({layer for layer, _ in cells})
+        scorer.begin(batch, layers, [])
+        columns = []
+        for layer in layers:
+            experts = [(e,) for l, e in cells if l == layer]
+            columns.append(scorer.sets(layer, experts, "one", torch.ones(1)))
+        found.append(torch.cat(columns, -1).T.reshape(len(cells), len(index), ANSWER))
+    return torch.cat(found, dim=1)
+
+
+def matrix_rate() -> float:
+    """Multiply-adds per second of float32 products of the shapes at hand, best of five."""
+    a, b = torch.randn(2048, D_MODEL), torch.randn(D_MODEL, 2 * D_EXPERT)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(20):
+            a @ b
+        best = max(best, 20 * a.shape[0] * a.shape[1] * b.shape[1] / (time.perf_counter() - start))
+    return best
+
+
+def engine_work(n_items: int, cells: list[tuple[int, int]]) -> float:
+    """Multiply-adds that the engine cannot avoid."""
+    attention = 4 * D_MODEL**2 + 2 * TOKENS * D_MODEL / 2  # causal: half of the scores
+    keys_values, expert = 2 * D_MODEL**2, 3 * D_MODEL * D_EXPERT
+    router = D_MODEL * EXPERTS
+    layer = attention + router + TOP_K * expert
+    base = TOKENS * LAYERS * layer + ANSWER * D_MODEL * VOCAB
+    total = base
+    for index, _ in cells:
+        later = LAYERS - 1 - index
+        full = max(later - 1, 0) * TOKENS * layer
+        last = (TOKENS * keys_values + ANSWER * (layer - keys_values)) if later else 0
+        total += TOKENS * expert + full + last + ANSWER * D_MODEL * VOCAB
+    return n_items * total
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """Highest resident size during a call over that before it, in bytes."""
+    process, stop, before = psutil.Process(), threading.Event(), psutil.Process().memory_info().rss
+    highest = [before]
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            highest[0] = max(highest[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    function()
+    stop.set()
+    watcher.join()
+    return highest[0] - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--items", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=8, help="experts scored per layer (of 32)")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    moe = build()
+    tokens = torch.randint(1, VOCAB, (arguments.items, TOKENS))
+    cells = [(layer, expert) for layer in range(LAYERS) for expert in range(arguments.experts)]
+    ways: dict[str, Callable[[], torch.Tensor]] = {"one at a time": lambda: naive(moe, tokens, cells, 1)}
+    for rows in (4, 8):
+        if rows <= arguments.items:
+            ways[f"batches of {rows}"] = lambda rows=rows: naive(moe, tokens, cells, rows)
+    ways["engine"] = lambda: engine(moe, tokens, cells, None)
+    reference, best, rate = ways["one at a time"](), dict.fromkeys(ways, float("inf")), 0.0
+    for _ in range(arguments.repeats):
+        rate = max(rate, matrix_rate())
+        for name, way in ways.items():
+            start = time.perf_counter()
+            scores = way()
+            best[name] = min(best[name], time.perf_counter() - start)
+            # two float32 paths may route a token of no margin differently; that moves few reads
+            assert ((scores - reference).abs() > 2e-5).float().mean() < 1e-2, name
+    forwards = len(cells) * arguments.items
+    print(f"{forwards} forced forwards: {LAYERS} layers x {arguments.experts} experts x {arguments.items} items")
+    print(f"{arguments.threads} thread(s), {2 * rate / 1e9:.0f} GFLOP/s measured")
+    for name, seconds in best.items():
+        print(f"{name:>15}: {forwards / seconds:8.1f} a second")
+    best_batch = min(seconds for name, seconds in best.items() if name.startswith("batch"))
+    print(f"engine over one at a time: {best['one at a time'] / best['engine']:.2f}x (at least 2.4)")
+    print(f"engine over best batching: {best_batch / best['engine']:.2f}x (at least 1.7)")
+    limit = engine_work(arguments.items, cells) / rate
+    print(f"of the limit: {limit / best['engine']:.2f} (at least .6)")
+    budget = 256 * 2**20
+    print(f"peak memory: {peak_memory(lambda: engine(moe, tokens, cells, budget)) / 2**20:.0f} MiB of a budget of 256 MiB")
+    print(f"peak of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Does it matter? The router replaced, without training, by the best experts of each domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+
+from moe_interp.errors import ConfigError
+from moe_interp.experiments.expert_choice import best_experts, split_items
+from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.items import ItemBatch, batches_of_like_length, check_items, tokenize_items
+from moe_interp.experiments.memory import tokens_per_pass
+from moe_interp.experiments.scoring import by_item
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.prefix import PrefixRunner
+from moe_interp.interventions import set_routes
+from moe_interp.progress import Report, reporting
+from moe_interp.results import Result, checksum
+from moe_interp.stats import bootstrap_interval, derive_rng, paired_permutation
+from moe_interp.types import Hooks
+
+Routes = dict[int, list[int]]
+
+
+def domain_router(
+    moe: MoEHooks,
+    isolation_result: IsolationResult,
+    domain: str,
+    k: int | None = None,
+    items: Sequence[str] | None = None,
+    mass: str | None = None,
+) -> Hooks:
+    """Route every token, at every isolated layer, to the ``k`` experts that served a domain best alone.
+
+    The experts run with the family's own weights for that set.
+
+    Args:
+        moe: Attached hooks.
+        isolation_result: Of single experts on this model.
+        domain: One of its domains.
+        k: Experts per token; the family's own number by default.
+        items: Ids of the items to choose by; keep others to measure on.
+        mass: The mass whose deltas decide; the run's first by default.
+
+    Raises:
+        DataError, ConfigError: as :func:`moe_interp.experiments.expert_choice.best_experts`.
+
+    Source: derived.
+    """
+    k = moe.spec(moe.layers[0]).top_k if k is None else k
+    chosen = best_experts(isolation_result, domain, k, items, mass)
+    return [hook for layer, experts in chosen.items() for hook in set_routes(moe, layer, experts)]
+
+
+class DomainRouterResult(Result, kind="domain_router"):
+    """Scores of held-out items under each router.
+
+    ``data``: score[router, item] and score_first[router, item], nats per answer token; ``domain(item)``. The router
+    "domain" was chosen on the half of the items that an item is not in; "random" is the mean over draws of ``k``
+    random experts a layer.
+    """
+
+    main = "score"
+
+    def compare(self, against: str = "natural", level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """Paired differences to one router, by domain and over all: mean with a bootstrap interval by item, and p.
+
+        Positive where the router is better than ``against``. p is of a sign-flip permutation test.
+        """
+        score, rows = self.data["score"], []
+        labels = self.data["domain"].values
+        for router in [r for r in score["router"].values if r != against]:
+            difference = (score.sel(router=router) - score.sel(router=against)).values
+            for name in [*sorted(set(labels)), "all"]:
+                values = difference if name == "all" else difference[labels == name]
+                interval = bootstrap_interval(values, level=level, seed=seed)
+                rows.append(
+                    {
+                        "router": str(router),
+                        "against": against,
+                        "domain": str(name),
+                        "n": len(values),
+                        "mean": float(values.mean()),
+                        "ci_low": float(interval.low),
+                        "ci_high": float(interval.high),
+                        "p": float(paired_permutation(values, seed=seed).p_value),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        """In words: what replacing the router changes on held-out items."""
+        table = self.compare()
+        lines = [
+            f"The router replaced by each domain's {self.data.attrs['k']} best experts a layer, chosen on half of the "
+            "items and measured on the other (nats per answer token, against natural routing):"
+        ]
+        for row in table[table["domain"] == "all"].to_dict("records"):
+            low, high = float(row["ci_low"]), float(row["ci_high"])
+            verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+            lines.append(f"  {row['router']}: {float(row['mean']):+.3f} [{low:+.3f}, {high:+.3f}], {verdict}")
+        return "\n".join(lines)
+
+
+def score_domain_router(
+    moe: MoEHooks,
+    items: Sequence[Any],
+    isolation_result: IsolationResult,
+    k: int | None = None,
+    random_draws: int = 4,
+    reference: Callable[[str], Hooks] | None = None,
+    mass: str | None = None,
+    memory_budget: int | None = None,
+    seed: int = 0,
+    progress: bool | Report | None = None,
+) -> DomainRouterResult:
+    """Score the domain router on items it was not chosen by, beside natural and random routing.
+
+    The items are cut in two halves, each domain apart; the experts chosen on one half are measured on the other, both
+    ways round.
+
+    Args:
+        moe: Attached hooks.
+        items: The items of the isolation run.
+        isolation_result: Its result.
+        k: Experts per token; the family's own number by default.
+        random_draws: Draws of ``k`` random experts a layer, the same for all tokens.
+        reference: domain -> hooks of a router known to be right, where there is one.
+        mass, memory_budget, progress: As in ``isolate_experts``.
+        seed: Seed of the halves and the draws.
+
+    Raises:
+        DataError: a domain with a single item, or items that the result does not know.
+        ConfigError: ``k`` or ``random_draws`` out of range.
+
+    Source: derived. What it does not show: what a trained router could reach.
+    """
+    if random_draws < 1:
+        raise ConfigError(f"random_draws={random_draws}", "at least 1", "Draw more.")
+    k = moe.spec(moe.layers[0]).top_k if k is None else k
+    checked = check_items(items)
+    known = set(isolation_result.data["item"].values.astype(str))
+    checked = [item for item in checked if item.id in known]
+    halves = split_items(isolation_result, seed)
+    # the experts for an item of half h are chosen on the other half
+    chosen = {
+        (domain, half): best_experts(isolation_result, domain, k, halves[1 - half], mass)
+        for domain in sorted({item.domain for item in checked})
+        for half in (0, 1)
+    }
+    routes = [chosen[item.domain, 0 if item.id in set(halves[0]) else 1] for item in checked]
+    layers = [int(layer) for layer in isolation_result.data["layer"].values]
+    draws = [_random_routes(moe, layers, k, seed, draw) for draw in range(random_draws)]
+    routers: dict[str, list[Callable[[list[int]], Hooks]]] = {
+        "natural": [lambda index: []],
+        "domain": [lambda index: _row_routes(moe, [routes[i] for i in index])],
+        "random": [lambda index, drawn=drawn: _row_routes(moe, [drawn] * len(index)) for drawn in draws],  # type: ignore[misc]
+    }
+    tokenized = tokenize_items(moe.bridge, checked)
+    scores = {name: np.zeros((2, len(checked))) for name in [*routers, *(["reference"] if reference else [])]}
+    batches = batches_of_like_length(
+        tokenized, tokens_per_pass(moe, max(len(item) for item in tokenized), memory_budget)
+    )
+    runner, device = PrefixRunner(moe), next(moe.bridge.original_model.parameters()).device
+    with reporting("scoring routers", progress) as report, torch.no_grad():
+        for number, index in enumerate(batches):
+            report(number, len(batches))
+            batch = ItemBatch.build(index, tokenized, device)
+            for name, variants in routers.items():
+                found = [runner.base(batch.tokens, batch.reads, [], variant(index))[0] for variant in variants]
+                scores[name][:, index] = np.mean([by_item(f, batch.reads, len(index)) for f in found], axis=0)
+            if reference is not None:
+                scores["reference"][:, index] = _by_domain(runner, batch, [checked[i].domain for i in index], reference)
+        report(len(batches), len(batches))
+    names = list(scores)
+    stacked = np.stack([scores[name] for name in names], axis=1)
+    data = xr.Dataset(
+        {"score": (("router", "item"), stacked[0]), "score_first": (("router", "item"), stacked[1])},
+        coords={
+            "router": names,
+            "item": [item.id for item in checked],
+            "domain": ("item", [item.domain for item in checked]),
+        },
+        attrs={"k": k, "random_draws": random_draws},
+    )
+    config = {"k": k, "random_draws": random_draws, "mass": mass}
+    ids = checksum([[item.id, item.domain] for item in checked])
+    return DomainRouterResult(data, config=config, seeds=seed, data_checksum=ids)
+
+
+def _row_routes(moe: MoEHooks, rows: list[Routes]) -> Hooks:
+    """Row r of the batch takes its own experts, at every layer."""
+    hooks: Hooks = []
+    for layer in rows[0]:
+        # shape: (row, slot) -> (row, 1, slot), the same at every position
+        indices = torch.tensor([row[layer] for row in rows]).unsqueeze(1)
+        hooks += set_routes(moe, layer, indices)
+    return hooks
+
+
+def _random_routes(moe: MoEHooks, layers: list[int], k: int, seed: int, draw: int) -> Routes:
+    rng = derive_rng(seed, "random router", draw)
+    return {layer: rng.choice(moe.spec(layer).n_experts, size=k, replace=False).tolist() for layer in layers}
+
+
+def _by_domain(runner: PrefixRunner, batch: ItemBatch, domains: list[str], hooks: Callable[[str], Hooks]) -> Any:
+    """Each row under its own domain's hooks: one pass a domain, of which its own rows are kept."""
+    found: Tensor | None = None
+    for domain in sorted(set(domains)):
+        mine = torch.tensor([d == domain for d in domains], device=batch.reads.row.device)[batch.reads.row]
+        scores, _ = runner.base(batch.tokens, batch.reads, [], hooks(domain))
+        found = scores if found is None else torch.where(mine, scores, found)
+    assert found is not None
+    return by_item(found, batch.reads, len(domains))

@@ -1,0 +1,233 @@
+"""Isolation against run_with_hooks one at a time; batching, order, resuming; what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_interp as mi
+from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError, RouteError
+from moe_interp.experiments.expert_choice import best_experts, split_items
+from moe_interp.experiments.scoring import PrefixNotExactWarning, PrefixScorer
+from tests import tiny
+
+NAMED = ("olmoe", "qwen3_moe", "gpt_oss", "deepseek_v2", "phimoe", "mixtral")
+ODD = ("llama4", "jetmoe", "gemma4_text", "laguna", "nemotron_h", "granite_moe_hybrid", "deepseek_v4", "jamba")
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def items_of(seed: int = 0, n: int = 5) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "id": f"item-{i}",
+            "domain": "ab"[i % 2],
+            "prompt": rng.integers(3, 90, rng.integers(1, 9)).tolist(),
+            "answer": rng.integers(3, 90, rng.integers(1, 4)).tolist(),
+        }
+        for i in range(n)
+    ]
+
+
+def attached(name: str, dtype: torch.dtype = torch.float32) -> mi.MoEHooks:
+    bridge = tiny.build_bridge(tiny.build_hf(name, dtype=dtype), name)
+    tiny.set_experts_implementation(bridge, "eager")
+    return mi.attach(bridge)
+
+
+def largest_difference(a: mi.IsolationResult, b: mi.IsolationResult) -> float:
+    names = ("delta", "delta_first", "baseline_score", "baseline_score_first", "score", "score_first")
+    return max(float(abs(a.data[name] - b.data[name]).max()) for name in names)
+
+
+@pytest.mark.parametrize("name", [*NAMED, *ODD])
+def test_float32_equals_run_with_hooks_one_at_a_time(name: str) -> None:
+    moe, few = attached(name), {"experts": [0, 3, (1, 5)], "layers": [-1], "random_draws": 2}
+    fast = mi.isolate_experts(moe, items_of(), **few, **QUIET)
+    naive = mi.isolate_experts(moe, items_of(), method="naive", **few, **QUIET)
+    assert largest_difference(fast, naive) <= 2e-5
+    assert float(abs(fast.data.delta).max()) > 0.05  # the experts matter, so a mistake would show
+    assert float(fast.data.attrs["null_difference"]) <= 2e-5
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("mode", ["force", "ablate"])
+def test_float64_equals_run_with_hooks_one_at_a_time(name: str, mode: Any) -> None:
+    moe, few = attached(name, torch.float64), {"experts": [0, 3, (1, 5)], "mode": mode, "random_draws": 2}
+    with tiny.float64_casts():
+        fast = mi.isolate_experts(moe, items_of(n=3), **few, **QUIET)
+        naive = mi.isolate_experts(moe, items_of(n=3), method="naive", **few, **QUIET)
+    assert largest_difference(fast, naive) <= 1e-10
+
+
+def test_first_layer_and_all_layers_agree_with_a_hand_written_hook() -> None:
+    moe, items = attached("olmoe"), items_of(n=2)
+    result = mi.isolate_experts(moe, items, experts=[2], baselines=["natural"], mass=["one"], **QUIET)
+    for layer in moe.layers:
+        for item in items:
+            tokens = torch.tensor([item["prompt"] + item["answer"]])
+
+            def only(value: torch.Tensor, hook: Any) -> torch.Tensor:
+                return torch.full_like(value[..., :1], 2)
+
+            def one(value: torch.Tensor, hook: Any) -> torch.Tensor:
+                return torch.ones_like(value)
+
+            hooks = [(f"blocks.{layer}.hook_expert_indices", only), (f"blocks.{layer}.hook_expert_weights", one)]
+            scores = []
+            for fwd_hooks in (hooks, []):
+                logp = moe.bridge.run_with_hooks(tokens, fwd_hooks=fwd_hooks).log_softmax(-1)[0]
+                start = len(item["prompt"])
+                scores.append(np.mean([logp[start + k - 1, t].item() for k, t in enumerate(item["answer"])]))
+            found = result.data.delta.sel(mass="one", baseline="natural", item=item["id"], layer=layer, expert="2")
+            assert float(found) == pytest.approx(scores[0] - scores[1], abs=2e-5)
+
+
+def test_batching_order_and_padding_change_nothing() -> None:
+    moe, items = attached("deepseek_v2", torch.float64), items_of(n=7)
+    with tiny.float64_casts():
+        whole = mi.isolate_experts(moe, items, experts=[0, 1], random_draws=2, **QUIET)
+        smallest = 4 * (16 * 32 + 2 * (3 * 24 + 3 * 32) + 3 * 4 * 16) * 16  # about one sequence a pass
+        pieces = mi.isolate_experts(moe, items[::-1], experts=[1, 0], random_draws=2, memory_budget=smallest, **QUIET)
+    back = pieces.data.sel(item=whole.data.item, expert=whole.data.expert)
+    for name in ("delta", "score", "routing_item", "share_item"):
+        assert float(abs(back[name] - whole.data[name]).max()) <= 1e-10, name
+
+
+def test_natural_routing_is_that_of_the_model() -> None:
+    moe, items = attached("qwen3_moe"), items_of(n=1)
+    result = mi.isolate_experts(moe, items, experts=[0], baselines=["natural"], **QUIET)
+    tokens = torch.tensor([items[0]["prompt"] + items[0]["answer"]])
+    _, cache = moe.bridge.run_with_cache(tokens, names_filter=moe.filter("router_logits", "expert_indices"))
+    layer, last, start = moe.layers[0], tokens.shape[1] - 1, len(items[0]["prompt"])
+    probs = cache["router_logits", layer].softmax(-1)[0, :last].double().numpy()
+    counts = np.stack([np.bincount(row, minlength=8) for row in cache["expert_indices", layer][0, :last].numpy()])
+    for positions, rows in (("all", slice(None)), ("prompt", slice(0, start - 1)), ("answer", slice(start - 1, None))):
+        at = {"positions": positions, "item": "item-0", "layer": layer}
+        if len(probs[rows]):
+            np.testing.assert_allclose(result.data.routing_item.sel(at), probs[rows].mean(0), atol=1e-6)
+            np.testing.assert_allclose(
+                result.data.share_item.sel(at), counts[rows].sum(0) / counts[rows].sum(), atol=1e-12
+            )
+
+
+def test_random_baseline_is_the_mean_of_its_draws() -> None:
+    moe = attached("olmoe")
+    every = mi.isolate_experts(moe, items_of(n=2), random_draws=8, **QUIET)  # as many draws as experts: all of them
+    forced = every.data.delta.sel(baseline="natural") + every.data.score
+    np.testing.assert_allclose(every.data.baseline_score.sel(baseline="random"), forced.mean("expert"), atol=1e-12)
+    few = mi.isolate_experts(moe, items_of(n=2), experts=[0], random_draws=3, seed=1, **QUIET)
+    again = mi.isolate_experts(moe, items_of(n=2), random_draws=3, seed=1, **QUIET)
+    np.testing.assert_allclose(few.data.baseline_score, again.data.baseline_score, atol=1e-5)
+
+
+def test_an_interrupted_run_goes_on_from_its_finished_cells(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, items = attached("olmoe"), items_of(n=4)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mi.isolate_experts(moe, items, store=tmp_path, progress=interrupt)
+    assert not moe.hooks_active(moe.layers[0])
+    scored = []
+    original = PrefixScorer.sets
+    monkeypatch.setattr(PrefixScorer, "sets", lambda self, layer, *a: scored.append(layer) or original(self, layer, *a))
+    resumed = mi.isolate_experts(moe, items, store=tmp_path, **QUIET)
+    assert set(scored) == {2}  # layers 0 and 1 were finished
+    assert largest_difference(resumed, mi.isolate_experts(moe, items, **QUIET)) <= 2e-6
+    with pytest.raises(ResultError, match="cells of another run"):
+        mi.isolate_experts(moe, items[:3], store=tmp_path, **QUIET)
+
+
+def test_a_model_that_cannot_be_resumed_is_scored_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, items = attached("olmoe"), items_of(n=2)
+    exact = mi.isolate_experts(moe, items, experts=[1], **QUIET)
+    honest = PrefixScorer._run
+
+    def broken(self: PrefixScorer, layer: int, copies: int, hooks: Any) -> torch.Tensor:
+        scores = honest(self, layer, copies, hooks)
+        return scores + 1.0 if self.resumes else scores
+
+    monkeypatch.setattr(PrefixScorer, "_run", broken)
+    with pytest.warns(PrefixNotExactWarning, match="whole forward pass"):
+        slow = mi.isolate_experts(moe, items, experts=[1], **QUIET)
+    assert largest_difference(exact, slow) <= 2e-5
+
+
+def test_domain_router_helps_where_the_best_experts_are_known_and_keeps_halves_apart() -> None:
+    moe, items = attached("olmoe"), items_of(n=8)
+    result = mi.isolate_experts(moe, items, **QUIET)
+    hooks = mi.domain_router(moe, result, "a", k=1)
+    assert [name for name, _ in hooks] == [moe.hook_name("expert_indices", layer) for layer in moe.layers]
+    scored = mi.score_domain_router(moe, items, result, k=1, random_draws=2, reference=lambda d: [], **QUIET)
+    assert scored.data.score.sel(router="reference").values == pytest.approx(result.data.score.values, abs=1e-5)
+    halves = split_items(result, 0)
+    for item in items:
+        other = halves[1] if item["id"] in halves[0] else halves[0]
+        routes = best_experts(result, item["domain"], 1, other)
+        tokens = torch.tensor([item["prompt"] + item["answer"]])
+        route_hooks = [hook for layer, e in routes.items() for hook in mi.set_routes(moe, layer, e)]
+        logp = moe.bridge.run_with_hooks(tokens, fwd_hooks=route_hooks).log_softmax(-1)[0]
+        start = len(item["prompt"])
+        by_hand = np.mean([logp[start + k - 1, t].item() for k, t in enumerate(item["answer"])])
+        assert float(scored.data.score.sel(router="domain", item=item["id"])) == pytest.approx(by_hand, abs=2e-5)
+    assert "against natural routing" in scored.summary()
+
+
+BAD: list[tuple[dict[str, Any], type[MoEInterpError], str]] = [
+    ({"items": []}, DataError, "no items"),
+    ({"items": [{"id": "x", "domain": "d", "prompt": [5]}]}, DataError, r"item 'x'.*no answer"),
+    ({"items": [*items_of(n=1), *items_of(n=1)]}, DataError, "'item-0' more than once"),
+    ({"items": [{"id": "x", "domain": "d", "prompt": [5] * 80, "answer": [4]}]}, DataError, r"80 \+ 1 tokens.*context"),
+    ({"items": [{"id": "x", "domain": "d", "prompt": "w5", "answer": "w6"}]}, DataError, "no tokenizer"),
+    ({"experts": [9]}, RouteError, "expert id 9"),
+    ({"experts": []}, ConfigError, "sets of experts"),
+    ({"experts": [(1, 1)]}, RouteError, "twice"),
+    ({"experts": [(1, 2), (2, 1)]}, ConfigError, "sets of experts"),
+    ({"mode": "both"}, ConfigError, "mode"),
+    ({"mass": ["two"]}, ConfigError, "mass"),
+    ({"baselines": ["best"]}, ConfigError, "baselines"),
+    ({"layers": [7]}, MoEInterpError, "layer 7"),
+    ({"memory_budget": 1000}, ConfigError, "memory budget"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "text"), BAD, ids=[text for _, _, text in BAD])
+def test_bad_input_is_refused(options: dict[str, Any], kind: type[MoEInterpError], text: str) -> None:
+    moe = attached("olmoe")
+    given = {"items": items_of(n=2), **options, **QUIET}
+    with pytest.raises(kind, match=text):
+        mi.isolate_experts(moe, **given)
+
+
+def test_answers_are_tokenised_apart_and_may_not_be_special(tmp_path: Any) -> None:
+    hf = tiny.build_hf("olmoe")
+    moe = mi.attach(tiny.build_bridge(hf, "olmoe", tokenizer=tiny.tiny_tokenizer()))
+    item = {"id": "t", "domain": "d", "prompt": "w5 w6", "answer": " w7"}
+    result = mi.isolate_experts(moe, [item], experts=[0], **QUIET)
+    assert int(result.data.n_answer_tokens[0]) == 1
+    assert int(result.data.n_prompt_tokens[0]) == 3  # with the leading special token
+    with pytest.raises(DataError, match="item 'e'.*empty answer"):
+        mi.isolate_experts(moe, [{**item, "id": "e", "answer": " "}], experts=[0], **QUIET)
+
+
+def test_items_are_read_with_their_lines(tmp_path: Any) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(
+        '{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}\n\n{"id": "b", "domain": "d", "prompt": "p"}\n'
+    )
+    with pytest.raises(DataError, match=r"line 3 \(item 'b'\): no answer"):
+        mi.load_items(path)
+    path.write_text('{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}\n{broken\n')
+    with pytest.raises(DataError, match="line 2"):
+        mi.load_items(path)
+    path.write_text('{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}\n')
+    with pytest.raises(DataError, match="domain 'e'"):
+        mi.load_items(path, domains=["e"])
+    with pytest.raises(DataError, match="not a file"):
+        mi.load_items(tmp_path / "none.jsonl")
