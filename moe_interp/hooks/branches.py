@@ -1,0 +1,347 @@
+"""Running branches: single tokens whose route at one layer differs, through the rest of the model.
+
+A token's route at layer l changes nothing before its position, and only its own prediction is read. So one token passes
+layers l+1.., attending to the keys and values that a base pass cached for earlier positions, and to itself. This is
+exact. The model's own modules run; what a module has answered in the base pass is read from there:
+
+- layers below l hand their input on;
+- in layer l, the children called before the experts' block answer as in the base pass, and the block answers with the
+  branch's own output; what follows in the layer (norms, scales, sums) runs;
+- layers above l run on the branches, with the base pass's masks, rotary tables and keys, gathered at each branch's
+  sequence and position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import DynamicCache
+
+from moe_interp.arch.modules import unwrap
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.types import Hooks
+
+_PLAIN_CACHES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # by name: the classes move between versions
+
+
+class BasePass:
+    """One plain forward pass of a batch, and what branches need of it.
+
+    Attributes:
+        moe: The attached hooks.
+        tokens: ``[batch, pos]``.
+        is_real: ``[batch, pos]`` bool, False at padding.
+        layers: The MoE layers that routes may be scored at.
+        logits: ``[batch, pos, vocab]`` of the plain forward.
+        router_logits: By layer, ``[batch, pos, expert]``.
+        indices, weights: By layer, the standard route, ``[batch, pos, slot]``.
+        experts_in: By layer, what the experts read, ``[batch, pos, d_in]``.
+    """
+
+    def __init__(
+        self, moe: MoEHooks, tokens: Tensor, layers: Sequence[int], attention_mask: Tensor | None = None
+    ) -> None:
+        self.moe, self.tokens, self.layers = moe, tokens, tuple(layers)
+        self.is_real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        self.router_logits: dict[int, Tensor] = {}
+        self.indices: dict[int, Tensor] = {}
+        self.weights: dict[int, Tensor] = {}
+        self.experts_in: dict[int, Tensor] = {}
+        self.blocks: list[nn.Module] = [unwrap(block) for block in moe.bridge.blocks]
+        self.targets = {layer: _target(self.blocks[layer], moe, layer) for layer in layers}
+        self.hidden: dict[int, Tensor] = {}  # by layer, its input
+        self.arguments: dict[int, dict[str, Any]] = {}  # by layer, the keyword arguments it was called with
+        self.answers: dict[int, dict[str, Any]] = {layer: {} for layer in layers}  # outputs of its first children
+        self.returns: dict[int, type] = {}  # by layer, the kind of its output
+        self.cache = RecordingCache(config=moe.bridge.original_model.config)
+        # a mask without padding would only make the passes slower
+        mask = None if attention_mask is None or bool(self.is_real.all()) else attention_mask
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(moe.bridge.hooks(fwd_hooks=self._route_recorders()))
+            for module, recorder in self._recorders():
+                stack.callback(module.register_forward_pre_hook(recorder, with_kwargs=True).remove)
+            for index, block in enumerate(self.blocks):
+                stack.callback(block.register_forward_hook(self._return_recorder(index)).remove)
+            for layer in layers:
+                for name, child in self.blocks[layer].named_children():
+                    stack.callback(child.register_forward_hook(self._answer_recorder(layer, name)).remove)
+            self.logits: Tensor = moe.bridge(tokens, attention_mask=mask, past_key_values=self.cache)
+
+    def refusal(self, layer: int) -> str | None:
+        """Why branches from a layer could not be exact on this model, in words; None where they are."""
+        if self.hidden[layer].ndim != 3:
+            return f"layer {layer} carries several residual streams"
+        if any(kind is tuple for kind in self.returns.values()):
+            return "layers hand on more than the residual stream"
+        for above in range(layer + 1, len(self.blocks)):
+            mask = self.arguments[above].get("attention_mask")
+            why = self.cache.refusal(above, self.tokens.shape[1])
+            if why is None and mask is not None and (mask.ndim != 4 or mask.shape[1] != 1):
+                why = f"an attention mask of shape {tuple(mask.shape)}"
+            if why is not None:
+                return f"layer {above} has {why}"
+        return None
+
+    def block_out(self, layer: int) -> Tensor:
+        """The output of the layer's experts' block, ``[token, d_model]``."""
+        out = _first(self.answers[layer][self.targets[layer]])
+        return out.reshape(-1, out.shape[-1])
+
+    # -- recording --------------------------------------------------------------------------------------------------
+    def _route_recorders(self) -> Hooks:
+        def keep(found: dict[int, Tensor], layer: int) -> Callable[[Tensor, Any], None]:
+            return lambda value, hook: found.__setitem__(layer, value)
+
+        kept = {"router_logits": self.router_logits, "expert_indices": self.indices, "expert_weights": self.weights}
+        return [
+            (self.moe.hook_name(n, layer), keep(found, layer)) for layer in self.layers for n, found in kept.items()
+        ]
+
+    def _recorders(self) -> list[tuple[nn.Module, Callable[..., None]]]:
+        def block(index: int) -> Callable[..., None]:
+            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.hidden[index] = args[0] if args else kwargs["hidden_states"]
+                self.arguments[index] = kwargs
+
+            return record
+
+        def experts(layer: int) -> Callable[..., None]:
+            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self.experts_in[layer] = x.reshape(*self.tokens.shape, -1)
+
+            return record
+
+        specs = [(layer, self.moe.spec(layer)) for layer in self.layers]
+        readers = [(spec.container if spec.family.own_block else spec.experts, experts(n)) for n, spec in specs]
+        return [*((module, block(index)) for index, module in enumerate(self.blocks)), *readers]
+
+    def _answer_recorder(self, layer: int, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if self.targets[layer] not in self.answers[layer]:
+                self.answers[layer][name] = output
+
+        return record
+
+    def _return_recorder(self, index: int) -> Callable[..., None]:
+        return lambda module, args, output: self.returns.__setitem__(index, type(output))
+
+
+class RecordingCache(DynamicCache):
+    """Keeps each layer's keys and values whole (a sliding layer of its own would trim them) and hands them on."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.recorded[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def refusal(self, layer: int, n_pos: int) -> str | None:
+        """Why a layer's state before a token is not its plain keys and values; None where it is."""
+        kind = type(self.layers[layer]).__name__ if layer < len(self.layers) else "nothing"
+        if kind == "DummyLayer":  # a layer without attention, which sees its own token only
+            return None
+        if kind not in _PLAIN_CACHES:
+            return f"the state {kind} instead of plain keys and values"
+        keys = self.recorded.get(layer, (None,))[0]
+        if keys is None or keys.shape[-2] != n_pos:
+            return "no keys of its own for every position"
+        return None
+
+
+@dataclass
+class _Rows:
+    """The branches that are running: ``[row, n]`` positions in ``[row]`` sequences."""
+
+    sequence: Tensor
+    position: Tensor
+    token: Tensor  # [row, n], index into the flattened [batch, pos]
+    crop: int  # keys before this position are all that any branch reads
+    block_out: Tensor  # [row, n, d_model]
+    gathered: dict[int, Any]  # by id of a recorded value, that value at the branches
+
+
+class BranchCache(DynamicCache):
+    """The base pass's keys and values before each row's branches, followed by the branches' own."""
+
+    def __init__(self, recorded: dict[int, tuple[Tensor, Tensor]], rows: _Rows) -> None:
+        super().__init__()
+        self.recorded, self.rows = recorded, rows
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.recorded[layer_idx]
+        return self._before(keys, key_states), self._before(values, value_states)
+
+    def _before(self, base: Tensor, own: Tensor) -> Tensor:
+        base = base[..., : self.rows.crop, :]
+        rows = base.expand(len(own), -1, -1, -1) if len(base) == 1 else base[self.rows.sequence]
+        return torch.cat([rows, own], dim=-2)
+
+
+class BranchRunner:
+    """Runs branches of one layer; a context manager that leaves the model as it was, also after an exception.
+
+    Args:
+        base: The base pass.
+        layer: The first layer at which the branches' routes differ.
+        hooks: Further hooks for the layers above (routes of the branches there).
+    """
+
+    def __init__(self, base: BasePass, layer: int, hooks: Hooks | None = None) -> None:
+        self.base, self.layer, self.hooks = base, layer, hooks or []
+        self.rows: _Rows | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> BranchRunner:
+        base, layer = self.base, self.layer
+        with ExitStack() as stack:
+            for block in base.blocks[:layer]:
+                self._replace(stack, block, lambda hidden, *args, **kwargs: hidden)
+            children = dict(base.blocks[layer].named_children())
+            for name, answer in base.answers[layer].items():
+                self._replace(stack, children[name], self._stub(answer, name == base.targets[layer]))
+            for index in range(layer, len(base.blocks)):
+                handle = base.blocks[index].register_forward_pre_hook(self._feeder(index), with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(base.moe.bridge.hooks(fwd_hooks=self.hooks))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.rows = None
+        self._stack.close()
+
+    @torch.no_grad()
+    def __call__(self, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
+        """Logits of branches.
+
+        Args:
+            sequence: ``[row]``, which sequence of the batch a row's branches belong to.
+            position: ``[row, n]``, their positions.
+            block_out: ``[row, n, d_model]``, the output of their layer's experts' block.
+
+        Returns:
+            ``[row, n, vocab]``.
+        """
+        base = self.base
+        token = sequence.unsqueeze(1) * base.tokens.shape[1] + position
+        self.rows = _Rows(sequence, position, token, int(position.max()), block_out, {})
+        # 4-D, so that the model does not make a mask of its own; the layers get theirs below
+        no_mask = block_out.new_zeros(1, 1, 1, 1)
+        return base.moe.bridge.original_model(
+            input_ids=base.tokens.reshape(-1)[token],
+            attention_mask=no_mask,
+            position_ids=position,
+            past_key_values=BranchCache(base.cache.recorded, self.rows),
+            use_cache=True,
+        ).logits
+
+    # -- what the modules are made to answer and to read ------------------------------------------------------------
+    def _replace(self, stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+        # in the instance's own dictionary, past the redirection of TransformerLens' components
+        before = module.__dict__.get("forward")
+        module.__dict__["forward"] = forward
+
+        def restore() -> None:
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+
+        stack.callback(restore)
+
+    def _stub(self, answer: Any, is_target: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            assert self.rows is not None
+            gathered = self._at_branches(answer)
+            if not is_target:
+                return gathered
+            shape = _first(gathered).shape
+            block_out = self.rows.block_out.reshape(shape)
+            return (block_out, *gathered[1:]) if isinstance(gathered, tuple) else block_out
+
+        return forward
+
+    def _feeder(self, index: int) -> Callable[..., Any]:
+        def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if index == self.layer:
+                hidden = self._at_branches(self.base.hidden[index])
+                return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            recorded = self.base.arguments[index]
+            fed = {name: self._at_branches(value) for name, value in recorded.items() if self._is_positional(value)}
+            if "attention_mask" in recorded:
+                fed["attention_mask"] = self._mask(recorded["attention_mask"])
+            return args, {**kwargs, **fed}
+
+        return feed
+
+    def _is_positional(self, value: Any) -> bool:
+        return any(isinstance(leaf, Tensor) and self._index(leaf) is not None for leaf in tree_leaves(value))
+
+    def _index(self, value: Tensor) -> Tensor | None:
+        """Where the branches are in a tensor of the base pass; None for one without a position axis."""
+        assert self.rows is not None
+        batch, pos = self.base.tokens.shape
+        if value.shape[:2] == (batch, pos) or value.shape[:1] == (batch * pos,):
+            return self.rows.token
+        return self.rows.position if value.shape[:2] == (1, pos) else None
+
+    def _at_branches(self, value: Any) -> Any:
+        """A value of the base pass, gathered at the branches; None in the place of tensors without positions."""
+        assert self.rows is not None
+        if id(value) not in self.rows.gathered:
+            self.rows.gathered[id(value)] = tree_map(self._gather, value)
+        return self.rows.gathered[id(value)]
+
+    def _gather(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        index = self._index(leaf)
+        if index is None:
+            return None
+        is_flat = leaf.shape[:2] != (leaf.shape[0], self.base.tokens.shape[1])
+        flat = leaf if is_flat else leaf.reshape(-1, *leaf.shape[2:])
+        return flat[index.reshape(-1)] if is_flat else flat[index]
+
+    def _mask(self, base_mask: Tensor | None) -> Tensor:
+        """``[row, 1, n, crop + n]``: a branch reads what its token read before its position, and itself."""
+        rows = self.rows
+        assert rows is not None
+        if id(base_mask) in rows.gathered:
+            return rows.gathered[id(base_mask)]
+        dtype, device = rows.block_out.dtype, rows.block_out.device
+        never, n = torch.finfo(dtype).min, rows.position.shape[1]
+        is_later = torch.arange(rows.crop, device=device) >= rows.position.unsqueeze(-1)
+        if base_mask is None:
+            before = torch.zeros(is_later.shape, dtype=dtype, device=device)
+        else:
+            index = rows.position if len(base_mask) == 1 else rows.token
+            before = base_mask.flatten(0, 2)[:, : rows.crop][index]
+            if before.dtype == torch.bool:
+                before = torch.zeros(is_later.shape, dtype=dtype, device=device).masked_fill(~before, never)
+        own = torch.full((n, n), never, dtype=dtype, device=device).fill_diagonal_(0.0)
+        mask = torch.cat([before.masked_fill(is_later, never), own.expand(len(before), n, n)], dim=-1).unsqueeze(1)
+        rows.gathered[id(base_mask)] = mask
+        return mask
+
+
+def _target(block: nn.Module, moe: MoEHooks, layer: int) -> str:
+    """The name of the layer's child whose output depends on the route: the experts' block."""
+    spec = moe.spec(layer)
+    wanted = spec.experts if spec.container is block else spec.container
+    return next(name for name, child in block.named_children() if unwrap(child) is wanted)
+
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value

@@ -1,0 +1,40 @@
+"""Counterfactual routes: sampling them, and scoring them exactly and fast."""
+
+from moe_interp.routes.branch import LayerRoutes, RouteScores
+from moe_interp.routes.sample import (
+    AllSubsets,
+    GumbelTopK,
+    OneSwap,
+    RouteSampler,
+    SampledRoutes,
+    TokenKeys,
+    UniformSubsets,
+)
+from moe_interp.routes.score import (
+    Method,
+    SlowRoutesWarning,
+    check_routes,
+    check_tokens,
+    score_from_base,
+    score_joint_routes,
+    score_routes,
+)
+
+__all__ = [
+    "AllSubsets",
+    "GumbelTopK",
+    "LayerRoutes",
+    "Method",
+    "OneSwap",
+    "RouteSampler",
+    "RouteScores",
+    "SampledRoutes",
+    "SlowRoutesWarning",
+    "TokenKeys",
+    "UniformSubsets",
+    "check_routes",
+    "check_tokens",
+    "score_from_base",
+    "score_joint_routes",
+    "score_routes",
+]

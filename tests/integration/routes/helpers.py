@@ -1,0 +1,60 @@
+"""Attached tiny models and random routes for them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moe_interp.hooks.attach import MoEHooks, attach
+from tests import tiny
+
+DECODERS = [name for name in tiny.FAMILIES if name not in tiny.ENCODER_DECODERS]
+
+# why branches stop at a layer: what a token reads there is not the plain keys and values of earlier positions
+SERVED_FROM = {
+    "deepseek_v4": (),
+    "glm_moe_dsa": (),
+    "jamba": (3,),
+    "lfm2_moe": (2,),
+}
+
+
+@cache
+def attached(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> MoEHooks:
+    """One attached tiny model a family, shared by the tests; they leave nothing behind on it."""
+    hf = tiny.build_hf(name, dtype=dtype, attn_implementation=attention)
+    if dtype == torch.float64:
+        tiny.set_experts_implementation(hf, "eager")
+    return attach(tiny.build_bridge(hf, name))
+
+
+def served_layers(name: str, moe: MoEHooks) -> tuple[int, ...]:
+    return SERVED_FROM.get(name, moe.layers)  # type: ignore[arg-type]
+
+
+def precision(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return tiny.float64_casts() if dtype == torch.float64 else nullcontext()
+
+
+def random_routes(moe: MoEHooks, layer: int, tokens: Tensor, n_routes: int = 2, seed: int = 0) -> Tensor:
+    """``[batch, pos, route, slot]``."""
+    spec = moe.spec(layer)
+    keys = torch.rand(*tokens.shape, n_routes, spec.n_experts, generator=torch.Generator().manual_seed(seed))
+    return keys.topk(spec.top_k, dim=-1).indices
+
+
+def padded_batch() -> tuple[Tensor, Tensor]:
+    """Three sequences of 12, 9 and 8 tokens: unpadded, padded on the left, padded on the right."""
+    tokens = tiny.random_tokens(3, 12)
+    mask = torch.ones_like(tokens)
+    mask[1, :3], mask[2, -4:] = 0, 0
+    return tokens, mask
+
+
+def largest_difference(left: Tensor, right: Tensor) -> float:
+    """NaN must be at the same places."""
+    assert torch.equal(left.isnan(), right.isnan())
+    return float((left - right).abs().nan_to_num().max())

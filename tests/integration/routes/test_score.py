@@ -1,0 +1,205 @@
+"""What ``score_routes`` refuses, where it falls back to full forwards, and that it leaves the model as it was."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_interp.errors import ConfigError, DataError, HookError, RouteError
+from moe_interp.hooks.attach import attach
+from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.routes import (
+    SlowRoutesWarning,
+    check_routes,
+    score_from_base,
+    score_joint_routes,
+    score_routes,
+)
+from tests import tiny
+from tests.integration.routes.helpers import attached, largest_difference, random_routes, served_layers
+
+TOKENS = tiny.random_tokens(2, 8)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "glm_moe_dsa", "jamba", "lfm2_moe"])
+def test_families_that_branches_cannot_serve_fall_back_and_say_so_once(name: str) -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf(name), name))
+    layer = next(n for n in moe.layers if n not in served_layers(name, moe))
+    routes = random_routes(moe, layer, TOKENS)  # type: ignore[arg-type]
+    with pytest.warns(SlowRoutesWarning, match="one full forward each"):
+        auto = score_routes(moe, TOKENS, layer, routes, positions=[3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = score_routes(moe, TOKENS, layer, routes, positions=[3])
+    naive = score_routes(moe, TOKENS, layer, routes, positions=[3], method="naive")
+    assert largest_difference(auto, naive) == largest_difference(again, naive) == 0.0
+    with pytest.raises(ConfigError, match=r'method="branch".*Use "auto"'):
+        score_routes(moe, TOKENS, layer, routes, method="branch")
+
+
+def test_other_hooks_on_the_bridge_make_it_slow_and_count() -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    routes = random_routes(moe, 1, TOKENS)
+    free = score_routes(moe, TOKENS, 1, routes, positions=[3])
+
+    def fade(value: Tensor, hook: Any) -> Tensor:
+        return value * torch.linspace(0.0, 1.0, value.shape[-1])
+
+    with moe.bridge.hooks(fwd_hooks=[("blocks.1.hook_out", fade)]), pytest.warns(SlowRoutesWarning, match="hooks"):
+        hooked = score_routes(moe, TOKENS, 1, routes, positions=[3])
+    assert float((free - hooked)[:, 3].abs().min()) > 1e-4
+
+
+def test_given_weights_that_scale_inputs_are_scored_slowly() -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("llama4"), "llama4"))
+    routes = random_routes(moe, 1, TOKENS)
+    weights = torch.full(routes.shape, 0.7)
+    with pytest.warns(SlowRoutesWarning, match="scale the experts' inputs"):
+        auto = score_routes(moe, TOKENS, 1, routes, positions=[2], weights=weights)
+    naive = score_routes(moe, TOKENS, 1, routes, positions=[2], weights=weights, method="naive")
+    assert largest_difference(auto, naive) == 0.0
+
+
+def test_a_null_route_that_misses_the_plain_forward_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    routes, run = random_routes(moe, 0, TOKENS), BranchRunner.__call__
+    naive = score_routes(moe, TOKENS, 0, routes, positions=[3, 5], method="naive")
+
+    def misplaced(self: BranchRunner, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
+        return run(self, sequence, (position - 1).clamp(min=1), block_out)
+
+    monkeypatch.setattr(BranchRunner, "__call__", misplaced)
+    with pytest.warns(SlowRoutesWarning, match="standard route"):
+        auto = score_routes(moe, TOKENS, 0, routes, positions=[3, 5])
+    assert largest_difference(auto, naive) == 0.0
+
+
+def state_of(bridge: nn.Module) -> dict[str, Any]:
+    modules = dict(bridge.named_modules())
+    return {
+        "forwards": {name: m.__dict__["forward"] for name, m in modules.items() if "forward" in m.__dict__},
+        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in modules.items()},
+        "children": list(modules),
+    }
+
+
+def test_the_model_is_left_as_it_was_also_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("gemma4_text"), "gemma4_text"))
+    with torch.no_grad():
+        before = moe.bridge(TOKENS)  # wires TransformerLens' own capture hooks
+    state, routes = state_of(moe.bridge), random_routes(moe, 0, TOKENS)
+    score_routes(moe, TOKENS, 0, routes)
+    assert state_of(moe.bridge) == state
+    last = moe.bridge.blocks[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_interp.routes.branch.log_probs", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            score_routes(moe, TOKENS, 0, routes)
+    assert state_of(moe.bridge) == state
+
+    def fail(value: Tensor, hook: Any) -> Tensor:
+        raise RuntimeError("inside the model")
+
+    with moe.bridge.hooks(fwd_hooks=[(last.hook_out.name, fail)]), pytest.raises(RuntimeError, match="inside"):
+        BasePass(moe, TOKENS, [0])
+    assert state_of(moe.bridge) == state
+    with torch.no_grad():
+        assert torch.equal(moe.bridge(TOKENS), before)
+
+
+def test_one_base_pass_serves_several_layers_and_targets() -> None:
+    moe = attached("olmoe")
+    base = BasePass(moe, TOKENS, [0, 2])
+    given = {layer: check_routes(base, layer, random_routes(moe, layer, TOKENS)) for layer in (0, 2)}
+    targets = torch.stack([TOKENS.roll(-1, dims=1), (TOKENS + 1) % 90], dim=-1)
+    for layer, routes in given.items():
+        several = score_from_base(base, {layer: routes}, targets=targets)
+        single = score_joint_routes(moe, TOKENS, {layer: routes.indices})
+        assert several.logp.shape == (2, 8, 2, 2)
+        assert largest_difference(several.logp[..., 0], single.logp) <= 1e-6
+        assert largest_difference(several.logp_standard[..., 0], single.logp_standard) == 0.0
+        assert float((several.logp[..., 0] - several.logp[..., 1]).abs().nan_to_num().max()) > 0.1
+        policy = torch.log_softmax(base.router_logits[layer], dim=-1)
+        by_hand = policy[0, 3, routes.indices[0, 3, 1]].sum()
+        assert torch.allclose(several.router_logp[0, 3, 1], by_hand)
+
+
+def test_the_naive_way_is_a_hook_on_one_token() -> None:
+    """The reference itself, against an independent hook written by hand."""
+    moe = attached("olmoe")
+    routes = random_routes(moe, 1, TOKENS)
+    naive = score_routes(moe, TOKENS, 1, routes, method="naive", positions=[4])
+
+    def swap(value: Tensor, hook: Any) -> Tensor:
+        value[0, 4] = routes[0, 4, 1]
+        return value
+
+    with torch.no_grad():
+        logits = moe.bridge.run_with_hooks(TOKENS[:1], fwd_hooks=[(moe.hook_name("expert_indices", 1), swap)])
+    assert float(logits[0, 4].log_softmax(-1)[TOKENS[0, 5]]) == pytest.approx(float(naive[0, 4, 1]), abs=1e-6)
+
+
+BAD_ROUTES = [
+    (lambda r: r[..., :1], RouteError, "equal number of experts"),
+    (lambda r: torch.cat([r[..., :1], r[..., :1]], dim=-1), RouteError, "twice in the route"),
+    (lambda r: r + 8, RouteError, "ids from 0 to 7"),
+    (lambda r: r.float(), RouteError, "float32"),
+    (lambda r: r[:, :-1], RouteError, r"integers of shape \[2, 8, route, 2\]"),
+    (lambda r: r[:, :, :0], DataError, "no route to score"),
+]
+
+
+@pytest.mark.parametrize("spoil, error, message", BAD_ROUTES)
+def test_bad_routes(spoil: Any, error: type[Exception], message: str) -> None:
+    moe = attached("olmoe")
+    with pytest.raises(error, match=message):
+        score_routes(moe, TOKENS, 1, spoil(random_routes(moe, 1, TOKENS)))
+
+
+def test_bad_weights() -> None:
+    moe = attached("olmoe")
+    routes = random_routes(moe, 1, TOKENS)
+    with pytest.raises(RouteError, match="a finite weight for each slot"):
+        score_routes(moe, TOKENS, 1, routes, weights=torch.ones(2, 8, 2, 1))
+    with pytest.raises(RouteError, match="not finite"):
+        score_routes(moe, TOKENS, 1, routes, weights=torch.full(routes.shape, float("nan")))
+
+
+def test_bad_layers() -> None:
+    moe = attached("qwen3_moe")
+    with pytest.raises(HookError, match="dense"):
+        score_routes(moe, TOKENS, 0, random_routes(moe, 1, TOKENS))
+    encoder_decoder = attach(tiny.build_bridge(tiny.build_hf("switch_transformers"), "switch_transformers"))
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        score_routes(encoder_decoder, TOKENS, 0, torch.zeros(2, 8, 1, 1, dtype=torch.int64))
+
+
+def test_bad_sequences() -> None:
+    moe = attached("olmoe")
+    long = tiny.random_tokens(1, 65)
+    with pytest.raises(DataError, match=r"sequences of 65 tokens.*at most 64"):
+        score_routes(moe, long, 1, random_routes(moe, 1, long))
+    with pytest.raises(DataError, match="no token to score"):
+        score_routes(moe, TOKENS[:, :1], 1, random_routes(moe, 1, TOKENS[:, :1]))
+    with pytest.raises(DataError, match="no token to score"):
+        score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), positions=[7])
+    with pytest.raises(DataError, match="mask of shape"):
+        score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), attention_mask=torch.ones(2, 7))
+    with pytest.raises(DataError, match="a memory budget of 10 bytes"):
+        score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), memory_budget=10)
+    with pytest.raises(ConfigError, match="method='fast'"):
+        score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), method="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["branch", "naive"])
+def test_a_log_probability_that_is_not_finite_names_token_and_route(method: Any) -> None:
+    moe = attached("olmoe")
+    routes = random_routes(moe, 1, TOKENS)
+    weights = torch.ones(routes.shape)
+    weights[1, 4, 1] = 3e38
+    with pytest.raises(DataError, match=r"sequence 1, position 4 under route 1 \(experts by layer: \{1: \["):
+        score_routes(moe, TOKENS, 1, routes, weights=weights, method=method)
