@@ -212,7 +212,7 @@ def test_answers_are_tokenised_apart_and_may_not_be_special(tmp_path: Any) -> No
     result = mi.isolate_experts(moe, [item], experts=[0], **QUIET)
     assert int(result.data.n_answer_tokens[0]) == 1
     assert int(result.data.n_prompt_tokens[0]) == 3  # with the leading special token
-    with pytest.raises(DataError, match="item 'e'.*empty answer"):
+    with pytest.raises(DataError, match=r"item 'e'.*empty answer"):
         mi.isolate_experts(moe, [{**item, "id": "e", "answer": " "}], experts=[0], **QUIET)
 
 
@@ -223,10 +223,10 @@ def test_items_are_read_with_their_lines(tmp_path: Any) -> None:
     )
     with pytest.raises(DataError, match=r"line 3 \(item 'b'\): no answer"):
         mi.load_items(path)
-    path.write_text('{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}\n{broken\n')
+    path.write_text(good + "\n{broken\n")
     with pytest.raises(DataError, match="line 2"):
         mi.load_items(path)
-    path.write_text('{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}\n')
+    path.write_text(good)
     with pytest.raises(DataError, match="domain 'e'"):
         mi.load_items(path, domains=["e"])
     with pytest.raises(DataError, match="not a file"):
