@@ -105,8 +105,9 @@ def layer_impact_table(
     ablation the best expert is the one whose removal costs most, and impact is what it costs, as a negative delta.
 
     Returns:
-        layer, regime (``"early"`` | ``"middle"`` | ``"late"``), impact, low, high (items
-        reweighted within domains, through the choice; none below 4 items in a domain), naive, best_experts (the most often chosen per domain, and the share of the choices).
+        layer, regime (``"early"`` | ``"middle"`` | ``"late"``), impact, low, high (items reweighted within domains,
+        through the choice; none below 4 items in a domain), naive, best_experts (the most often chosen per domain,
+        and the share of the choices).
         ``.attrs["regimes"]``: the test of :func:`two_regimes`.
 
     Raises:

@@ -22,6 +22,7 @@ def planted_isolation(
     router: str = "aligned",
     noise: float = 0.3,
     quality_sd: float = 0.3,
+    domain_sd: float | None = None,
     cells: Mapping[tuple[str, int, int], float] | None = None,
     fragility: float = 1.0,
     baselines: tuple[str, ...] = ("natural", "uniform", "random"),
@@ -32,9 +33,11 @@ def planted_isolation(
 ) -> IsolationResult:
     """A run whose truth is known.
 
-    Expert e of layer l has a quality for a domain, N(0, ``quality_sd``^2); forced, it shifts an item's score by that
-    plus ``cells[domain, layer, expert]`` plus noise. The router's logits are that quality (``"aligned"``), its negative
-    (``"reversed"``), or it with the experts' names permuted (``"permuted"``).
+    Expert e of layer l has a quality, N(0, ``quality_sd``^2) in common and N(0, ``domain_sd``^2) for each
+    domain, or what ``cells[domain, layer, expert]`` says; forced, it shifts an item's score by that plus noise.
+    ``fragility`` makes some domains lose more than others whatever the expert. The router's logits are that
+    quality (``"aligned"``), its negative (``"reversed"``), or it with the experts' names permuted
+    (``"permuted"``).
     """
     rng = np.random.default_rng(seed)
     names = sorted(n_items)
@@ -42,7 +45,8 @@ def planted_isolation(
     code = np.searchsorted(names, domain)
     n = len(domain)
     shared = rng.normal(0, quality_sd, (1, n_layers, n_experts))
-    quality = shared + rng.normal(0, quality_sd / 2, (len(names), n_layers, n_experts))
+    own = quality_sd / 2 if domain_sd is None else domain_sd
+    quality = shared + rng.normal(0, 1, (len(names), n_layers, n_experts)) * own
     order = rng.permuted(np.tile(np.arange(n_experts), (n_layers, 1)), axis=-1)
     seen = {
         "aligned": quality,

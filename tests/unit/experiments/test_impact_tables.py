@@ -1,0 +1,167 @@
+"""Dominance, the worth of a layer's best expert, the two regimes, and the choice of experts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_interp.errors import ConfigError, DataError
+from moe_interp.experiments.expert_choice import best_experts, cross_fitted, split_items
+from moe_interp.experiments.impact import regimes, stratified_interval, two_regimes
+from moe_interp.experiments.isolation_result import IsolationResult
+from tests.unit.experiments.planted_isolation import planted_isolation
+
+BEST = {("math", 1, 3): 2.0, ("math", 2, 8): 2.0, ("facts", 1, 5): 2.0, ("code", 1, 6): 2.0}
+
+
+@pytest.fixture(scope="module")
+def planted() -> IsolationResult:
+    return planted_isolation(cells=BEST, noise=0.2)
+
+
+def test_dominance_is_the_share_of_slots_against_even_use(planted):
+    table = planted.dominance()
+    share = planted.data["slot_share"].mean("layer").values
+    np.testing.assert_allclose(table["share"], share.ravel(), atol=1e-12)
+    np.testing.assert_allclose(table["ratio"], 16 * share.ravel(), atol=1e-12)
+    np.testing.assert_allclose(table.groupby("domain")["share"].sum(), 1)
+    assert (table["low"] <= table["share"]).all()
+    assert (table["share"] <= table["high"]).all()
+    top = table[table["rank"] == 1].set_index("domain")["expert"]
+    assert top.tolist() == share.argmax(1).tolist()
+    layered = planted.dominance(by_layer=True)
+    np.testing.assert_allclose(layered["share"], planted.data["slot_share"].values.ravel(), atol=1e-12)
+
+
+def test_dominance_covers_experts_that_were_not_forced(planted):
+    some = IsolationResult(planted.data.isel(expert=[0, 1, 2]))
+    assert len(some.dominance()) == 3 * 16
+
+
+def test_layer_impact_finds_the_planted_layer_and_expert(planted):
+    table = planted.layer_impact()
+    assert table["impact"].idxmax() == 1
+    assert table.loc[1, "best_experts"] == "code 6 (100%), facts 5 (100%), math 3 (100%)"
+    delta = planted.data["delta"].sel(mass="one", baseline="natural", layer=1)
+    groups = planted.data["domain"].values
+    expected = np.mean(
+        [delta.sel(expert=e).values[groups == d].mean() for d, e in (("code", "6"), ("facts", "5"), ("math", "3"))]
+    )
+    assert table.loc[1, "impact"] == pytest.approx(expected)
+    assert table.loc[1, "naive"] == pytest.approx(expected)
+    assert (table["low"] <= table["impact"]).all()
+    assert (table["impact"] <= table["high"]).all()
+
+
+def test_noise_alone_has_naive_impact_but_none_when_cross_fitted():
+    table = planted_isolation(quality_sd=0, noise=1.0, n_layers=20, n_items={"a": 30, "b": 30}).layer_impact()
+    assert table["naive"].min() > 0.1
+    assert abs(table["impact"].mean()) < 0.06
+    covered = (table["low"] <= 0) & (table["high"] >= 0)
+    assert covered.mean() >= 0.9
+
+
+def test_the_baseline_moves_every_impact_but_not_the_choice(planted):
+    natural, uniform = planted.layer_impact(), planted.layer_impact(baseline="uniform")
+    assert natural["best_experts"].tolist() == uniform["best_experts"].tolist()
+    assert (uniform["impact"] > natural["impact"]).all()
+
+
+def test_under_ablation_the_best_expert_is_the_one_whose_removal_costs_most():
+    table = planted_isolation(cells=BEST, noise=0.2, mode="ablate").layer_impact()
+    assert table["impact"].idxmin() == 1
+    assert table.loc[1, "best_experts"].startswith("code 6")
+
+
+def test_cross_fitting_by_hand():
+    # two items: each is measured at the other's best expert
+    choose = np.array([[[0.0, 1.0, 2.0]], [[5.0, 1.0, 2.0]]])
+    measure = np.array([[[10.0, 11.0, 12.0]], [[20.0, 21.0, 22.0]]])
+    fit = cross_fitted(choose, measure, np.random.default_rng(0), n_splits=7)
+    np.testing.assert_array_equal(fit.value, [16.0])  # the mean of 10 and 22
+    np.testing.assert_array_equal(fit.votes, [[7, 0, 7]])
+
+
+def test_with_a_clear_best_expert_the_cross_fitted_error_is_that_of_a_mean():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 2, 4)) + [9.0, 0, 0, 0]
+    fit = cross_fitted(values, values, rng, n_resamples=2000)
+    error = np.sqrt((fit.deviations**2).mean(0))
+    np.testing.assert_allclose(fit.value, values[..., 0].mean(0))
+    np.testing.assert_allclose(error, values[..., 0].std(0, ddof=1) / np.sqrt(60), rtol=0.05)
+
+
+def test_the_stratified_interval_has_the_width_that_theory_gives():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(0, 1, 40), rng.normal(5, 3, 60)]
+    estimate, low, high = stratified_interval(parts, n_resamples=20000)
+    assert estimate == pytest.approx((parts[0].mean() + parts[1].mean()) / 2)
+    se = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / 2
+    assert (high - low) == pytest.approx(2 * 1.96 * se, rel=0.03)
+
+
+def test_the_regimes_are_those_of_the_study_and_the_test_knows_its_limits():
+    names = regimes(np.arange(32))
+    assert [names.index("middle"), names.index("late")] == [6, 30]
+    assert regimes(np.arange(4)) == ["early", "middle", "middle", "late"]
+    assert regimes(np.array([1, 3]), 32) == ["early", "early"]
+    outer = np.array([True, False, False, True])
+    four = two_regimes(np.array([3.0, 1.0, 0.0, 2.0]), outer)
+    assert four["difference"] == pytest.approx(2.0)
+    assert four["p"] == four["smallest_p"] == pytest.approx(2 / 6)
+    assert four["verdict"] == "not testable: 4 layers allow no p below 0.33"
+    outer = np.array(names) != "middle"
+    many = two_regimes(outer + np.linspace(0, 0.5, 32), outer)
+    assert many["verdict"] == "early and last layers matter more"
+    assert two_regimes(-1.0 * outer, outer)["verdict"] == "middle layers matter more"
+    assert two_regimes(np.linspace(0, 1, 32) % 0.2, outer)["verdict"] == "no difference shown"
+    assert two_regimes(np.ones(2), np.array([True, False]))["verdict"] == "not testable"
+
+
+def test_best_experts_are_the_planted_ones_under_every_baseline_and_half(planted):
+    halves = split_items(planted, seed=1)
+    for items in (None, *halves):
+        chosen = best_experts(planted, "math", 2, items)
+        assert chosen[1][0] == 3
+        assert chosen[2][0] == 8
+        assert all(len(set(ids)) == 2 for ids in chosen.values())
+    for name in ("uniform", "random"):
+        other = IsolationResult(planted.data.sel(baseline=[name]))
+        assert best_experts(other, "math", 3) == best_experts(planted, "math", 3)
+    some = IsolationResult(planted.data.isel(expert=[9, 3, 5]))
+    assert best_experts(some, "math", 1)[1] == [3]
+
+
+def test_ties_go_to_the_smaller_id_whatever_the_order(planted):
+    data = planted.data.copy(deep=True)
+    data["delta"][:] = 0.0
+    assert best_experts(IsolationResult(data.isel(expert=[7, 2, 11])), "math", 2)[0] == [2, 7]
+
+
+def test_halves_are_disjoint_complete_balanced_and_repeatable(planted):
+    first, second = split_items(planted, seed=4)
+    assert not set(first) & set(second)
+    assert sorted(first + second) == sorted(planted.data["item"].values)
+    for domain in planted.domains:
+        counts = [sum(name.startswith(domain) for name in half) for half in (first, second)]
+        assert counts[0] - counts[1] in (0, 1)
+    assert split_items(planted, seed=4) == (first, second)
+    assert split_items(planted, seed=5) != (first, second)
+
+
+def test_bad_choices_are_refused(planted):
+    with pytest.raises(DataError, match=r"domain 'law'. Expected: one of \['code', 'facts', 'math'\]"):
+        best_experts(planted, "law", 1)
+    with pytest.raises(ConfigError, match=r"k=17. Expected: 1 to 16"):
+        best_experts(planted, "math", 17)
+    with pytest.raises(DataError, match="item 'nobody'"):
+        best_experts(planted, "math", 1, ["nobody"])
+    with pytest.raises(DataError, match="no item of 'math' among the 1 given"):
+        best_experts(planted, "math", 1, ["code-0"])
+    sets = IsolationResult(planted.data.isel(expert=[0, 1]).assign_coords(expert=["0+2", "1"]))
+    with pytest.raises(DataError, match=r"experts forced together, such as 0\+2"):
+        best_experts(sets, "math", 1)
+    single = planted_isolation(n_items={"a": 1, "b": 8})
+    for call in (lambda: split_items(single), single.layer_impact):
+        with pytest.raises(DataError, match="one item in domain 'a'"):
+            call()
