@@ -47,7 +47,8 @@ class Verification(pd.DataFrame):
                     "hook": hook,
                     "layers": f"{int(group['passed'].sum())}/{len(group)}",
                     "worst": worst["figure"],
-                    "must be": f"{worst['relation']} {worst['bound']:.2g}",
+                    "relation": worst["relation"],
+                    "bound": worst["bound"],
                     "passed": not len(failed),
                     "note": worst["note"] or next((note for note in group["note"] if note), ""),
                 }
@@ -57,6 +58,7 @@ class Verification(pd.DataFrame):
     def __repr__(self) -> str:
         table = self.summary()
         table["worst"] = [f"{x:.2g}" for x in table["worst"]]
+        table["bound"] = [f"{x:.2g}" for x in table["bound"]]
         table["passed"] = ["yes" if x else "NO" for x in table["passed"]]
         left = {name: "{:<" + str(max(map(len, [*table[name], name]))) + "}" for name in ("check", "hook", "note")}
         text = table.to_string(index=False, formatters={name: f.format for name, f in left.items()})
