@@ -240,6 +240,7 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("FlexOlmoForCausalLM",),
         rule_text="softmax, top-k, normalise if norm_topk_prob",
         rule=_softmax(cast="hidden"),
+        note="a norm follows the block: a common scale of routed_out has no effect on the model",
     ),
     Family(
         name="qwen2_moe",

@@ -87,7 +87,7 @@ def weights(name: str, layer: tiny.NativeMoE, logits: Tensor, chosen: Tensor) ->
         total = kept.sum(-1, keepdim=True) + (1e-6 if name == "lfm2_moe" else 0.0)
         kept = torch.where(total > 0, kept / torch.where(total > 0, total, 1.0), 0.0)
     if name.startswith("gemma4"):
-        kept = kept * layer.router.per_expert_scale.detach()  # type: ignore[operator]
+        kept = kept * layer.router.per_expert_scale.detach()
     return kept * scale
 
 
@@ -174,7 +174,7 @@ def run(
             neurons=neurons, outputs=_widened(name, layer.block, outputs), routed=_widened(name, layer.block, routed)
         )
         if name.startswith("llama4"):
-            return layer.block.shared_expert(x) + routed, output[1]  # type: ignore[operator]
+            return layer.block.shared_expert(x) + routed, output[1]
         if name == "jetmoe":
             return routed.view(output.shape) + layer.block.bias
         if name == "laguna":  # the block applies its scale itself

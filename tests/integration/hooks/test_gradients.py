@@ -58,7 +58,7 @@ def directions(like: Tensor) -> list[Tensor]:
 def test_gradients_agree_with_central_differences(name: str) -> None:
     model = opened(name, torch.float64)
     label = model.labels[-2]
-    for hook in model.moe.hooks(label):  # type: ignore[arg-type]
+    for hook in model.moe.hooks(label):
         if hook == "expert_indices":
             continue
         grad = gradient(model, hook, label)
@@ -70,10 +70,31 @@ def test_gradients_agree_with_central_differences(name: str) -> None:
         assert flat or grad.abs().max() > 1e-3, hook
 
 
+def test_gradients_at_phimoe_s_logits_where_experts_are_near() -> None:
+    model = opened("phimoe", torch.float64)
+    label = model.last
+    _, seen = model.see(labels=[label], tokens=TOKENS)
+    near = 10 + 0.1 * seen["router_logits", label]
+    addend = torch.zeros_like(near, requires_grad=True)
+    with model.precision():
+        readout(model.run([("router_logits", label, lambda _: near + addend)], TOKENS, grad=True)).backward()
+    model.bridge.zero_grad()
+    assert addend.grad is not None
+    direction = directions(near)[0]
+
+    def shifted(step: float) -> Tensor:
+        with model.precision():
+            return readout(model.run([("router_logits", label, lambda _: near + step * direction)], TOKENS))
+
+    expected = float(shifted(STEP) - shifted(-STEP)) / (2 * STEP)
+    assert abs(expected) > 1e-3
+    assert float((addend.grad * direction).sum()) == pytest.approx(expected, rel=1e-6)
+
+
 def test_backward_hooks_fire_alone(family: str) -> None:
     """A backward hook needs no forward hook beside it: it sees the gradient, also at the experts' hooks."""
     model, label = opened(family), opened(family).last
-    names = [hook for hook in model.moe.hooks(label) if hook != "expert_indices"]  # type: ignore[arg-type]
+    names = [hook for hook in model.moe.hooks(label) if hook != "expert_indices"]
     for chosen in ([name] for name in names):
         gradients = backward(model, label, chosen)
         assert set(gradients) == set(chosen)
@@ -87,7 +108,7 @@ def backward(model: Opened, label: tiny.Label, names: list[str]) -> dict[str, Te
     def keep(name: str) -> Callable[..., None]:
         return lambda grad, hook: gradients.__setitem__(name, grad.detach().clone())
 
-    hooks = [(model.moe.hook_name(name, label), keep(name)) for name in names]  # type: ignore[arg-type]
+    hooks = [(model.moe.hook_name(name, label), keep(name)) for name in names]
     inputs = tiny.model_inputs(model.name, TOKENS)
     with model.bridge.hooks(bwd_hooks=hooks):
         readout(model.bridge(TOKENS, **inputs).double()).backward()
@@ -97,7 +118,7 @@ def backward(model: Opened, label: tiny.Label, names: list[str]) -> dict[str, Te
 
 def test_gradients_of_the_parameters_are_those_of_the_unhooked_model(family: str) -> None:
     model = opened(family)
-    hooks = [(hook, label, lambda x: x * 1) for label in model.labels for hook in model.moe.hooks(label)]  # type: ignore[arg-type]
+    hooks = [(hook, label, lambda x: x * 1) for label in model.labels for hook in model.moe.hooks(label)]
     hooks = [(hook, label, edit) for hook, label, edit in hooks if hook != "expert_indices"]
     found = []
     for edits in ([], hooks):

@@ -34,8 +34,8 @@ def test_an_edit_in_place_that_returns_none_counts(family: str) -> None:
     """For every hook, alone and, where edits are told by value, with all others hooked."""
     model, label = opened(family), opened(family).last
     unhooked = model.run()
-    idle = [(hook, label, lambda x: None) for hook in model.moe.hooks(label)]  # type: ignore[arg-type]
-    for hook in model.moe.hooks(label):  # type: ignore[arg-type]
+    idle = [(hook, label, lambda x: None) for hook in model.moe.hooks(label)]
+    for hook in model.moe.hooks(label):
         edit = edit_of(hook)
         expected = model.run([(hook, label, edit)])
         assert_moved(expected, unhooked, where=hook)
@@ -47,7 +47,7 @@ def test_an_edit_in_place_that_returns_none_counts(family: str) -> None:
 @pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "nemotron_h", "llama4", "jetmoe", "switch_transformers"])
 def test_an_edit_in_place_counts_where_gradients_flow(name: str) -> None:
     model, label = opened(name), opened(name).last
-    for hook in model.moe.hooks(label):  # type: ignore[arg-type]
+    for hook in model.moe.hooks(label):
         edit = edit_of(hook)
         expected = model.run([(hook, label, edit)], grad=True)
         assert torch.equal(model.run([(hook, label, in_place(edit))], grad=True), expected), hook
@@ -62,7 +62,7 @@ def test_garbage_written_by_a_hook_stays_in_its_pass(family: str) -> None:
         x.fill_(0) if x.dtype == torch.int64 else x.fill_(7.5)
 
     for label in model.labels:
-        for hook in model.moe.hooks(label):  # type: ignore[arg-type]
+        for hook in model.moe.hooks(label):
             if hook == "expert_indices":
                 continue
             model.run([(hook, label, spoil)])
@@ -83,7 +83,7 @@ def test_what_a_hook_was_given_is_not_changed_afterwards(family: str) -> None:
     def keep(hook: str) -> Callable[[Tensor], None]:
         return lambda x: kept.append((hook, x, x.clone()))
 
-    model.run([(hook, label, keep(hook)) for label in model.labels for hook in model.moe.hooks(label)])  # type: ignore[arg-type]
+    model.run([(hook, label, keep(hook)) for label in model.labels for hook in model.moe.hooks(label)])
     assert len(kept) == len(model.moe.hook_names())
     for hook, given, at_the_time in kept:
         assert torch.equal(given, at_the_time), hook
@@ -93,7 +93,7 @@ def test_a_returned_tensor_is_not_changed_by_the_model(family: str) -> None:
     """A hook may return the same constant again and again."""
     model, label = opened(family), opened(family).last
     _, seen = model.see(labels=[label])
-    for hook in model.moe.hooks(label):  # type: ignore[arg-type]
+    for hook in model.moe.hooks(label):
         constant = edit_of(hook)(seen[hook, label])
         before = constant.clone()
         first = model.run([(hook, label, lambda _, constant=constant: constant)])
@@ -109,7 +109,7 @@ def test_an_exception_in_a_hook_leaves_nothing_behind(family: str) -> None:
     def fail(x: Tensor) -> None:
         raise ZeroDivisionError
 
-    for hook in model.moe.hooks(model.last):  # type: ignore[arg-type]
+    for hook in model.moe.hooks(model.last):
         with pytest.raises(ZeroDivisionError):
             model.run([(hook, model.last, fail)])
         assert torch.equal(model.run(), unhooked), hook

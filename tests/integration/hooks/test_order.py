@@ -38,16 +38,16 @@ def hand_outputs(model: Opened, label: tiny.Label, neurons: Tensor, indices: Ten
     for place in (indices >= 0).nonzero().tolist():
         e, h = int(indices[tuple(place)]), neurons[tuple(place)]
         if name == "jetmoe":
-            y = block.output_linear.weight[e] @ h  # type: ignore[union-attr, index, operator]
+            y = block.output_linear.weight[e] @ h
         elif name == "switch_transformers":
-            y = block.experts[f"expert_{e}"].wo.weight @ h  # type: ignore[union-attr, index]
+            y = block.experts[f"expert_{e}"].wo.weight @ h
         elif name == "gpt_oss":
-            y = h @ block.experts.down_proj[e] + block.experts.down_proj_bias[e]  # type: ignore[union-attr, index]
+            y = h @ block.experts.down_proj[e] + block.experts.down_proj_bias[e]
         elif name.startswith("llama4"):
-            y = h @ block.experts.down_proj[e]  # type: ignore[union-attr, index]
+            y = h @ block.experts.down_proj[e]
         else:
-            y = block.experts.down_proj[e] @ h  # type: ignore[union-attr, index, operator]
-        out[tuple(place)] = block.fc2_latent_proj.weight @ y if name == "nemotron_h" else y  # type: ignore[union-attr, operator]
+            y = block.experts.down_proj[e] @ h
+        out[tuple(place)] = block.fc2_latent_proj.weight @ y if name == "nemotron_h" else y
     return out.detach()
 
 
@@ -56,7 +56,7 @@ def test_hooks_fire_in_the_order_of_the_table(family: str) -> None:
     _, seen = model.see()
     for label in model.labels:
         fired = [hook for hook, at in seen if at == label]
-        assert fired == [hook for hook in HOOK_NAMES if hook in model.moe.hooks(label)]  # type: ignore[arg-type]
+        assert fired == [hook for hook in HOOK_NAMES if hook in model.moe.hooks(label)]
     places = [model.labels.index(label) for _, label in seen]
     assert places == sorted(places)
 
@@ -92,7 +92,7 @@ def test_each_hook_sees_what_earlier_edits_make_of_it(family: str) -> None:
         scores = by_hand.scores(family, seen["router_logits", label])
         assert_near(seen["router_probs", label], scores, where="scores")
     if not is_hash_routed(model, label):
-        ruled = model.moe.spec(label).rule.route(seen["router_logits", label])[0]  # type: ignore[arg-type]
+        ruled = model.moe.spec(label).rule.route(seen["router_logits", label])[0]
         assert torch.equal(given["expert_indices", label], ruled)
         assert not torch.equal(ruled, natural["expert_indices", label])
     indices = seen["expert_indices", label]
@@ -143,9 +143,9 @@ def test_logits_indices_and_weights_at_once(family: str) -> None:
 
 def test_scores_win_over_logits_and_weigh_written_routes(family: str) -> None:
     model, label = opened(family), opened(family).last
-    if "router_probs" not in model.moe.hooks(label):  # type: ignore[arg-type]
+    if "router_probs" not in model.moe.hooks(label):
         with pytest.raises(Exception, match="full-width scores"):
-            model.moe.hook_name("router_probs", label)  # type: ignore[arg-type]
+            model.moe.hook_name("router_probs", label)
         return
     _, natural = model.see(labels=[label])
     first, second = (wanted_logits(natural["router_logits", label], seed) for seed in (1, 2))

@@ -48,7 +48,7 @@ def test_a_hook_that_does_nothing_changes_nothing(family: str, grad: bool) -> No
     """Each hook alone, returning None or a copy of what it was given."""
     model = opened(family)
     unhooked = model.run()
-    for hook in model.moe.hooks(model.last):  # type: ignore[arg-type]
+    for hook in model.moe.hooks(model.last):
         for idle in (lambda x: None, lambda x: x.clone()):
             difference = biggest_difference(model.run([(hook, model.last, idle)], grad=grad).detach(), unhooked)
             # before the experts nothing is recomputed, unless a gradient has to pass
@@ -61,7 +61,7 @@ def test_shapes_and_number_formats(family: str) -> None:
     _, seen = model.see()
     batch, pos = TOKENS.shape
     for label in model.labels:
-        spec = model.moe.spec(label)  # type: ignore[arg-type]
+        spec = model.moe.spec(label)
         experts, width, slots = spec.n_experts, spec.d_model, spec.top_k
         shapes = {
             "router_in": (width,),
@@ -74,7 +74,7 @@ def test_shapes_and_number_formats(family: str) -> None:
             "routed_out": (width,),
             "shared_out": (width,),
         }
-        for hook in model.moe.hooks(label):  # type: ignore[arg-type]
+        for hook in model.moe.hooks(label):
             assert seen[hook, label].shape == (batch, pos, *shapes[hook]), (hook, label)
             expected = torch.int64 if hook == "expert_indices" else torch.float32
             assert seen[hook, label].dtype == expected, (hook, label)
@@ -96,7 +96,7 @@ def test_every_hook_that_a_family_can_serve_is_there(family: str) -> None:
     absent |= set() if family in HAVE_SHARED else {"shared_out"}
     assert set(model.labels) == set(model.native)
     for label in model.labels:
-        assert model.moe.hooks(label) == tuple(name for name in HOOK_NAMES if name not in absent)  # type: ignore[arg-type]
+        assert model.moe.hooks(label) == tuple(name for name in HOOK_NAMES if name not in absent)
 
 
 def routes_of(model: Opened, routers: dict[tiny.Label, Any], run: Callable[[], Any]) -> dict[tiny.Label, Route]:
@@ -128,7 +128,7 @@ def count_flips(model: Opened, tokens: Tensor) -> tuple[int, int, float]:
     for label, (indices, _) in native.items():
         ours, indices = seen["expert_indices", label], indices.reshape(*tokens.shape, -1)
         flipped = (ours.sort(-1).values != indices.sort(-1).values).any(-1)
-        ranked = model.moe.spec(label).rule.choice_logits(seen["router_logits", label]).sort(-1, descending=True).values  # type: ignore[arg-type]
+        ranked = model.moe.spec(label).rule.choice_logits(seen["router_logits", label]).sort(-1, descending=True).values
         slots = indices.shape[-1]
         margin = ranked[..., slots - 1] - ranked[..., slots]
         tokens_seen, flips = tokens_seen + flipped.numel(), flips + int(flipped.sum())
@@ -154,7 +154,7 @@ def test_no_route_flips_in_float64(family: str) -> None:
 
 def test_indices_and_weights_are_the_router_s_own_bit_for_bit(family: str) -> None:
     model = opened(family)
-    routers = {label: model.moe.spec(label).router for label in model.labels}  # type: ignore[arg-type]
+    routers = {label: model.moe.spec(label).router for label in model.labels}
     unhooked = routes_of(model, routers, model.run)
     _, seen = model.see(only=("expert_indices", "expert_weights"))
     for label, (indices, weights) in unhooked.items():

@@ -66,7 +66,7 @@ def test_written_scores_equal_the_logits_they_come_from(family: str) -> None:
     model = opened(family)
     _, natural = model.see()
     for label in model.labels:
-        if "router_probs" not in model.moe.hooks(label):  # type: ignore[arg-type]
+        if "router_probs" not in model.moe.hooks(label):
             continue
         new = wanted_logits(natural["router_logits", label], seed=3)
         scores = by_hand.scores(family, new)
@@ -133,5 +133,5 @@ def test_minus_infinity_leaves_an_expert_without_a_part(family: str) -> None:
     assert_moved(logits, model.run())
     chosen = seen["expert_indices", label] == busiest
     assert (seen["expert_weights", label][chosen] == 0).all()
-    if model.moe.spec(label).rule.choice_logits(torch.full((8,), -torch.inf)).isneginf().all():  # type: ignore[arg-type]
+    if model.moe.spec(label).rule.choice_logits(torch.full((8,), -torch.inf)).isneginf().all():
         assert not chosen.any()

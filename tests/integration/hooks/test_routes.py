@@ -149,3 +149,17 @@ def test_no_expert_at_all_adds_nothing(family: str) -> None:
     expected = by_hand.run(model.hf, family, TOKENS, label, torch.zeros_like)
     assert_near(logits, expected.logits)
     assert_near(model.run([("routed_out", label, lambda x: x * 0)]), expected.logits)
+
+
+def test_sparse_mixer_weighs_written_routes_among_near_logits() -> None:
+    """Phi-MoE's typical logits lie far apart and weigh 1: here they are near, and the masked maxima show."""
+    model, label, indices = opened("phimoe"), opened("phimoe").last, shuffled(4, seed=10)
+    _, natural = model.see(labels=[label])
+    near = 10 + 0.3 * natural["router_logits", label]
+    _, seen = model.see(
+        [("router_logits", label, lambda _: near), ("expert_indices", label, lambda _: indices)], labels=[label]
+    )
+    chosen = by_hand.chosen_matrix(indices).flatten(0, 1)
+    weights = by_hand.weights("phimoe", model.native[label], near.flatten(0, 1), chosen)
+    assert_near(seen["expert_weights", label], at_slots(weights, indices))
+    assert seen["expert_weights", label].std() > 0.1

@@ -55,7 +55,7 @@ def test_routed_and_shared_out_add_up_to_the_block(family: str) -> None:
             assert_moved(total, block_out, 0.01)
             total = total + seen["shared_out", label]
         if family == "jetmoe":
-            total = total + model.native[label].block.bias.detach()  # type: ignore[operator]
+            total = total + model.native[label].block.bias.detach()
         assert_near(total, block_out, where=label)
 
 
@@ -86,7 +86,7 @@ def test_edits_of_the_parts_reach_the_block_as_written(family: str) -> None:
     finally:
         handle.remove()
     for hook in ("routed_out", "shared_out"):
-        if hook in model.moe.hooks(label):  # type: ignore[arg-type]
+        if hook in model.moe.hooks(label):
             alone = model.run([(hook, label, lambda x: x + noise)])
             assert_near(alone, expected, where=hook)
             with_all, _ = model.see([(hook, label, lambda x: x + noise)], labels=[label])
@@ -106,7 +106,7 @@ def test_edits_of_the_parts_reach_the_block_as_written(family: str) -> None:
 
 def test_an_ablated_shared_expert_is_the_model_without_it(family: str) -> None:
     model, label = opened(family), opened(family).last
-    if "shared_out" not in model.moe.hooks(label):  # type: ignore[arg-type]
+    if "shared_out" not in model.moe.hooks(label):
         return
     if family == "granite_moe_hybrid":
         module = model.hf.model.layers[label].shared_mlp

@@ -284,10 +284,10 @@ def test_a_route_is_weighed_as_if_it_were_given(rule: RoutingRule) -> None:
     indices, weights = rule.route(logits, token_ids)
     assert torch.equal(rule.weights(logits, indices), weights)
     if rule.has_scores and not isinstance(rule, HashTable):
-        again = rule.route_scores(rule.scores(logits))  # type: ignore[arg-type]
+        again = rule.route_scores(rule.scores(logits))
         assert torch.equal(again[0], indices)
         assert torch.equal(again[1], weights)
-        assert torch.equal(rule.weights_from_scores(rule.scores(logits), indices), weights)  # type: ignore[arg-type]
+        assert torch.equal(rule.weights_from_scores(rule.scores(logits), indices), weights)
 
 
 def test_log_policy_is_a_distribution(rule: RoutingRule) -> None:
@@ -319,6 +319,6 @@ def test_errors_say_what_was_given_expected_and_to_do(rule: RoutingRule) -> None
         with pytest.raises(RouteError, match=rf"expert id {bad} in a route\. Expected: ids from 0 to 7, or -1"):
             rule.weights(many_logits(), indices)
     if not rule.has_scores:
-        for call in (lambda: rule.route_scores(many_logits()), lambda: rule.weights_from_scores(many_logits(), None)):  # type: ignore[arg-type]
+        for call in (lambda: rule.route_scores(many_logits()), lambda: rule.weights_from_scores(many_logits(), None)):
             with pytest.raises(RouteError, match=r"scores for \w+, which computes none.*Edit router_logits instead"):
                 call()

@@ -40,7 +40,7 @@ Route = tuple[Tensor, Tensor]
 def spec_of(layer: tiny.NativeMoE) -> MoESpec:
     found = find_container(layer.block)
     assert found is not None
-    return build_spec(*found, layer.block, layer.label)  # type: ignore[arg-type]
+    return build_spec(*found, layer.block, layer.label)
 
 
 def random_logits(dtype: torch.dtype, n_experts: int = 8) -> Tensor:
@@ -281,9 +281,9 @@ def test_a_rule_with_a_part_left_out_is_caught(family: str) -> None:
 
 def test_the_logits_bias_of_gpt_oss_is_part_of_the_logits() -> None:
     hf = tiny.build_hf("gpt_oss")
-    biases = {label: layer.bias.detach() for label, layer in tiny.native_layers(hf).items()}  # type: ignore[union-attr]
+    biases = {label: layer.bias.detach() for label, layer in tiny.native_layers(hf).items()}
     for spec, logits, (indices, _) in natural_runs("gpt_oss"):
-        assert not torch.equal(spec.rule.route(logits - biases[spec.layer])[0], indices)  # type: ignore[index]
+        assert not torch.equal(spec.rule.route(logits - biases[spec.layer])[0], indices)
 
 
 # --- options that the tiny configurations leave at their default ----------------------------------------------
