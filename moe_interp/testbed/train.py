@@ -114,7 +114,7 @@ class Trainer:
         return tokens, domain
 
     def train_step(self) -> dict[str, Any]:
-        """One optimiser step; its mean loss and auxiliary loss, the learning rate and each layer's load."""
+        """One optimiser step: mean loss, auxiliary loss and dropped slots, the learning rate and each layer's load."""
         config, accelerator = self.config, self.accelerator
         factor = config.lr_factor(self.step)
         for optimizer, rates in zip(self.optimizers, self.base_lrs):
@@ -123,7 +123,7 @@ class Trainer:
         # micro-batches are dealt out to the processes, so that the step is the same on any number of them
         mine = range(accelerator.process_index, config.micro_batches, accelerator.num_processes)
         step_load = self._load_of_step(mine) if self.strategy.needs_step_load else None
-        totals = torch.zeros(2, device=accelerator.device)
+        totals = torch.zeros(3, device=accelerator.device)
         loads: dict[Any, Tensor] = {}
         for micro in mine:
             tokens, domain = self.micro_batch(micro)
@@ -133,7 +133,8 @@ class Trainer:
                 loss = token_losses(logits, tokens).mean()
                 auxiliary = self.strategy.auxiliary_loss(records, Batch(tokens, domain, self.step, True), step_load)
                 accelerator.backward((loss + auxiliary) / len(mine))
-            totals += torch.stack([loss.detach(), auxiliary.detach()]) / len(mine)
+            dropped = dropped_slots(records, config.model.top_k).to(loss)
+            totals += torch.stack([loss.detach(), auxiliary.detach(), dropped]) / len(mine)
             _add_loads(loads, records, len(mine))
         totals = accelerator.reduce(totals, "mean")
         self._check_finite(float(totals[0]), factor)
@@ -144,7 +145,8 @@ class Trainer:
         loads = {layer: accelerator.reduce(load, "mean") for layer, load in loads.items()}
         self.strategy.after_step(loads)
         self.step += 1
-        return {"loss": float(totals[0]), "auxiliary": float(totals[1]), "lr": config.lr * factor, "loads": loads}
+        means = dict(zip(("loss", "auxiliary", "dropped_slots"), totals.tolist()))
+        return {**means, "lr": config.lr * factor, "loads": loads}
 
     @torch.no_grad()
     def _load_of_step(self, mine: range) -> Loads:
@@ -273,7 +275,7 @@ def _run_steps(trainer: Trainer, folder: Path | None, end: int, progress: bool) 
             if validate or step % config.log_every == 0:
                 record: dict[str, Any] = {"step": step, "tokens": step * tokens_per_step}
                 record["tokens_per_s"] = round((step - first) * tokens_per_step / (time.perf_counter() - started))
-                record |= {key: made[key] for key in ("loss", "auxiliary", "lr")}
+                record |= {key: made[key] for key in ("loss", "auxiliary", "dropped_slots", "lr")}
                 record["max_violation"] = [max_violation(load) for load in made["loads"].values()]
                 if validate:
                     record |= _validation_record(trainer.evaluate()) | {"unigram": unigram}
@@ -291,6 +293,12 @@ def _validation_record(found: Evaluation) -> dict[str, Any]:
     if len(found.losses) > 1:  # with one domain there is nothing to specialise in
         routing = {str(k): v for k, v in routing_metrics(found.trace).to_dict("list").items()}
     return {"validation": found.losses, "routing": routing}
+
+
+def dropped_slots(records: Records, top_k: int) -> Tensor:
+    """Share of the k slots a token that no expert filled, over all layers; 0 unless a strategy drops."""
+    shares = [1 - (r.indices >= 0).sum() / (r.indices.shape[0] * r.indices.shape[1] * top_k) for r in records.values()]
+    return torch.stack(shares).mean()
 
 
 def _add_loads(loads: dict[Any, Tensor], records: Records, n: int) -> None:
