@@ -80,8 +80,9 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def _bytes(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
-    # without the date, equal figures give equal files
-    figure.savefig(buffer, format=kind, dpi=100, metadata={"Date": None} if kind == "svg" else None)
+    # without a date, equal figures give equal files
+    silent = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else None
+    figure.savefig(buffer, format=kind, dpi=100, metadata=silent)
     return buffer.getvalue()
 
 

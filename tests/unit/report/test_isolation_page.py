@@ -1,0 +1,98 @@
+"""The page holds everything in itself and shows what the tables say."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from moe_interp.errors import ResultError
+from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.report import isolation_page, write_page
+from moe_interp.report.page import LONGEST, cell, html_table
+from tests.unit.experiments.planted_isolation import planted_isolation
+
+VOID = {"meta", "br", "link"}
+
+
+class Nesting(HTMLParser):
+    """Every element is closed in its own order; ids are collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def planted() -> IsolationResult:
+    return planted_isolation(n_items={"code": 12, "math": 14}, n_layers=3, attrs={"model": "<planted & bold>"})
+
+
+@pytest.fixture(scope="module")
+def page(planted) -> str:
+    return isolation_page(planted, extra={"isolation": "12.3 s"})
+
+
+def test_the_page_is_well_formed_and_its_ids_are_unique(page):
+    parser = Nesting()
+    parser.feed(page)
+    assert parser.open == []
+    assert len(parser.ids) == len(set(parser.ids))
+
+
+def test_the_page_needs_nothing_else(page):
+    assert page.count("<svg") == 5
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert not re.search(r'(src|href)="(?!#|data:)', without_names)
+    assert "<script" not in page
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_the_page_says_what_the_result_says(page, planted):
+    assert "&lt;planted &amp; bold&gt;" in page
+    assert "<planted" not in page
+    assert "A comparison, not a reproduction" in page
+    assert "207/896 (23%)" in page
+    for row in planted.calibration_by_domain().itertuples():
+        assert f"{row.rho:.3g}" in page
+    assert "12.3 s" in page
+    assert planted.manifest.versions["numpy"] in page
+
+
+def test_what_cannot_be_shown_is_replaced_by_the_reason():
+    page = isolation_page(planted_isolation(n_items={"a": 1}, masses=("natural",), baselines=("uniform",), n_layers=2))
+    assert page.count("<svg") == 3
+    assert "the single domain &#39;a&#39;" in page
+    assert "no domain with enough items for a test" in page
+    assert "mass &#39;natural&#39; only" in page
+
+
+def test_a_long_table_says_how_much_is_left_out():
+    table = pd.DataFrame({"a_b": range(LONGEST + 5), "c": 0.123456})
+    html = html_table(table)
+    assert html.count("<tr>") == LONGEST + 1
+    assert "5 more rows" in html
+    assert '<th scope="col">a b</th>' in html
+    assert [cell(v) for v in (0.123456, float("nan"), True, 3, "x")] == ["0.123", "–", "yes", "3", "x"]
+
+
+def test_a_page_that_cannot_be_written_says_so(planted, tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(ResultError, match="could not be written"):
+        write_page(tmp_path / "page.html", planted)
+    assert write_page(tmp_path / "good.html", planted).read_text(encoding="utf-8").startswith("<!doctype html>")
