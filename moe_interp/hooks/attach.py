@@ -131,8 +131,12 @@ class MoEHooks:
         return pd.DataFrame(list(dict.fromkeys(rows)), columns=list(axes))
 
     def layer_label(self, label: Any) -> Layer:
-        """Normalise a label: negative indices count MoE layers from the end, ``"encoder.1"`` is ``("encoder", 1)``."""
-        if isinstance(label, str):
+        """Normalise a label: negative indices count MoE layers from the end, ``"encoder.1"`` is ``("encoder", 1)``.
+
+        Raises:
+            HookError: the layer is dense, not attached, or does not exist.
+        """
+        if isinstance(label, str) and label.rpartition(".")[2].lstrip("-").isdecimal():
             stack, _, index = label.rpartition(".")
             label = (stack, int(index)) if stack else int(label)
         if isinstance(label, list):
@@ -243,18 +247,9 @@ def attach(bridge: TransformerBridge, layers: Sequence[Layer] | None = None, exp
             not exist. The model is left as it was.
     """
     found = find_layers(_check_bridge(bridge))
-    chosen = list(found) if layers is None else list(layers)
-    for label in chosen:
-        if label not in found:
-            raise AttachError(
-                f"layer {label!r}, which {describe_layer(bridge, label)}",
-                f"MoE layers, here {list(found)}",
-                "Leave `layers` out to attach to all of them.",
-            )
-    if not chosen:
-        raise AttachError("no layers", f"at least one of {list(found)}", "Leave `layers` out to attach to all of them.")
+    chosen = list(found) if layers is None else _choose(bridge, layers, list(found))
     opened, blocks = {}, {}
-    for label in sorted(set(chosen), key=list(found).index):
+    for label in chosen:
         path, spec = found[label]
         names = hooks_of(spec.family, has_shared=spec.shared is not None, expert_outputs=expert_outputs)
         opened[label], blocks[label] = OpenLayer(spec, {name: HookPoint() for name in names}), path
@@ -264,6 +259,25 @@ def attach(bridge: TransformerBridge, layers: Sequence[Layer] | None = None, exp
 def attached(bridge: TransformerBridge) -> MoEHooks | None:
     """The hooks attached to a bridge, also to a deep copy of an attached one; None where there are none."""
     return bridge.__dict__.get(_MARK)
+
+
+def _choose(bridge: TransformerBridge, layers: Any, found: list[Layer]) -> list[Layer]:
+    """The labels among those found that the user names, in the order of the model."""
+    remedy = "Leave `layers` out to attach to all of them."
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise AttachError(f"layers={layers!r}", f"a sequence of layers among {found}", remedy)
+    chosen = set()
+    for label in layers:
+        # True and 1.0 equal the label 1, and are not meant
+        same = [known for known in found if known == label and not isinstance(label, (bool, float))]
+        if not same:
+            raise AttachError(
+                f"layer {label!r}, which {describe_layer(bridge, label)}", f"MoE layers, here {found}", remedy
+            )
+        chosen |= set(same)
+    if not chosen:
+        raise AttachError("no layers", f"at least one of {found}", remedy)
+    return [label for label in found if label in chosen]
 
 
 def _check_bridge(bridge: Any) -> TransformerBridge:

@@ -60,8 +60,8 @@ def find_layers(bridge: TransformerBridge) -> dict[Layer, tuple[str, MoESpec]]:
 
 def describe_layer(bridge: TransformerBridge, layer: Any) -> str:
     """In words, why a label is not among the attached layers."""
-    known = {label for label, _, _ in _blocks(bridge)}
-    return "is not attached, or is dense" if layer in known else "does not exist"
+    exists = any(label == layer and not isinstance(layer, (bool, float)) for label, _, _ in _blocks(bridge))
+    return "is not attached, or is dense" if exists else "does not exist"
 
 
 def open_layer(layer: OpenLayer) -> None:
