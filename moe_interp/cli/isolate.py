@@ -87,10 +87,14 @@ def read_items(sources: list[str], domains: str | None, per_domain: int | None) 
             found += check_items([item for group in load_demo_assets().items.values() for item in group])
         else:
             found += load_items(source)
-    found = check_items(found, wanted)
+    return first_of_each(check_items(found, wanted), per_domain)
+
+
+def first_of_each(items: list[Item], per_domain: int | None) -> list[Item]:
+    """The first items of each domain; all where no number is given."""
     seen: Counter[str] = Counter()
     kept = []
-    for item in found:
+    for item in items:
         seen[item.domain] += 1
         if per_domain is None or seen[item.domain] <= per_domain:
             kept.append(item)
