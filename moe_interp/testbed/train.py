@@ -98,10 +98,13 @@ class Trainer:
         self.bridge.train()
         self.step, self.history = 0, list[dict[str, Any]]()
 
-    def forward(self, tokens: Tensor, domain: Tensor, training: bool = True) -> tuple[Tensor, Records]:
-        """Logits and what each router did, under the strategy's hooks."""
+    def forward(
+        self, tokens: Tensor, domain: Tensor, training: bool = True, logits_to_keep: int = 0
+    ) -> tuple[Tensor, Records]:
+        """Logits (of the last ``logits_to_keep`` positions; 0: of all) and what each router did, under the strategy."""
         hooks = self.strategy.fwd_hooks(Batch(tokens, domain, self.step, training))
-        return recorded(self.moe, lambda: self.model(tokens, use_cache=False).logits, hooks)
+        options: dict[str, Any] = {"use_cache": False, "logits_to_keep": logits_to_keep}
+        return recorded(self.moe, lambda: self.model(tokens, **options).logits, hooks)
 
     def micro_batch(self, micro: int) -> tuple[Tensor, Tensor]:
         """Tokens and domain labels of a micro-batch of this step; nothing but its number decides which."""
@@ -122,7 +125,9 @@ class Trainer:
                 group["lr"] = rate * factor
         # micro-batches are dealt out to the processes, so that the step is the same on any number of them
         mine = range(accelerator.process_index, config.micro_batches, accelerator.num_processes)
-        step_load = self._load_of_step(mine) if self.strategy.needs_step_load else None
+        # one micro-batch is the whole step
+        measure = self.strategy.needs_step_load and config.micro_batches > 1
+        step_load = self._load_of_step(mine) if measure else None
         totals = torch.zeros(3, device=accelerator.device)
         loads: dict[Any, Tensor] = {}
         for micro in mine:
@@ -152,7 +157,7 @@ class Trainer:
     def _load_of_step(self, mine: range) -> Loads:
         loads: dict[Any, Tensor] = {}
         for micro in mine:
-            _add_loads(loads, self.forward(*self.micro_batch(micro))[1], len(mine))
+            _add_loads(loads, self.forward(*self.micro_batch(micro), logits_to_keep=1)[1], len(mine))
         return {layer: self.accelerator.reduce(load, "mean") for layer, load in loads.items()}
 
     def _check_finite(self, loss: float, factor: float) -> None:
