@@ -33,11 +33,13 @@ def text_domain(
     items: float = 0.05,
     n_items: int = 200,
     prompt_lines: int = 6,
+    max_characters: int = 260,
     seed: int = 0,
 ) -> Domain:
     """A domain of whole documents, split by the hash of their keys; a copy of a document is dropped.
 
-    An item is a run of ``prompt_lines`` non-empty lines of a held-out document and, as its answer, the next line.
+    An item is a run of ``prompt_lines`` non-empty lines of a held-out document and, as its answer, the next line;
+    together at most ``max_characters`` long.
 
     Args:
         documents: key (path, say) -> text.
@@ -57,7 +59,8 @@ def text_domain(
     found: dict[str, Item] = {}
     candidates = [run for text in splits["items"] for run in _runs(text, prompt_lines)]
     rng.shuffle(candidates)
-    for prompt, answer in candidates[:n_items]:
+    short = [(prompt, answer) for prompt, answer in candidates if len(prompt) + len(answer) <= max_characters]
+    for prompt, answer in short[:n_items]:
         found.setdefault(prompt + answer, Item(f"{name}-{len(found):04d}", name, prompt, answer))
     train = list(splits["train"])
     rng.shuffle(train)  # neighbours in a folder are alike, and the tokenizer reads from the front
