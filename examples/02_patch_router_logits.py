@@ -37,4 +37,4 @@ assert after["expert_indices", layer][0, pos, 0] == expert
 assert torch.equal(indices, after["expert_indices", layer])
 assert torch.equal(weights, after["expert_weights", layer])
 assert moved[pos] > 1e-3
-assert moved[:pos].max() == 0, "positions before the patch cannot change"
+assert moved[:pos].max() < 1e-5, "positions before the patch cannot change"
