@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from moe_interp.plots.figure import GREY, panels
 from moe_interp.results.tables import IsolationTables
 
 
 def calibration_scatter(result: IsolationTables, mass: str | None = None) -> Figure:
-    """Mean natural routing probability (log scale) against mean quality; a point is an expert of a layer.
+    """Mean natural routing probability against mean quality; a point is an expert of a layer.
 
+    Probabilities that span a factor of 5 are on a logarithmic scale.
     Quality is centred over the experts of a layer (up = better than the layer's other experts). The dotted line is even
     use, 1/E. Titles give rho averaged over layers with its interval, and whether noise forbids a verdict. rho is taken
     within layers; the cloud of all layers together may look different.
@@ -23,6 +25,8 @@ def calibration_scatter(result: IsolationTables, mass: str | None = None) -> Fig
     lines = {str(row["domain"]): row for row in rows.to_dict("records")}
     domains = list(dict.fromkeys(points["domain"]))
     figure, axes = panels([_title(lines[domain]) for domain in domains], 2.9)
+    low, high = points["routing"].min(), points["routing"].max()
+    wide = 0 < 5 * low < high
     layers = sorted(points["layer"].unique())
     for axis, domain in zip(axes, domains):
         here = points[points["domain"] == domain]
@@ -40,8 +44,11 @@ def calibration_scatter(result: IsolationTables, mass: str | None = None) -> Fig
         )
         axis.axhline(0, color=GREY, linewidth=0.8)
         axis.axvline(1 / result.data.sizes["routed_expert"], color=GREY, linewidth=0.8, linestyle=":")
-        if (here["routing"] > 0).all():
+        if wide:
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("natural routing probability", fontsize=9)
         axis.set_ylabel("quality (nats per token)", fontsize=9)
     bar = figure.colorbar(drawn, ax=axes, shrink=min(0.9, 4 / figure.get_figheight()), aspect=30, pad=0.02)

@@ -22,10 +22,24 @@ def layer_impact(result: IsolationTables, baseline: str = "natural", mass: str |
         axis.axvspan(place - 0.5, place + 0.5, color="#eeeeee", zorder=0, linewidth=0)
     axis.axhline(0, color=GREY, linewidth=0.8)
     axis.plot(
-        places, table["naive"], "o", mfc="none", color=ORANGE, label="same items (optimistic)", markersize=7, zorder=2
+        places - 0.12,
+        table["naive"],
+        "o",
+        mfc="none",
+        color=ORANGE,
+        label="same items (optimistic)",
+        markersize=7,
+        zorder=2,
     )
     axis.errorbar(
-        places, impact, yerr=whiskers(impact, low, high), fmt="o", color=BLUE, label="cross-fitted", capsize=3, zorder=3
+        places + 0.12,
+        impact,
+        yerr=whiskers(impact, low, high),
+        fmt="o",
+        color=BLUE,
+        label="cross-fitted",
+        capsize=3,
+        zorder=3,
     )
     axis.set_xticks(*thin_ticks([str(layer) for layer in table["layer"]], 32))
     axis.set_xlim(-0.6, len(table) - 0.4)

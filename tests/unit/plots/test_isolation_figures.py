@@ -106,7 +106,7 @@ def test_no_text_leaves_the_figure_or_covers_a_neighbour(draw, planted):
     figure.draw_without_rendering()
     page = figure.bbox
     for axis in figure.axes:
-        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        for labels in (axis.get_xticklabels(which="both"), axis.get_yticklabels(which="both")):
             boxes = [label.get_window_extent() for label in labels if label.get_text() and label.get_visible()]
             inside = [box for box in boxes if axis.bbox.expanded(1.2, 1.4).overlaps(box)]
             assert not any(one.overlaps(other) for one, other in pairwise(inside))
