@@ -116,7 +116,7 @@ def calibration_run(run: int, reliability: float, planted: float, n: int, skewed
     if skewed:  # probabilities: the items' noise is then larger at the larger expectations
         x = np.exp(0.5 * x)
         x /= x.sum(-1, keepdims=True)
-    result = stats.corrected_correlation(x, y, n_resamples=120, n_permutations=9, seed=run)
+    result = stats.corrected_correlation(x, y, n_resamples=60, n_permutations=9, seed=run)
     truth = float(stats.spearman(true_x, true_y).rho.mean())
     value, low, high = result.corrected.value, result.corrected.low, result.corrected.high
     reliable = result.reliability_x.value
@@ -184,7 +184,7 @@ The data have no effect except where one is named. Exact tests are discrete, so 
 
 `corrected_correlation` on {layers} layers of {experts} experts. Expectations are bivariate normal with the planted
 Spearman correlation, drawn anew in every run; items add independent normal noise, such that means over all items have
-the reliability named. *Bias* and *coverage* are against the Spearman correlation of that run's expectations, which is
+the reliability named. 60 resamples are used for speed; the default is 200. *Bias* and *coverage* are against the Spearman correlation of that run's expectations, which is
 what is estimated; experts being random, it scatters about the planted value. Runs called too noisy give no number and
 are left out of both.
 

@@ -285,8 +285,8 @@ def _unit_ranks(values: FloatArray) -> FloatArray:
     if len(values) > 64:
         ranks = scipy_stats.rankdata(values, axis=0)
     else:  # counting those below and those not above is as fast as sorting, and gives ties their average
-        below = (values[:, None] > values).sum(1, dtype=np.int16)
-        ranks = (below + (values[:, None] >= values).sum(1, dtype=np.int16)) / 2
+        below = (values[:, None] > values).sum(1, dtype=np.uint8)
+        ranks = (below + (values[:, None] >= values).sum(1, dtype=np.uint8)) / 2
     ranks -= ranks.mean(0)
     norm = np.sqrt((ranks * ranks).sum(0))
     return np.asarray(ranks / np.where(norm > 0, norm, 1))
