@@ -213,9 +213,10 @@ def _specialization_lines(result: IsolationTables, alpha: float) -> list[str]:
         )
     if len(masses(result.data)) > 1:
         agreement = result.mass_agreement(baseline=baseline, alpha=alpha).attrs
+        same = ": here the two masses are one, as the natural weights sum to one" if agreement["same"] else ""
         lines.append(
             f"The masses agree in {agreement['agree']} of {agreement['n']} tests; "
-            f"in {agreement['opposite']} they point in opposite directions."
+            f"in {agreement['opposite']} they point in opposite directions{same}."
         )
     return lines
 

@@ -184,7 +184,7 @@ def two_regimes(impact: FloatArray, outer: NDArray[np.bool_]) -> dict[str, float
     if smallest > 0.05:
         verdict = f"not testable: {len(outer)} layers allow no p below {smallest:.2g}"
     elif p <= 0.05:
-        verdict = f"{'early and last' if difference > 0 else 'middle'} layers matter more"
+        verdict = f"larger in {'early and last layers' if difference > 0 else 'the middle'}"
     else:
         verdict = "no difference shown"
     return {"difference": difference, "p": p, "smallest_p": smallest, "verdict": verdict}

@@ -42,5 +42,5 @@ def sorted_p(
     axis.grid(color=GREY, alpha=0.2, linewidth=0.5)
     axis.set_xlabel("rank i", fontsize=9)
     axis.set_ylabel("p", fontsize=9)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     return figure

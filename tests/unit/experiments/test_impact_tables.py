@@ -112,8 +112,8 @@ def test_the_regimes_are_those_of_the_study_and_the_test_knows_its_limits():
     assert four["verdict"] == "not testable: 4 layers allow no p below 0.33"
     outer = np.array(names) != "middle"
     many = two_regimes(outer + np.linspace(0, 0.5, 32), outer)
-    assert many["verdict"] == "early and last layers matter more"
-    assert two_regimes(-1.0 * outer, outer)["verdict"] == "middle layers matter more"
+    assert many["verdict"] == "larger in early and last layers"
+    assert two_regimes(-1.0 * outer, outer)["verdict"] == "larger in the middle"
     assert two_regimes(np.linspace(0, 1, 32) % 0.2, outer)["verdict"] == "no difference shown"
     assert two_regimes(np.ones(2), np.array([True, False]))["verdict"] == "not testable"
 

@@ -28,6 +28,8 @@ def test_planted_cells_are_found_and_their_direction_is_right(planted):
     assert len(found) <= 5  # BH lets one false rejection in twenty through
     assert table.attrs["n_tests"] == len(table) == 3 * 4 * 16
     assert table.attrs["helped"] + table.attrs["hurt"] == len(found)
+    floor = scipy_stats.wilcoxon(np.arange(1.0, 31), method="asymptotic", correction=False).pvalue
+    assert table.attrs["smallest_p"] == pytest.approx(floor)
 
 
 def test_rows_agree_with_scipy(planted):
@@ -91,6 +93,9 @@ def test_the_masses_are_compared_cell_by_cell(planted):
     assert (row["direction_one"], row["direction_natural"], row["agree"]) == ("helped", "hurt", False)
     assert row["mean_natural"] == pytest.approx(-0.5 * row["mean_one"], rel=0.05)
     assert table.attrs["opposite"] == 1
+    assert not table.attrs["same"]
+    data["delta"].loc[{"mass": "natural"}] = data["delta"].sel(mass="one") + 1e-7
+    assert IsolationResult(data).mass_agreement().attrs["same"]
     with pytest.raises(DataError, match=r"mass 'one' only. Expected: two masses"):
         IsolationResult(data.sel(mass=["one"])).mass_agreement()
 
