@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from matplotlib.figure import Figure
 from rich.markup import escape
 
 from moe_interp.cli import console
@@ -22,7 +21,7 @@ from moe_interp.report.page import write_page
 from moe_interp.stats import plan_wilcoxon
 from moe_interp.testbed.demo import load_demo_assets
 
-FIGURES: dict[str, Callable[..., Figure]] = {
+FIGURES: dict[str, Callable[..., Any]] = {
     "specialization": specialization_map,
     "calibration": calibration_scatter,
     "dominance": dominance,

@@ -54,7 +54,7 @@ class PrefixRunner:
                 "Use run_with_hooks with the interventions; this experiment is for decoder-only models.",
             )
         self.layers: list[nn.Module] = [unwrap(block) for block in blocks]
-        self.model = moe.bridge.original_model
+        self.model: Any = moe.bridge.original_model
         self._returns_tuple: dict[int, bool] = {}
 
     def base(
