@@ -89,4 +89,10 @@ def facts(
         if text and text not in questions:
             texts.setdefault(text)
     documents = tuple(texts)
-    return Domain("facts", documents[n_validation:], documents[:n_validation], items, "fact never asked in training")
+    return Domain(
+        "facts",
+        documents[n_validation:],
+        documents[:n_validation],
+        items,
+        "questions whose field asked_in_training is false: stated in training, never asked",
+    )
