@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.text import Text
 
 from moe_interp import plots
 from moe_interp.errors import ConfigError, DataError
@@ -110,7 +111,8 @@ def test_no_text_leaves_the_figure_or_covers_a_neighbour(draw, planted):
             boxes = [label.get_window_extent() for label in labels if label.get_text() and label.get_visible()]
             inside = [box for box in boxes if axis.bbox.expanded(1.2, 1.4).overlaps(box)]
             assert not any(one.overlaps(other) for one, other in pairwise(inside))
-        for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label):
+        titles = [child for child in axis.get_children() if isinstance(child, Text)]
+        for text in (*titles, axis.xaxis.label, axis.yaxis.label):
             box = text.get_window_extent()
             assert not text.get_text() or (box.x0 >= 0 and box.x1 <= page.x1 and box.y0 >= 0 and box.y1 <= page.y1)
 
