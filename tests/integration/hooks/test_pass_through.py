@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from tests import tiny
 from tests.integration.hooks.support import TOKENS, TOLERANCE, Opened, assert_near, biggest_difference, opened
 from tests.unit.arch.test_rules_native import Route, native_route
 
-MANY_TOKENS = tiny.random_tokens(4, 12, seed=7)
+MANY_TOKENS = tiny.random_tokens(3, 9, seed=7)
 
 
 def test_attached_and_unhooked_is_the_model_bit_for_bit(family: str) -> None:
@@ -43,17 +42,17 @@ def test_all_hooks_cached_in_float64(family: str) -> None:
     assert torch.equal(unhooked, model.plain_logits(MANY_TOKENS))
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_a_hook_that_does_nothing_changes_nothing(family: str, grad: bool) -> None:
-    """Each hook alone, returning None or a copy of what it was given."""
+def test_a_hook_that_does_nothing_changes_nothing(family: str) -> None:
+    """Each hook alone, returning None or a copy of what it was given; all together where gradients flow."""
     model = opened(family)
     unhooked = model.run()
-    for hook in model.moe.hooks(model.last):
+    names = model.moe.hooks(model.last)
+    for hook in names:
         for idle in (lambda x: None, lambda x: x.clone()):
-            difference = biggest_difference(model.run([(hook, model.last, idle)], grad=grad).detach(), unhooked)
-            # before the experts nothing is recomputed, unless a gradient has to pass
-            recomputed = grad or hook in ("expert_post", "expert_out", "routed_out", "shared_out")
+            difference = biggest_difference(model.run([(hook, model.last, idle)]), unhooked)
+            recomputed = hook in ("expert_post", "expert_out", "routed_out", "shared_out")
             assert difference <= (TOLERANCE if recomputed else 0.0), (hook, difference)
+    assert_near(model.run([(hook, model.last, lambda x: None) for hook in names], grad=True).detach(), unhooked)
 
 
 def test_shapes_and_number_formats(family: str) -> None:
