@@ -80,20 +80,32 @@ class DenseScores:
         dense = torch.zeros_like(logits).scatter_add(-1, indices.clamp(min=0), weights.to(logits.dtype))
         return dense, logits
 
+    def handed_on(self, out: Any) -> Route:
+        """The route that the block goes on with: every expert with a weight."""
+        dense = out[0]
+        slots = max(int((dense != 0).sum(dim=-1).max()), 1)
+        indices = dense.abs().topk(slots, dim=-1).indices
+        weights = dense.gather(-1, indices)
+        return indices.masked_fill(weights == 0, -1), weights
+
 
 class OneHot:
     """Switch Transformers: ``(one-hot choice, weight of the choice, logits)``, all over ``[batch, pos]``."""
 
     def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
-        chosen, weights, logits = out
-        indices = chosen.argmax(dim=-1, keepdim=True).masked_fill(chosen.sum(dim=-1, keepdim=True) == 0, -1)
-        return logits, indices, weights.masked_fill(indices < 0, 0.0)
+        return out[2], *self.handed_on(out)
 
     def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
         indices, weights = route
         chosen = torch.zeros_like(logits, dtype=torch.int64)
         chosen = chosen.scatter(-1, indices[..., :1].clamp(min=0), (indices[..., :1] >= 0).long())
         return chosen, weights[..., :1], logits
+
+    def handed_on(self, out: Any) -> Route:
+        """The route that the block goes on with."""
+        chosen, weights, _ = out
+        indices = chosen.argmax(dim=-1, keepdim=True).masked_fill(chosen.sum(dim=-1, keepdim=True) == 0, -1)
+        return indices, weights.masked_fill(indices < 0, 0.0)
 
 
 class SortedPairs:

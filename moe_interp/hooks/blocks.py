@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_interp.arch.layouts import OneHot
+from moe_interp.arch.layouts import DenseScores, OneHot
 from moe_interp.hooks.experts import EXPERT_HOOKS, finish, mix
-from moe_interp.hooks.layer import OpenLayer, Pass
+from moe_interp.hooks.layer import OpenLayer, Pass, is_edited
 
 
 class OpenedBlock:
@@ -42,9 +42,10 @@ def _block_hooks(layer: OpenLayer) -> tuple[str, ...]:
 def _llama4(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
     block: Any = layer.spec.container
     x = hidden.reshape(-1, hidden.shape[-1])
-    _, logits = block.router(x)
+    out = block.router(x)
+    _follow(layer, run, out)
     routed = finish(layer, run, mix(layer, run, x))
-    return block.shared_expert(x) + routed, logits
+    return block.shared_expert(x) + routed, out[1]
 
 
 def _jetmoe(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
@@ -56,8 +57,17 @@ def _jetmoe(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
 
 def _switch(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
     block: Any = layer.spec.container
-    block.router(hidden)
+    _follow(layer, run, block.router(hidden))
     return finish(layer, run, mix(layer, run, hidden.reshape(-1, hidden.shape[-1]))).view(hidden.shape)
+
+
+def _follow(layer: OpenLayer, run: Pass, out: Any) -> None:
+    """Where a hook of TransformerLens edited the choice that the router returned, go on with the edited one."""
+    layout = layer.spec.family.layout
+    assert isinstance(layout, DenseScores | OneHot)
+    if is_edited(out[0], run.handed_on[0]):
+        indices, weights = layout.handed_on(out)
+        run.indices, run.weights = run.fold(indices), run.fold(weights)
 
 
 _OWN_BLOCKS: dict[str, Callable[[OpenLayer, Pass, Tensor], Any]] = {

@@ -25,6 +25,7 @@ class Pass:
     scores: Tensor | None = None  # [batch, pos, expert], only where router_probs was edited
     indices: Tensor | None = None  # [batch, pos, slot], as edited
     weights: Tensor | None = None
+    handed_on: Any = None  # what the opened router returned, before TransformerLens' own hooks on it
     shared_in: Tensor | None = None  # set where the block calls its shared experts before the routed ones
     shared_out: Tensor | None = None
     routed_is_done: bool = False

@@ -37,12 +37,13 @@ class OpenedRouter:
         if spec.family.own_block:
             indices, weights, edited = choose(self.layer, run, indices, weights)
             changed = changed or edited
-        if not changed:
-            return out
-        assert run.logits is not None
-        scores = None if run.scores is None else run.scores.reshape(*leading, -1)
-        flat = (indices.reshape(*leading, -1), weights.reshape(*leading, -1))
-        return spec.family.layout.write(run.rule, run.logits.reshape(*leading, -1), scores, flat, out)
+        if changed:
+            assert run.logits is not None
+            scores = None if run.scores is None else run.scores.reshape(*leading, -1)
+            flat = (indices.reshape(*leading, -1), weights.reshape(*leading, -1))
+            out = spec.family.layout.write(run.rule, run.logits.reshape(*leading, -1), scores, flat, out)
+        run.handed_on = out
+        return out
 
     def _reroute(
         self, run: Pass, rule: RoutingRule, logits: Tensor, indices: Tensor, weights: Tensor
