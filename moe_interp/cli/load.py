@@ -47,6 +47,7 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
         bridge = TransformerBridge.boot_transformers(source, device=_device(device), dtype=DTYPES[dtype], **options)
     except (OSError, ValueError) as error:
         raise _explained(model, error) from error
+    bridge.cfg.model_name = DEMO if model == DEMO else bridge.cfg.model_name
     bridge.eval()
     return bridge
 

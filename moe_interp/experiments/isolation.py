@@ -129,7 +129,12 @@ def isolate_experts(
                 finished[number, layer] = cell
                 report(len(finished), len(batches) * len(plan.layers))
     data = _dataset(moe, plan, tokenized, batches, finished)
-    data.attrs |= {"random_draws": random_draws, "null_difference": scorer.null_difference or 0.0, "method": method}
+    data.attrs |= {
+        "n_layers": len(moe.bridge.blocks),
+        "random_draws": random_draws,
+        "null_difference": scorer.null_difference or 0.0,
+        "method": method,
+    }
     return IsolationResult(data, config=asdict(plan), seeds=seed, data_checksum=plan.items)
 
 
@@ -161,7 +166,7 @@ def _plan(
     size = len(sets[0])
     drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
     return IsolationPlan(
-        model=str(getattr(moe.bridge.cfg, "model_name", "") or type(moe.bridge.original_model).__name__),
+        model=_model_name(moe),
         items=checksum([asdict(item) for item in items]),
         mode=mode,
         layers=tuple(labels),
@@ -170,6 +175,12 @@ def _plan(
         mass=tuple(mass) if mode == "force" else ("natural",),
         baselines=tuple(baselines),
     )
+
+
+def _model_name(moe: MoEHooks) -> str:
+    """The model's name; of a folder its last part, since the path is the machine's own."""
+    name = str(getattr(moe.bridge.cfg, "model_name", "") or type(moe.bridge.original_model).__name__)
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def _draw(seed: int, layer: int, n_experts: int, size: int, draws: int) -> tuple[ExpertSet, ...]:

@@ -21,4 +21,5 @@ def load_demo() -> tuple[MoEHooks, dict[str, list[Item]]]:
     """
     assets = load_demo_assets()
     bridge = TransformerBridge.boot_transformers(str(assets.model_path), device="cpu", dtype=torch.float32)
+    bridge.cfg.model_name = "demo"
     return attach(bridge.eval()), {domain: list(items) for domain, items in assets.items.items()}
