@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pandas as pd
 import pytest
 
-import moe_interp.testbed.compare as module
 from moe_interp.errors import ConfigError, ResultError
 from moe_interp.testbed.compare import Comparison, compare, row_of
 from moe_interp.testbed.config import TestbedConfig
@@ -83,7 +84,7 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
     assert first.runs.loc[0, "specialization"] == 1.0
     with pytest.raises(ResultError, match="the very same configuration"):
         compare(TINY.model_copy(update={"lr": 0.1}), ["none"], [0], **options)
-    monkeypatch.setattr(module, "train", None)
+    monkeypatch.setattr(sys.modules["moe_interp.testbed.compare"], "train", None)
     pd.testing.assert_frame_equal(compare(TINY, ["reference", "none"], [0, 1], **options).runs, first.runs)
 
 

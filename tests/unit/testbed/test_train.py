@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path
         calls.append(1)
         return token_losses(logits, tokens) * (math.nan if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr("moe_interp.testbed.train.token_losses", losses)
+    monkeypatch.setattr(sys.modules["moe_interp.testbed.train"], "token_losses", losses)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 0\.00"):
         train(TINY, domains=DOMAINS, out=tmp_path, progress=False)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
