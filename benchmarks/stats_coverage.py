@@ -184,9 +184,9 @@ The data have no effect except where one is named. Exact tests are discrete, so 
 
 `corrected_correlation` on {layers} layers of {experts} experts. Expectations are bivariate normal with the planted
 Spearman correlation, drawn anew in every run; items add independent normal noise, such that means over all items have
-the reliability named. 60 resamples are used for speed; the default is 200. *Bias* and *coverage* are against the Spearman correlation of that run's expectations, which is
-what is estimated; experts being random, it scatters about the planted value. Runs called too noisy give no number and
-are left out of both.
+the reliability named. 60 resamples are used for speed; the default is 200. *Bias* and *coverage* are against the
+Spearman correlation of that run's expectations, which is what is estimated; experts being random, it scatters about the
+planted value. Runs called too noisy give no number and are left out of both.
 
 {calibration}
 
