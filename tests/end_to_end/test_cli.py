@@ -77,6 +77,12 @@ def test_verify_passes_on_a_folder_and_prints_the_checks(olmoe: Path) -> None:
     assert "FAILED" not in full.output
 
 
+def test_the_demo_model_passes_offline() -> None:
+    result = runner.invoke(cli, ["verify", "--model", "demo", "--layer", "-1"])
+    assert result.exit_code == 0, result.output
+    assert "all passed" in result.output
+
+
 def test_a_failed_check_gives_exit_code_one(olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenLayer, "fire", lambda self, name, value, owned=False: value)
     result = runner.invoke(cli, ["verify", "--model", str(olmoe), "--layer", "0"])

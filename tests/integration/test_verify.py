@@ -62,6 +62,27 @@ def test_router_checks_are_exact_and_expert_checks_are_bounded_by_the_number_for
     assert attached("qwen3_moe", torch.bfloat16).verify().ok
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_every_experts_implementation_passes(implementation: str) -> None:
+    moe = attached("qwen3_moe")
+    tiny.set_experts_implementation(moe.bridge, implementation)
+    assert moe.verify().ok
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "nemotron_h"])
+def test_float64_models_that_compute_in_float32_inside_pass(name: str) -> None:
+    moe = attached(name, torch.float64)
+    tiny.set_experts_implementation(moe.bridge, "eager")
+    table = moe.verify()
+    assert table.ok, failures(table)
+
+
+def test_a_bridge_in_compatibility_mode_passes() -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("mixtral"), "mixtral", tiny.tiny_tokenizer()))
+    moe.bridge.enable_compatibility_mode(disable_warnings=True)
+    assert moe.verify().ok
+
+
 def broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     weigh = ScoreRule._weigh_scores
     monkeypatch.setattr(ScoreRule, "_weigh_scores", lambda self, s, i: weigh(self, s, i) * 1.001)
