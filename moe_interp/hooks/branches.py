@@ -60,6 +60,9 @@ class BasePass:
         self.answers: dict[int, dict[str, Any]] = {layer: {} for layer in layers}  # outputs of its first children
         self.returns: dict[int, type] = {}  # by layer, the kind of its output
         self.cache = RecordingCache(config=moe.bridge.original_model.config)
+        model: Any = moe.bridge.original_model
+        self.head: nn.Module = model.get_output_embeddings()
+        unembedded: list[tuple[Tensor, int]] = []
         # a mask without padding would only make the passes slower
         mask = None if attention_mask is None or bool(self.is_real.all()) else attention_mask
         with torch.no_grad(), ExitStack() as stack:
@@ -71,7 +74,11 @@ class BasePass:
             for layer in layers:
                 for name, child in self.blocks[layer].named_children():
                     stack.callback(child.register_forward_hook(self._answer_recorder(layer, name)).remove)
+            keep = self.head.register_forward_hook(lambda m, args, out: unembedded.append((out, out._version)))
+            stack.callback(keep.remove)
             self.logits: Tensor = moe.bridge(tokens, attention_mask=mask, past_key_values=self.cache)
+        # whether the logits are the unembedding's output as it is, without a scale or a soft-cap after it
+        self.ends_in_head = len(unembedded) == 1 and _is_same(self.logits, *unembedded[0])
 
     def refusal(self, layer: int) -> str | None:
         """Why branches from a layer could not be exact on this model, in words; None where they are."""
@@ -202,11 +209,14 @@ class BranchRunner:
     def __init__(self, base: BasePass, layer: int, hooks: Hooks | None = None) -> None:
         self.base, self.layer, self.hooks = base, layer, hooks or []
         self.rows: _Rows | None = None
+        self._unembed: Callable[[Tensor], Tensor] = base.head.forward
         self._stack = ExitStack()
 
     def __enter__(self) -> BranchRunner:
         base, layer = self.base, self.layer
         with ExitStack() as stack:
+            if base.ends_in_head:
+                self._replace(stack, base.head, lambda hidden, *args, **kwargs: hidden)
             for block in base.blocks[:layer]:
                 self._replace(stack, block, lambda hidden, *args, **kwargs: hidden)
             children = dict(base.blocks[layer].named_children())
@@ -225,7 +235,7 @@ class BranchRunner:
 
     @torch.no_grad()
     def __call__(self, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
-        """Logits of branches.
+        """What the model gives at branches, to be read with :meth:`logits`.
 
         Args:
             sequence: ``[row]``, which sequence of the batch a row's branches belong to.
@@ -233,7 +243,8 @@ class BranchRunner:
             block_out: ``[row, n, d_model]``, the output of their layer's experts' block.
 
         Returns:
-            ``[row, n, vocab]``.
+            ``[row, n, width]``: the unembedding's input where nothing follows the unembedding (so that logits need not
+            be held for all branches at once), else the logits.
         """
         base = self.base
         token = sequence.unsqueeze(1) * base.tokens.shape[1] + position
@@ -247,6 +258,10 @@ class BranchRunner:
             past_key_values=BranchCache(base.cache.recorded, self.rows),
             use_cache=True,
         ).logits
+
+    def logits(self, states: Tensor) -> Tensor:
+        """``[branch, width]`` of what a call gave to logits ``[branch, vocab]``."""
+        return self._unembed(states) if self.base.ends_in_head else states
 
     # -- what the modules are made to answer and to read ------------------------------------------------------------
     def _replace(self, stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -341,6 +356,11 @@ def _target(block: nn.Module, moe: MoEHooks, layer: int) -> str:
     spec = moe.spec(layer)
     wanted = spec.experts if spec.container is block else spec.container
     return next(name for name, child in block.named_children() if unwrap(child) is wanted)
+
+
+def _is_same(logits: Tensor, output: Tensor, version: int) -> bool:
+    """Whether logits are an earlier output, unchanged."""
+    return logits.shape == output.shape and logits.data_ptr() == output.data_ptr() and output._version == version
 
 
 def _first(value: Any) -> Tensor:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import DataError
 from moe_interp.hooks.branches import BasePass, BranchRunner
 from moe_interp.types import EMPTY, Hooks
 
-ROW_LENGTH = 64  # branches a row: they share the copy of their sequence's keys, and pay for each other's own
-_MOST_ROWS = {"cpu": 16, "cuda": 128}
+ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
 _DEFAULT_BUDGET = 2**30
+
+
+class _AtOnce(NamedTuple):
+    """As much as keeps a device busy; more would only leave the processor's caches."""
+
+    branches: int
+    logits_bytes: int
+
+
+_AT_ONCE = {"cpu": _AtOnce(1024, 2**27), "cuda": _AtOnce(16384, 2**29)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +122,11 @@ def branch_scores(
     def score(branches: _Branches, sequence: Tensor, chosen: Tensor) -> Tensor:
         token, route = branches.token[chosen], branches.route[chosen]
         upper.set(token, route)
-        logits = run(sequence, token % base.tokens.shape[1], branches.block_out[branches.of_chunk[chosen], route])
-        flat[token, route] = scores = log_probs(logits, targets[token])
+        states = run(sequence, token % base.tokens.shape[1], branches.block_out[branches.of_chunk[chosen], route])
+        n = plan.logits_at_once
+        parts = zip(states.flatten(0, 1).split(n), targets[token].flatten(0, 1).split(n))
+        scores = torch.cat([log_probs(run.logits(part), ids) for part, ids in parts]).view(*token.shape, -1)
+        flat[token, route] = scores
         return scores
 
     with torch.no_grad(), BranchRunner(base, first, upper.hooks) as run:
@@ -144,7 +155,11 @@ class _Branches:
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """``[..., vocab]`` and ``[..., target]`` ids to log-probabilities ``[..., target]``, at float32 at least."""
     logits = logits.to(score_dtype(logits))
-    return logits.gather(-1, targets) - logits.logsumexp(dim=-1, keepdim=True)
+    if logits.is_cuda:
+        return logits.gather(-1, targets) - logits.logsumexp(dim=-1, keepdim=True)
+    # a few rows at a time stay in the processor's cache
+    total = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in logits.reshape(-1, logits.shape[-1]).split(16)])
+    return logits.gather(-1, targets) - total.view(*targets.shape[:-1], 1)
 
 
 def score_dtype(logits: Tensor) -> torch.dtype:
@@ -157,19 +172,18 @@ class _Plan:
     def __init__(self, base: BasePass, layer: int, n_routes: int, memory_budget: int | None) -> None:
         self.n_pos = base.tokens.shape[1]
         budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
-        spec, size = base.moe.spec(layer), base.logits.element_size()
-        token = (spec.n_experts * (spec.d_model + n_routes) + 3 * n_routes * spec.d_model) * size
-        self.tokens_at_once = max(1, int(0.3 * budget) // token)
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
-        row = self._row_bytes(base, spec)
-        if row + token > budget:
+        token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
+        if 4 * max(token, row, logits) > budget:
             raise DataError(
                 f"a memory budget of {budget} bytes",
-                f"at least {row + token} bytes for this model and sequences of {self.n_pos} tokens",
+                f"at least {4 * max(token, row, logits)} bytes for this model and sequences of {self.n_pos} tokens",
                 "Raise memory_budget, or score shorter sequences.",
             )
-        most = _MOST_ROWS.get(base.tokens.device.type, 16)
-        self.rows_at_once = min(max(1, int(0.7 * budget) // row), most)
+        at_once = _AT_ONCE.get(base.tokens.device.type, _AT_ONCE["cpu"])
+        self.tokens_at_once = budget // 4 // token
+        self.rows_at_once = min(budget // 2 // row, max(at_once.branches // self.row_length, 1))
+        self.logits_at_once = min(budget // 4 // logits, max(at_once.logits_bytes // logits, 64))
 
     def chunks(self, wanted: Tensor) -> Iterator[Tensor]:
         """Flat token indices, by position, as many at a time as expert outputs fit."""
@@ -195,19 +209,32 @@ class _Plan:
         table = torch.where(table < 0, table[:, :1], table)
         by_end = (token[table] % self.n_pos).amax(dim=-1).argsort(stable=True)
         owner = sequence.repeat_interleave(rows_each)
-        yield from zip(owner[by_end].split(self.rows_at_once), table[by_end].split(self.rows_at_once))
+        # equal groups: a last small one would use the machine badly
+        n_groups = -(-len(table) // self.rows_at_once)
+        yield from zip(owner[by_end].tensor_split(n_groups), table[by_end].tensor_split(n_groups))
 
-    def _row_bytes(self, base: BasePass, spec: MoESpec) -> int:
-        """An upper estimate of what a row's branches hold at once: logits, keys, attention scores, expert rows."""
-        size, vocab = base.logits.element_size(), base.logits.shape[-1]
+    # upper estimates of what is held at once ------------------------------------------------------------------------
+    def _token_bytes(self, base: BasePass, layer: int, n_routes: int) -> int:
+        """A token's expert outputs, and its routes' mixing weights and block outputs."""
+        spec = base.moe.spec(layer)
+        width = spec.d_model + n_routes
+        return (spec.n_experts * (width + spec.d_expert) + 4 * n_routes * spec.d_model) * base.logits.element_size()
+
+    def _row_bytes(self, base: BasePass, layer: int) -> int:
+        """A row's residuals and expert rows, its keys and values (copied, and once a head), and attention scores."""
+        spec, size = base.moe.spec(layer), base.logits.element_size()
         model: Any = base.moe.bridge.original_model
-        text = model.config.get_text_config()
-        heads = int(getattr(text, "num_attention_heads", 1))
-        keys = self.n_pos + self.row_length
-        branch = vocab * (size + 8) + 16 * spec.d_model * size + spec.top_k * 4 * (spec.d_expert + spec.d_model) * size
-        attention = heads * self.row_length * keys * (2 * size + 8)
-        copies = max((k[0].numel() + v[0].numel() for k, v in base.cache.recorded.values()), default=0) * size
-        return self.row_length * branch + attention + 3 * copies * keys // self.n_pos
+        heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 1))
+        branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model)) * size
+        branch += 0 if base.ends_in_head else _logits_bytes(base)
+        cached = [(k.shape[1] + heads) * (k.shape[-1] + v.shape[-1]) for k, v in base.cache.recorded.values()]
+        scores = heads * self.row_length * (2 * size + 8)
+        return self.row_length * branch + (self.n_pos + self.row_length) * (scores + max(cached, default=0) * size)
+
+
+def _logits_bytes(base: BasePass) -> int:
+    """One branch's logits, at their own width and twice at that of the scores."""
+    return base.logits.shape[-1] * (base.logits.element_size() + 2 * score_dtype(base.logits).itemsize)
 
 
 class _UpperRoutes:
