@@ -286,7 +286,9 @@ def detaching_restores(trial: Trial) -> Iterator[Finding]:
     yield Finding(check="attached again, it is the same", layer=layer, hook="all", figure=again, bound=trial.noise)
 
 
-CHECKS: tuple[Callable[[Trial], Iterator[Finding]], ...] = (
+Check = Callable[[Trial], Iterator[Finding]]
+
+CHECKS: tuple[Check, ...] = (
     passes_through,
     edits_matter,
     routes_as_the_rule,

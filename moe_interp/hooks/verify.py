@@ -6,12 +6,13 @@ hooks says. Nothing here trusts that a hook fires: every check compares outputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from torch import Tensor
 
-from moe_interp.hooks.checks import CHECKS, Finding
+from moe_interp.errors import AttachError
+from moe_interp.hooks.checks import CHECKS, Check, Finding
 from moe_interp.hooks.trial import Attached, Trial, as_tokens, at_rest
 from moe_interp.types import Layer
 
@@ -65,7 +66,12 @@ class Verification(pd.DataFrame):
         return f"{text}\n{int(self['passed'].sum())} of {len(self)} checks passed"
 
 
-def verify(moe: Attached, tokens: Tensor | str | None = None, layers: Sequence[Layer] | None = None) -> Verification:
+def verify(
+    moe: Attached,
+    tokens: Tensor | str | None = None,
+    layers: Sequence[Layer] | None = None,
+    checks: Sequence[Check] = CHECKS,
+) -> Verification:
     """Check every hook of the attached layers by cause.
 
     Checks: passing a hook's value through changes nothing; an edit of it changes the logits; the router's own choice
@@ -84,25 +90,29 @@ def verify(moe: Attached, tokens: Tensor | str | None = None, layers: Sequence[L
         moe: The attached hooks.
         tokens: ``[batch, pos]`` ids, or text; by default two random sequences of eight ids, special ids left out.
         layers: The layers to check; all by default.
+        checks: Which checks to make; each is a generator of findings about a :class:`~moe_interp.hooks.trial.Trial`.
 
     Returns:
         A table that prints itself summed up over the layers. What it does not show: that the rule is right on logits
         that these tokens do not give.
 
     Raises:
+        AttachError: the hooks have been detached.
         ConfigError: tokens of another shape.
         HookError: a layer that is not attached.
     """
+    if not moe.is_attached:
+        raise AttachError("hooks that have been detached", "an attached model", "Attach anew, then verify.")
     chosen = moe.layers if layers is None else tuple(layers)
     ids = as_tokens(moe.bridge, tokens)
     with at_rest(moe.bridge):
         trial = Trial(moe, ids, chosen)
-        findings = [finding for check in CHECKS for finding in _guarded(check, trial)]
+        findings = [finding for check in checks for finding in _guarded(check, trial)]
     rows = [{name: getattr(finding, name) for name in COLUMNS} for finding in findings]
     return Verification(rows, columns=COLUMNS)
 
 
-def _guarded(check: Callable[[Trial], Iterator[Finding]], trial: Trial) -> Iterator[Finding]:
+def _guarded(check: Check, trial: Trial) -> Iterator[Finding]:
     """A check that cannot be made has failed; the others go on."""
     try:
         yield from check(trial)

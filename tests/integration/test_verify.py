@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.arch.rules import RoutingRule, ScoreRule
-from moe_interp.errors import ConfigError, HookError
+from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.layer import OpenLayer
 from moe_interp.hooks.names import HOOK_NAMES
@@ -40,6 +40,7 @@ def test_every_check_passes_on_every_family(family: str) -> None:
     moe = attached(family)
     table = moe.verify()
     assert table.ok, failures(table)
+    assert f"{len(table)} of {len(table)} checks passed" in repr(table)
     assert tuple(table.columns) == tuple(COLUMNS)
     name = moe.spec(moe.layers[0]).family.name
     excepted = table[table["note"].str.startswith("excepted")]
@@ -218,6 +219,9 @@ def test_tokens_text_and_layers() -> None:
         moe.verify(torch.tensor([3, 4, 5]))
     with pytest.raises(HookError, match="layer 7, which does not exist"):
         moe.verify(layers=[7])
+    moe.detach()
+    with pytest.raises(AttachError, match="have been detached"):
+        moe.verify()
 
 
 def test_without_expert_hooks_the_rest_is_checked() -> None:
