@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,10 +25,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.hooks.attach import attach
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 ROUTER_HOOKS = ("router_in", "router_logits", "router_probs", "expert_indices", "expert_weights")
+WARM_UP = 2
 LIMITS = {"attached, nothing hooked": 1.02, "router hooks read": 1.10, "expert_out cached": 1.25}
 
 
@@ -51,45 +54,43 @@ def read(activation: torch.Tensor, hook: Any) -> None:
     """A hook that only looks."""
 
 
-def ways(bridge: TransformerBridge, moe: MoEHooks, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """What is timed; the two named "unattached" are what the others are compared with."""
-    own = [f"blocks.{layer}.hook_mlp_out" for layer in moe.layers]
-
-    def router_hooks_read() -> None:
-        moe.bridge(tokens)
-
+def ways(bridge: TransformerBridge, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed; the two called unattached are what the others are compared with."""
+    own = [f"blocks.{layer}.hook_mlp_out" for layer in range(8)]
+    readers: list[Any] = [(f"blocks.{layer}.hook_{name}", read) for layer in range(8) for name in ROUTER_HOOKS]
+    every = re.compile(r"blocks\.\d+\.hook_(router|expert|routed)_").match
     return {
         "unattached": lambda: bridge(tokens),
-        "attached, nothing hooked": lambda: moe.bridge(tokens),
-        "router hooks read": router_hooks_read,
+        "attached, nothing hooked": lambda: bridge(tokens),
+        "router hooks read": lambda: bridge.run_with_hooks(tokens, fwd_hooks=readers),
         "unattached, mlp_out cached": lambda: bridge.run_with_cache(tokens, names_filter=own),
-        "expert_out cached": lambda: moe.bridge.run_with_cache(tokens, names_filter=moe.filter("expert_out")),
-        "every hook cached": lambda: moe.bridge.run_with_cache(tokens, names_filter=moe.filter()),
+        "expert_out cached": lambda: bridge.run_with_cache(
+            tokens, names_filter=lambda name: name.endswith("hook_expert_out")
+        ),
+        "every hook cached": lambda: bridge.run_with_cache(tokens, names_filter=lambda name: bool(every(name))),
     }
 
 
-def timed(name: str, way: Callable[[], Any], moe: MoEHooks) -> float:
-    if name == "router hooks read":
-        moe.bridge.add_hook(moe.filter(*ROUTER_HOOKS), read)
-    start = time.process_time()
-    way()
-    elapsed = time.process_time() - start
-    moe.bridge.reset_hooks()
-    return elapsed
+def seconds_of(name: str, way: Callable[[], Any], bridge: TransformerBridge) -> float:
+    """One run on the same weights in the same memory, attached or not."""
+    with nullcontext() if name.startswith("unattached") else attach(bridge):
+        start = time.process_time()
+        way()
+        return time.process_time() - start
 
 
 def measure(implementation: str, rounds: int) -> None:
-    bridge, moe = build(implementation), attach(build(implementation))
+    bridge = build(implementation)
     tokens = torch.randint(1024, (4, 128), generator=torch.Generator().manual_seed(0))
-    table = ways(bridge, moe, tokens)
+    table = ways(bridge, tokens)
     times: dict[str, list[float]] = {name: [] for name in table}
     order = list(table)
     with torch.no_grad():
-        for turn in range(rounds + 3):
+        for turn in range(WARM_UP + rounds):
             random.Random(turn).shuffle(order)
             for name in order:
-                elapsed = timed(name, table[name], moe)
-                if turn >= 3:
+                elapsed = seconds_of(name, table[name], bridge)
+                if turn >= WARM_UP:
                     times[name].append(elapsed)
     print(f"\n{implementation}: median ms, and median ratio to the same round's unattached run")
     for name, seconds in times.items():
