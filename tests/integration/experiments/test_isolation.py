@@ -218,9 +218,8 @@ def test_answers_are_tokenised_apart_and_may_not_be_special(tmp_path: Any) -> No
 
 def test_items_are_read_with_their_lines(tmp_path: Any) -> None:
     path = tmp_path / "items.jsonl"
-    path.write_text(
-        '{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}\n\n{"id": "b", "domain": "d", "prompt": "p"}\n'
-    )
+    good = '{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}'
+    path.write_text(good + '\n\n{"id": "b", "domain": "d", "prompt": "p"}\n')
     with pytest.raises(DataError, match=r"line 3 \(item 'b'\): no answer"):
         mi.load_items(path)
     path.write_text(good + "\n{broken\n")
