@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError, ConfigError, HookError
-from moe_interp.hooks.layer import OpenLayer
+from moe_interp.hooks.layer import OpenLayer, Pass
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
 from moe_interp.hooks.opening import PastLength, close_layer, describe_layer, find_layers, open_layer
 from moe_interp.hooks.verify import Verification, verify
@@ -81,6 +81,17 @@ class MoEHooks:
         """Full names of all hook points, of one layer or of all, in the order they fire."""
         layers = self.layers if layer is None else (layer,)
         return [self.hook_name(name, label) for label in layers for name in self.hooks(label)]
+
+    def running(self, layer: Layer) -> Pass:
+        """What the layer's running forward pass has computed so far, for functions that hooks call.
+
+        Raises:
+            HookError: no forward pass is running.
+        """
+        run = self._open(layer).running
+        if run is None:
+            raise HookError(f"no running pass at layer {layer!r}", "a call from inside a hook", "Use it in a hook.")
+        return run
 
     def hooks_active(self, layer: Layer) -> bool:
         """Whether any hook point of the layer has a hook right now."""

@@ -26,6 +26,7 @@ class Pass:
     indices: Tensor | None = None  # [batch, pos, slot], as edited
     weights: Tensor | None = None
     handed_on: Any = None  # what the opened router returned, before TransformerLens' own hooks on it
+    writer: Tensor | None = None  # [batch, pos], the intervention that wrote a token's route last
     shared_in: Tensor | None = None  # set where the block calls its shared experts before the routed ones
     shared_out: Tensor | None = None
     routed_is_done: bool = False
@@ -34,6 +35,14 @@ class Pass:
     def fold(self, flat: Tensor) -> Tensor:
         """``[batch * pos, ...] -> [batch, pos, ...]``; already folded tensors pass."""
         return flat if flat.shape[:2] == (self.batch, self.pos) else flat.reshape(self.batch, self.pos, *flat.shape[1:])
+
+    def family_weights(self, indices: Tensor) -> Tensor:
+        """The family's own weights ``[batch, pos, slot]`` for any experts, from the logits (or scores) as edited."""
+        assert self.rule is not None
+        assert self.logits is not None
+        if self.scores is not None:
+            return self.rule.weights_from_scores(self.scores, indices)
+        return self.rule.weights(self.logits, indices)
 
 
 class OpenLayer:

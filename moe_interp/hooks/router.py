@@ -79,11 +79,12 @@ def choose(layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> tup
     changed = is_edited(new_indices, indices)
     if changed:
         weights = _reweigh(layer, run, indices, weights, new_indices)
+    run.indices = new_indices
     new_weights = layer.fire("expert_weights", weights)
     if new_weights is not weights:
         changed = changed or is_edited(new_weights, weights) or carries_gradient(new_weights)
         new_weights = new_weights.masked_fill(new_indices < 0, 0.0)
-    run.indices, run.weights = new_indices, new_weights
+    run.weights = new_weights
     return new_indices, new_weights, changed
 
 
@@ -114,12 +115,7 @@ def _route_scores(rule: RoutingRule, scores: Tensor, native_indices: Tensor) -> 
 
 def _reweigh(layer: OpenLayer, run: Pass, old: Tensor, weights: Tensor, new: Tensor) -> Tensor:
     """The rule's weights for edited routes; routes that are as they were keep theirs bit for bit."""
-    assert run.rule is not None
-    assert run.logits is not None
-    if run.scores is not None:
-        ruled = run.rule.weights_from_scores(run.scores, new)
-    else:
-        ruled = run.rule.weights(run.logits, new)
+    ruled = run.family_weights(new)
     check_weights(ruled, layer)
     slots = max(old.shape[-1], new.shape[-1])
     same = (_widen(old, slots, -1) == _widen(new, slots, -1)).all(dim=-1, keepdim=True)

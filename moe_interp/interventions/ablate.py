@@ -12,7 +12,8 @@ from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import checked_experts
 from moe_interp.interventions.streams import layer_labels
-from moe_interp.interventions.where import Positions, Where, merge_slots
+from moe_interp.interventions.where import Positions, Where
+from moe_interp.interventions.writing import RouteWriter
 from moe_interp.types import EMPTY, Hooks, Layer
 
 Ablation = Literal["zero", "mean", "resample", "reroute"]
@@ -73,13 +74,8 @@ class StandIn(Protocol):
 
 
 def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str, stand_in: StandIn) -> Hooks:
-    seen: dict[str, Tensor] = {}
-
-    def read(value: Tensor, hook: Any) -> None:
-        seen["route"] = value
-
     def replace(value: Tensor, hook: Any) -> Tensor:
-        route, tokens = seen.pop("route"), where.tokens(value).unsqueeze(-1)
+        route, tokens = moe.running(layer).indices, where.tokens(value).unsqueeze(-1)
         real = where.is_real(value).unsqueeze(-1)
         for expert in gone.tolist():
             used = (route == expert) & real
@@ -87,7 +83,7 @@ def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str,
             value = torch.where(spot if value.ndim == 3 else spot.unsqueeze(-1), stand_in(value, expert, used), value)
         return value
 
-    return [(moe.hook_name("expert_indices", layer), read), (moe.hook_name(name, layer), replace)]
+    return [(moe.hook_name(name, layer), replace)]
 
 
 def _mean(value: Tensor, expert: int, used: Tensor) -> Tensor:
@@ -107,20 +103,17 @@ def _resampler(where: Where, seed: int, layer: Layer) -> StandIn:
 
 
 def _reroute(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where) -> Hooks:
-    seen: dict[str, Tensor] = {}
     everyone = torch.arange(moe.spec(layer).n_experts)
 
-    def read(value: Tensor, hook: Any) -> None:
-        seen["logits"] = value
-
-    def set_indices(value: Tensor, hook: Any) -> Tensor:
-        choice = moe.spec(layer).rule.choice_logits(seen.pop("logits"))
+    def route(value: Tensor) -> Tensor:
+        run = moe.running(layer)
+        assert run.logits is not None
+        choice = moe.spec(layer).rule.choice_logits(run.logits)
         is_gone = torch.isin(value, gone.to(value))
         taken = (value.unsqueeze(-1) == everyone.to(value)).any(dim=-2) | torch.isin(everyone, gone).to(value.device)
         best = choice.masked_fill(taken, float("-inf")).topk(min(value.shape[-1], len(everyone)), dim=-1)
         rank = torch.arange(best.indices.shape[-1], device=value.device)
         is_needed = (rank < is_gone.sum(dim=-1, keepdim=True)) & (best.values > float("-inf"))
-        new = torch.cat([value.masked_fill(is_gone, EMPTY), best.indices.masked_fill(~is_needed, EMPTY)], dim=-1)
-        return merge_slots(where.tokens(value), new, value)
+        return torch.cat([value.masked_fill(is_gone, EMPTY), best.indices.masked_fill(~is_needed, EMPTY)], dim=-1)
 
-    return [(moe.hook_name("router_logits", layer), read), (moe.hook_name("expert_indices", layer), set_indices)]
+    return RouteWriter(moe, layer, where, route).hooks

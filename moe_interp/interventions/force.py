@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moe_interp.arch.rules import RoutingRule
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import check_route
-from moe_interp.interventions.where import Positions, Where, merge_slots, merge_weights, pack_routes
+from moe_interp.interventions.where import Positions, Where, pack_routes
+from moe_interp.interventions.writing import RouteWriter
 from moe_interp.types import Hooks, Layer
 
 Mass = Literal["one", "natural"]
@@ -96,62 +97,39 @@ def set_routes(
     routes, fixed = pack_routes(routes, fixed)
     where = Where(moe, positions, attention_mask)
 
-    def set_indices(value: Tensor, hook: Any) -> Tensor:
-        tokens = where.tokens(value)
-        return merge_slots(tokens, _broadcast(routes, value), value) if bool(tokens.any()) else value
-
-    def set_weights(value: Tensor, hook: Any) -> Tensor:
-        assert fixed is not None
-        tokens = where.tokens(value)
-        return merge_weights(tokens, _broadcast(fixed, value), value) if bool(tokens.any()) else value
-
-    hooks: Hooks = [(moe.hook_name("expert_indices", layer), set_indices)]
-    return hooks if fixed is None else [*hooks, (moe.hook_name("expert_weights", layer), set_weights)]
+    weigh = None if fixed is None else partial(_broadcast, fixed)
+    return RouteWriter(moe, layer, where, partial(_broadcast, routes), weigh).hooks
 
 
 class NaturalMass:
-    """The sum of the weights that a token's own route has, learned from the hooks that fire before an edit."""
+    """The sum of the weights that a token's route has before an intervention edits it."""
 
     def __init__(self, moe: MoEHooks, layer: Layer) -> None:
         self.moe, self.layer = moe, layer
-        self.logits: Tensor | None = None
         self.total: Tensor | None = None
 
-    def read_logits(self, value: Tensor, hook: Any) -> None:
-        self.logits = value
-
-    def read_route(self, value: Tensor) -> None:
-        """Take the native route (at ``expert_indices``, before it is edited)."""
-        assert self.logits is not None
-        rule: RoutingRule = self.moe.spec(self.layer).rule
-        self.total = rule.weights(self.logits, value).sum(dim=-1, keepdim=True)
-        self.logits = None
+    def read(self, route: Tensor) -> None:
+        """Take the route at ``expert_indices``."""
+        self.total = self.moe.running(self.layer).family_weights(route).sum(dim=-1, keepdim=True)
 
     def take(self) -> Tensor:
         """``[batch, pos, 1]``."""
         assert self.total is not None
-        total, self.total = self.total, None
-        return total
+        return self.total
 
 
 def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, where: Where) -> Hooks:
-    natural = NaturalMass(moe, layer) if mass == "natural" else None
+    natural = NaturalMass(moe, layer)
 
-    def set_indices(value: Tensor, hook: Any) -> Tensor:
-        if natural is not None:
-            natural.read_route(value)
-        return merge_slots(where.tokens(value), _broadcast(forced, value), value)
+    def route(value: Tensor) -> Tensor:
+        if mass == "natural":
+            natural.read(value)
+        return _broadcast(forced, value)
 
-    def set_weights(value: Tensor, hook: Any) -> Tensor:
-        new = torch.zeros_like(value)
-        new[..., :1] = 1.0 if natural is None else natural.take()
-        return torch.where(where.tokens(value).unsqueeze(-1), new, value)
+    def weigh(value: Tensor) -> Tensor:
+        return torch.ones_like(value[..., :1]) if mass == "one" else natural.take()
 
-    hooks: Hooks = [
-        (moe.hook_name("expert_indices", layer), set_indices),
-        (moe.hook_name("expert_weights", layer), set_weights),
-    ]
-    return hooks if natural is None else [(moe.hook_name("router_logits", layer), natural.read_logits), *hooks]
+    return RouteWriter(moe, layer, where, route, weigh).hooks
 
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_interp.errors import RouteError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.interventions.where import Positions, Where, merge_slots, merge_weights, pack_routes
+from moe_interp.interventions.where import Positions, Where, pack_routes
+from moe_interp.interventions.writing import RouteWriter
 from moe_interp.types import Hooks, Layer
 
 
@@ -50,9 +51,9 @@ def replay_routes(
     recorded = _of_cache(moe, trace, layers) if from_cache else _of_trace(moe, trace, layers)
     hooks: Hooks = []
     for layer, (indices, weights) in recorded.items():
-        hooks.append((moe.hook_name("expert_indices", layer), _setter(where, indices, merge_slots, from_cache)))
-        if weights is not None:
-            hooks.append((moe.hook_name("expert_weights", layer), _setter(where, weights, merge_weights, from_cache)))
+        name = moe.hook_name("expert_indices", layer)
+        weigh = None if weights is None else _reader(where, weights, from_cache, name)
+        hooks += RouteWriter(moe, layer, where, _reader(where, indices, from_cache, name), weigh).hooks
     return hooks
 
 
@@ -115,8 +116,8 @@ def _by_sequence(trace: Routes, tokens: Tensor, fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(tokens.split(lengths.tolist())), batch_first=True, padding_value=fill)
 
 
-def _setter(where: Where, recorded: Tensor, merge: Callable[..., Tensor], by_column: bool) -> Any:
-    def replay(value: Tensor, hook: Any) -> Tensor:
+def _reader(where: Where, recorded: Tensor, by_column: bool, name: str) -> Callable[[Tensor], Tensor]:
+    def read(value: Tensor) -> Tensor:
         tokens = where.tokens(value)
         batch, pos = value.shape[:2]
         raw = torch.arange(where.moe.n_past, where.moe.n_past + pos, device=value.device).expand(batch, pos)
@@ -130,13 +131,13 @@ def _setter(where: Where, recorded: Tensor, merge: Callable[..., Tensor], by_col
         if bool(outside.any()):
             b, p = outside.nonzero()[0].tolist()
             raise RouteError(
-                f"row {b}, position {p + where.moe.n_past} at {hook.name}, which the trace does not hold",
+                f"row {b}, position {p + where.moe.n_past} at {name}, which the trace does not hold",
                 f"at most {source.shape[0]} sequences with recorded positions",
                 "Replay on the recorded tokens, or limit `positions`; the model was left as it was.",
             )
-        return merge(tokens, new, value)
+        return new
 
-    return replay
+    return read
 
 
 def _nothing_recorded(layer: Layer) -> RouteError:

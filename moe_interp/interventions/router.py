@@ -12,7 +12,8 @@ from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
 from moe_interp.interventions.streams import layer_labels
-from moe_interp.interventions.where import Positions, Where, merge_slots
+from moe_interp.interventions.where import Positions, Where
+from moe_interp.interventions.writing import RouteWriter
 from moe_interp.types import Hooks, Layer
 
 
@@ -59,17 +60,16 @@ def random_routing(
     """
     where = Where(moe, positions, attention_mask)
 
-    def draw(layer: Layer) -> Any:
+    def draw(layer: Layer) -> Hooks:
         n_experts = moe.spec(layer).n_experts
 
-        def set_indices(value: Tensor, hook: Any) -> Tensor:
+        def route(value: Tensor) -> Tensor:
             keys = where.keys(value, n_experts, seed, *layer_labels(layer))
-            drawn = keys.topk(value.shape[-1], dim=-1).indices.masked_fill(value < 0, -1)
-            return merge_slots(where.tokens(value), drawn, value)
+            return keys.topk(value.shape[-1], dim=-1).indices.masked_fill(value < 0, -1)
 
-        return set_indices
+        return RouteWriter(moe, layer, where, route).hooks
 
-    return [(moe.hook_name("expert_indices", layer), draw(layer)) for layer in _layers(moe, layers)]
+    return [hook for layer in _layers(moe, layers) for hook in draw(layer)]
 
 
 def bias_router(
@@ -108,32 +108,25 @@ def bias_router(
 
 def _uniform(moe: MoEHooks, layer: Layer, mass: Mass, where: Where) -> Hooks:
     spec = moe.spec(layer)
-    natural = NaturalMass(moe, layer) if mass == "natural" else None
+    natural = NaturalMass(moe, layer)
     everyone = torch.arange(spec.n_experts)
 
-    def set_indices(value: Tensor, hook: Any) -> Tensor:
-        if natural is not None:
-            natural.read_route(value)
-        return merge_slots(where.tokens(value), everyone.to(value).expand(*value.shape[:2], -1), value)
+    def route(value: Tensor) -> Tensor:
+        if mass == "natural":
+            natural.read(value)
+        return everyone.to(value).expand(*value.shape[:2], -1)
 
-    def set_weights(value: Tensor, hook: Any) -> Tensor:
-        share = torch.ones_like(value) if spec.weight_on_input else portion(value)
-        return torch.where(where.tokens(value).unsqueeze(-1), share, value)
+    def share(value: Tensor) -> Tensor:
+        total = torch.ones_like(value[..., :1]) if mass == "one" else natural.take().to(value)
+        return (total / spec.n_experts).expand_as(value)
+
+    writer = RouteWriter(moe, layer, where, route, torch.ones_like if spec.weight_on_input else share)
 
     def average(value: Tensor, hook: Any) -> Tensor:
-        return torch.where(where.tokens(value).unsqueeze(-1), value * portion(value), value)
+        kept = writer.kept(value)
+        return value if kept is None else torch.where(kept.unsqueeze(-1), value * share(value), value)
 
-    def portion(like: Tensor) -> Tensor:
-        mass = torch.ones_like(like[..., :1]) if natural is None else natural.take().to(like)
-        return (mass / spec.n_experts).expand_as(like)
-
-    hooks: Hooks = [
-        (moe.hook_name("expert_indices", layer), set_indices),
-        (moe.hook_name("expert_weights", layer), set_weights),
-    ]
-    if natural is not None:
-        hooks = [(moe.hook_name("router_logits", layer), natural.read_logits), *hooks]
-    return [*hooks, (moe.hook_name("routed_out", layer), average)] if spec.weight_on_input else hooks
+    return [*writer.hooks, (moe.hook_name("routed_out", layer), average)] if spec.weight_on_input else writer.hooks
 
 
 def _layers(moe: MoEHooks, layers: Sequence[Layer] | None) -> list[Layer]:

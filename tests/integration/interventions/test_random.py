@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def drawn(seed: int, layer: int, batch: int, pos: int, slots: int = 2) -> Tensor
     """Draws of one layer ``[batch, pos, slot]``, without running a model."""
     moe = opened("olmoe").moe
     moe.bridge(TOKENS)  # the last pass found no cache
-    return random_routing(moe, [layer], seed=seed)[0][1](torch.arange(slots).expand(batch, pos, slots), None)
+    writer: Any = random_routing(moe, [layer], seed=seed)[0][1]
+    return writer.__self__.route(torch.arange(slots).expand(batch, pos, slots))
 
 
 def test_as_many_different_experts_as_the_router_takes_with_the_familys_weights(family: str) -> None:
