@@ -65,7 +65,10 @@ def naive(moe: mi.MoEHooks, tokens: torch.Tensor, cells: list[tuple[int, int]], 
 
 def engine(moe: mi.MoEHooks, tokens: torch.Tensor, cells: list[tuple[int, int]], budget: int | None) -> torch.Tensor:
     """The prefix engine on the same cells, the natural pass and its self-check included."""
-    raw = [{"id": str(i), "domain": "d", "prompt": t[:-ANSWER], "answer": t[-ANSWER:]} for i, t in enumerate(tokens.tolist())]
+    raw = [
+        {"id": str(i), "domain": "d", "prompt": t[:-ANSWER], "answer": t[-ANSWER:]}
+        for i, t in enumerate(tokens.tolist())
+    ]
     items = tokenize_items(moe.bridge, check_items(raw))
     scorer = PrefixScorer(moe, "force", tokens_per_pass(moe, TOKENS, budget))
     per_pass = max(1, scorer.tokens // TOKENS)
@@ -77,7 +80,7 @@ def engine(moe: mi.MoEHooks, tokens: torch.Tensor, cells: list[tuple[int, int]],
         scorer.begin(batch, layers, [])
         columns = []
         for layer in layers:
-            experts = [(e,) for l, e in cells if l == layer]
+            experts = [(expert,) for where, expert in cells if where == layer]
             columns.append(scorer.sets(layer, experts, "one", torch.ones(1)))
         found.append(torch.cat(columns, -1).T.reshape(len(cells), len(index), ANSWER))
     return torch.cat(found, dim=1)
@@ -165,7 +168,8 @@ def main() -> None:
     limit = engine_work(arguments.items, cells) / rate
     print(f"of the limit: {limit / best['engine']:.2f} (at least .6)")
     budget = 256 * 2**20
-    print(f"peak memory: {peak_memory(lambda: engine(moe, tokens, cells, budget)) / 2**20:.0f} MiB of a budget of 256 MiB")
+    peak = peak_memory(lambda: engine(moe, tokens, cells, budget))
+    print(f"peak memory: {peak / 2**20:.0f} MiB of a budget of 256 MiB")
     print(f"peak of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
 
 
