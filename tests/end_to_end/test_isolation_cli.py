@@ -18,7 +18,7 @@ runner = CliRunner(env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})
 FIGURES = ("specialization", "calibration", "dominance", "layer_impact", "sorted_p")
 
 
-def items_file(folder: Path, n: int = 4) -> Path:
+def items_file(folder: Path, n: int = 8) -> Path:
     path = folder / "items.jsonl"
     chosen = [item for name in ("facts", "puzzles") for item in load_demo_assets().items[name][:n]]
     path.write_text("".join(item.to_json() + "\n" for item in chosen), encoding="utf-8")
@@ -88,7 +88,7 @@ def test_real_items_run_on_a_model_given_by_path(tmp_path: Path, shared_data: Pa
     files = [shared_data / "eval" / name for name in ("math_svamp.jsonl", "mmlu_general_knowledge.jsonl")]
     short = []
     for file in files:
-        items = sorted(mi.load_items(file), key=lambda item: len(item.prompt))[:4]
+        items = sorted(mi.load_items(file), key=lambda item: len(item.prompt))[:8]
         short += [{"id": i.id, "domain": i.domain, "prompt": i.prompt, "answer": " " + str(i.answer)} for i in items]
     path = tmp_path / "items.jsonl"
     path.write_text("\n".join(map(json.dumps, short)), encoding="utf-8")
