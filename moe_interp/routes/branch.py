@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_interp.errors import DataError
 from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.routes.plan import Plan, score_dtype
+from moe_interp.routes.span import spanned_logits
 from moe_interp.types import EMPTY, Hooks
-
-ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
-_DEFAULT_BUDGET = 2**30
-
-
-class _AtOnce(NamedTuple):
-    """As much as keeps a device busy; more would only leave the processor's caches."""
-
-    branches: int
-    logits_bytes: int
-
-
-_AT_ONCE = {"cpu": _AtOnce(1024, 2**27), "cuda": _AtOnce(16384, 2**29)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,33 +101,16 @@ def branch_scores(
     first = min(routes)
     with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
     present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
-    logp = base.logits.new_full((*present.shape, targets.shape[-1]), float("nan"), dtype=score_dtype(base.logits))
-    flat = logp.view(-1, *logp.shape[2:])
-    plan = _Plan(base, first, with_null[first].indices.shape[2], memory_budget)
+    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget)
     upper = _UpperRoutes(base, {layer: given for layer, given in with_null.items() if layer != first})
-    targets = targets.flatten(0, 1)
-
-    def score(branches: _Branches, sequence: Tensor, chosen: Tensor) -> Tensor:
-        token, route = branches.token[chosen], branches.route[chosen]
-        upper.set(token, route)
-        states = run(sequence, token % base.tokens.shape[1], branches.block_out[branches.of_chunk[chosen], route])
-        n = plan.logits_at_once
-        parts = zip(states.flatten(0, 1).split(n), targets[token].flatten(0, 1).split(n))
-        scores = torch.cat([log_probs(run.logits(part), ids) for part, ids in parts]).view(*token.shape, -1)
-        flat[token, route] = scores
-        return scores
-
     with torch.no_grad(), BranchRunner(base, first, upper.hooks) as run:
+        scorer = _Scorer(base, plan, upper, run, present.shape, targets)
         for tokens in plan.chunks(present.any(dim=-1)):
             of_chunk, route = present.flatten(0, 1)[tokens].nonzero().unbind(-1)
             block_out = _block_outputs(base, first, with_null[first], tokens)
             branches = _Branches(tokens[of_chunk], route, of_chunk, block_out)
-            for sequence, chosen in plan.rows(branches.token):
-                is_bad = ~score(branches, sequence, chosen).isfinite().all(dim=-1)
-                if bool(is_bad.any()):  # a branch that overflows spoils its row, although no other branch reads it
-                    for alone in chosen[is_bad].unsqueeze(1).split(plan.rows_at_once):
-                        score(branches, branches.token[alone[:, 0]] // base.tokens.shape[1], alone)
-    return logp[:, :, 1:], logp[:, :, 0]
+            scorer.score_by_span(branches, tokens) if plan.rank else scorer.score(branches)
+    return scorer.logp[:, :, 1:], scorer.logp[:, :, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +123,57 @@ class _Branches:
     block_out: Tensor
 
 
+class _Scorer:
+    """Runs branches and fills in their scores, ``logp`` ``[batch, pos, route, target]``."""
+
+    def __init__(
+        self, base: BasePass, plan: Plan, upper: _UpperRoutes, run: BranchRunner, shape: torch.Size, targets: Tensor
+    ) -> None:
+        self.base, self.plan, self.upper, self.run = base, plan, upper, run
+        self.targets = targets.flatten(0, 1)
+        self.logp = base.logits.new_full((*shape, targets.shape[-1]), float("nan"), dtype=score_dtype(base.logits))
+        self.flat = self.logp.view(-1, *self.logp.shape[2:])
+
+    def score(self, branches: _Branches) -> None:
+        for sequence, chosen in self.plan.rows(branches.token):
+            is_bad = ~self._score_rows(branches, sequence, chosen).isfinite().all(dim=-1)
+            if bool(is_bad.any()):  # a branch that overflows spoils its row, although no other branch reads it
+                for alone in chosen[is_bad].unsqueeze(1).split(self.plan.rows_at_once):
+                    self._score_rows(branches, branches.token[alone[:, 0]] // self.plan.n_pos, alone)
+
+    def score_by_span(self, branches: _Branches, tokens: Tensor) -> None:
+        """At the last layer, with many routes: one unembedding a direction instead of one a route."""
+        states = branches.block_out.new_zeros(branches.block_out.shape)
+        for sequence, chosen in self.plan.rows(branches.token):
+            states[branches.of_chunk[chosen], branches.route[chosen]] = self._states(branches, sequence, chosen)
+        is_present = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+        is_present[branches.of_chunk, branches.route] = True
+        for part in torch.arange(len(tokens), device=tokens.device).split(self.plan.spans_at_once):
+            logits = spanned_logits(self.run.logits, states[part], self.plan.rank)
+            targets = self.targets[tokens[part]].unsqueeze(1).expand(-1, states.shape[1], -1)
+            if logits is None:
+                scores = self._log_probs(states[part].flatten(0, 1), targets.flatten(0, 1)).view(targets.shape)
+            else:
+                scores = log_probs(logits, targets)
+            self.flat[tokens[part]] = scores.masked_fill(~is_present[part].unsqueeze(-1), float("nan"))
+
+    def _score_rows(self, branches: _Branches, sequence: Tensor, chosen: Tensor) -> Tensor:
+        token, route = branches.token[chosen], branches.route[chosen]
+        states = self._states(branches, sequence, chosen)
+        scores = self._log_probs(states.flatten(0, 1), self.targets[token].flatten(0, 1)).view(*token.shape, -1)
+        self.flat[token, route] = scores
+        return scores
+
+    def _states(self, branches: _Branches, sequence: Tensor, chosen: Tensor) -> Tensor:
+        token, route = branches.token[chosen], branches.route[chosen]
+        self.upper.set(token, route)
+        return self.run(sequence, token % self.plan.n_pos, branches.block_out[branches.of_chunk[chosen], route])
+
+    def _log_probs(self, states: Tensor, targets: Tensor) -> Tensor:
+        n = self.plan.logits_at_once
+        return torch.cat([log_probs(self.run.logits(s), t) for s, t in zip(states.split(n), targets.split(n))])
+
+
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """``[..., vocab]`` and ``[..., target]`` ids to log-probabilities ``[..., target]``, at float32 at least."""
     logits = logits.to(score_dtype(logits))
@@ -160,81 +182,6 @@ def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     # a few rows at a time stay in the processor's cache
     total = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in logits.reshape(-1, logits.shape[-1]).split(16)])
     return logits.gather(-1, targets) - total.view(*targets.shape[:-1], 1)
-
-
-def score_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-class _Plan:
-    """Which tokens are taken together, and how their branches are packed."""
-
-    def __init__(self, base: BasePass, layer: int, n_routes: int, memory_budget: int | None) -> None:
-        self.n_pos = base.tokens.shape[1]
-        budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
-        self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
-        token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
-        if 4 * max(token, row, logits) > budget:
-            raise DataError(
-                f"a memory budget of {budget} bytes",
-                f"at least {4 * max(token, row, logits)} bytes for this model and sequences of {self.n_pos} tokens",
-                "Raise memory_budget, or score shorter sequences.",
-            )
-        at_once = _AT_ONCE.get(base.tokens.device.type, _AT_ONCE["cpu"])
-        self.tokens_at_once = budget // 4 // token
-        self.rows_at_once = min(budget // 2 // row, max(at_once.branches // self.row_length, 1))
-        self.logits_at_once = min(budget // 4 // logits, max(at_once.logits_bytes // logits, 64))
-
-    def chunks(self, wanted: Tensor) -> Iterator[Tensor]:
-        """Flat token indices, by position, as many at a time as expert outputs fit."""
-        place = wanted.nonzero()
-        place = place[place[:, 1].argsort(stable=True)]
-        yield from (place[:, 0] * self.n_pos + place[:, 1]).split(self.tokens_at_once)
-
-    def rows(self, token: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """``[row]`` sequences and ``[row, n]`` branch numbers: one sequence a row, rows sorted by their last position.
-
-        A row that is not full repeats its first branch.
-        """
-        n = self.row_length
-        order = (token // self.n_pos).argsort(stable=True)
-        sequence, counts = torch.unique_consecutive(token[order] // self.n_pos, return_counts=True)
-        rows_each = (counts + n - 1) // n
-        # shape: (branch,): its number within its sequence, then its cell in the table of rows
-        within = torch.arange(len(order), device=token.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        cell = (rows_each.cumsum(0) - rows_each).repeat_interleave(counts) * n + within
-        table = torch.full((int(rows_each.sum()) * n,), -1, device=token.device)
-        table[cell] = order
-        table = table.view(-1, n)
-        table = torch.where(table < 0, table[:, :1], table)
-        by_end = (token[table] % self.n_pos).amax(dim=-1).argsort(stable=True)
-        owner = sequence.repeat_interleave(rows_each)
-        # equal groups: a last small one would use the machine badly
-        n_groups = -(-len(table) // self.rows_at_once)
-        yield from zip(owner[by_end].tensor_split(n_groups), table[by_end].tensor_split(n_groups))
-
-    # upper estimates of what is held at once ------------------------------------------------------------------------
-    def _token_bytes(self, base: BasePass, layer: int, n_routes: int) -> int:
-        """A token's expert outputs, and its routes' mixing weights and block outputs."""
-        spec = base.moe.spec(layer)
-        width = spec.d_model + n_routes
-        return (spec.n_experts * (width + spec.d_expert) + 4 * n_routes * spec.d_model) * base.logits.element_size()
-
-    def _row_bytes(self, base: BasePass, layer: int) -> int:
-        """A row's residuals and expert rows, its keys and values (copied, and once a head), and attention scores."""
-        spec, size = base.moe.spec(layer), base.logits.element_size()
-        model: Any = base.moe.bridge.original_model
-        heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 1))
-        branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model)) * size
-        branch += 0 if base.ends_in_head else _logits_bytes(base)
-        cached = [(k.shape[1] + heads) * (k.shape[-1] + v.shape[-1]) for k, v in base.cache.recorded.values()]
-        scores = heads * self.row_length * (2 * size + 8)
-        return self.row_length * branch + (self.n_pos + self.row_length) * (scores + max(cached, default=0) * size)
-
-
-def _logits_bytes(base: BasePass) -> int:
-    """One branch's logits, at their own width and twice at that of the scores."""
-    return base.logits.shape[-1] * (base.logits.element_size() + 2 * score_dtype(base.logits).itemsize)
 
 
 class _UpperRoutes:

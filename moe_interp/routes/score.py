@@ -15,7 +15,8 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
 from moe_interp.hooks.layer import check_route
 from moe_interp.interventions.force import set_routes
-from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs, ruled_routes, score_dtype
+from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs, ruled_routes
+from moe_interp.routes.plan import score_dtype
 from moe_interp.types import EMPTY, Layer
 
 Method = Literal["auto", "branch", "naive"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.routes import GumbelTopK, TokenKeys, score_joint_routes, score_routes
+from moe_interp.routes import GumbelTopK, TokenKeys, branch, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,
@@ -27,9 +27,9 @@ POSITIONS = [4, -2]
 def both(moe: MoEHooks, routes: dict[int, Tensor], **options: Any) -> tuple[Any, Tensor]:
     tokens, mask = padded_batch()
     options = {"positions": POSITIONS, "attention_mask": mask, **options}
-    branch = score_joint_routes(moe, tokens, routes, method="branch", **options)
+    branches = score_joint_routes(moe, tokens, routes, method="branch", **options)
     naive = score_joint_routes(moe, tokens, routes, method="naive", **options)
-    return branch, naive.logp
+    return branches, naive.logp
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -37,10 +37,10 @@ def test_float64(name: str) -> None:
     moe = attached(name, torch.float64)
     with precision(torch.float64):
         for layer in served_layers(name, moe):
-            branch, naive = both(moe, {layer: random_routes(moe, layer, padded_batch()[0], n_routes=1)})
-            assert largest_difference(branch.logp, naive) <= 1e-10, layer
-            assert branch.null_distance <= 1e-10, layer
-            assert float((branch.logp - branch.logp_standard.unsqueeze(-1)).abs().nan_to_num().max()) >= 0.05, layer
+            branches, naive = both(moe, {layer: random_routes(moe, layer, padded_batch()[0], n_routes=1)})
+            assert largest_difference(branches.logp, naive) <= 1e-10, layer
+            assert branches.null_distance <= 1e-10, layer
+            assert float((branches.logp - branches.logp_standard.unsqueeze(-1)).abs().nan_to_num().max()) >= 0.05, layer
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -48,18 +48,18 @@ def test_float64(name: str) -> None:
 def test_float32_under_both_kinds_of_attention(name: str, attention: str) -> None:
     moe = attached(name, attention=attention)
     for layer in moe.layers:
-        branch, naive = both(moe, {layer: random_routes(moe, layer, padded_batch()[0])})
-        assert largest_difference(branch.logp, naive) <= 2e-5, layer
-        assert branch.null_distance <= 2e-5, layer
+        branches, naive = both(moe, {layer: random_routes(moe, layer, padded_batch()[0])})
+        assert largest_difference(branches.logp, naive) <= 2e-5, layer
+        assert branches.null_distance <= 2e-5, layer
 
 
 def test_every_position_of_one_sequence_without_padding() -> None:
     moe, tokens = attached("olmoe"), tiny.random_tokens(1, 10)
     routes = random_routes(moe, 0, tokens, n_routes=3)
-    branch = score_routes(moe, tokens, 0, routes, method="branch")
-    assert largest_difference(branch, score_routes(moe, tokens, 0, routes, method="naive")) <= 2e-5
-    assert bool(branch[:, -1].isnan().all())
-    assert not bool(branch[:, :-1].isnan().any())
+    branches = score_routes(moe, tokens, 0, routes, method="branch")
+    assert largest_difference(branches, score_routes(moe, tokens, 0, routes, method="naive")) <= 2e-5
+    assert bool(branches[:, -1].isnan().all())
+    assert not bool(branches[:, :-1].isnan().any())
 
 
 def test_sliding_windows_shorter_than_the_sequence() -> None:
@@ -71,12 +71,12 @@ def test_sliding_windows_shorter_than_the_sequence() -> None:
         wide = score_routes(moe, tokens, 0, routes, method="branch")
         config.sliding_window = 4
         try:
-            branch = score_routes(moe, tokens, 0, routes, method="branch", positions=[3, 9])
+            branches = score_routes(moe, tokens, 0, routes, method="branch", positions=[3, 9])
             naive = score_routes(moe, tokens, 0, routes, method="naive", positions=[3, 9])
         finally:
             config.sliding_window = None
-    assert largest_difference(branch, naive) <= 1e-10
-    assert float((branch - wide)[:, 9].abs().max()) >= 1e-3
+    assert largest_difference(branches, naive) <= 1e-10
+    assert float((branches - wide)[:, 9].abs().max()) >= 1e-3
 
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "phimoe", "gpt_oss", "jetmoe"])
@@ -88,9 +88,9 @@ def test_given_weights(name: str) -> None:
     weights = torch.rand(routes.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with precision(torch.float64):
         given: dict[str, Any] = {"weights": weights, "positions": POSITIONS, "attention_mask": mask}
-        branch = score_routes(moe, tokens, layer, routes, method="branch", **given)
+        branches = score_routes(moe, tokens, layer, routes, method="branch", **given)
         naive = score_routes(moe, tokens, layer, routes, method="naive", **given)
-    assert largest_difference(branch, naive) <= 1e-10
+    assert largest_difference(branches, naive) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["olmoe", "deepseek_v2", "llama4", "gemma4_text"])
@@ -103,9 +103,9 @@ def test_joint_routes_at_several_layers(name: str, is_weighted: bool) -> None:
     routes = {layer: random_routes(moe, layer, tokens, seed=layer) for layer in moe.layers}
     weights = {layer: torch.rand(r.shape, dtype=torch.float64) for layer, r in routes.items()} if is_weighted else None
     with precision(torch.float64):
-        branch, naive = both(moe, routes, weights=weights)
-    assert largest_difference(branch.logp, naive) <= 1e-10
-    assert branch.null_distance <= 1e-10
+        branches, naive = both(moe, routes, weights=weights)
+    assert largest_difference(branches.logp, naive) <= 1e-10
+    assert branches.null_distance <= 1e-10
 
 
 def test_empty_slots_and_absent_routes() -> None:
@@ -114,11 +114,11 @@ def test_empty_slots_and_absent_routes() -> None:
     routes[:, :, 0, 0] = -1  # one expert fewer, its slot in front
     routes[:, 3, 1] = -1
     with precision(torch.float64):
-        branch = score_routes(moe, tokens, 1, routes, method="branch", positions=[2, 3])
+        branches = score_routes(moe, tokens, 1, routes, method="branch", positions=[2, 3])
         naive = score_routes(moe, tokens, 1, routes, method="naive", positions=[2, 3])
-    assert largest_difference(branch, naive) <= 1e-10
-    assert bool(branch[:, 3, 1].isnan().all())
-    assert not bool(branch[:, 2].isnan().any())
+    assert largest_difference(branches, naive) <= 1e-10
+    assert bool(branches[:, 3, 1].isnan().all())
+    assert not bool(branches[:, 2].isnan().any())
 
 
 def test_positions_are_counted_in_the_unpadded_sequences() -> None:
@@ -144,10 +144,32 @@ def test_scores_do_not_depend_on_the_budget() -> None:
     assert largest_difference(roomy, tight) <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["olmoe", "granite_moe", "laguna"])
+def test_many_routes_at_the_last_layer_share_their_unembeddings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, (tokens, mask) = attached(name, torch.float64), padded_batch()
+    routes = random_routes(moe, moe.layers[-1], tokens, n_routes=60)
+    routes[:, 4, 3] = -1
+    given: dict[str, Any] = {"attention_mask": mask, "positions": POSITIONS, "method": "branch"}
+    spanned, calls = branch.spanned_logits, []
+
+    def counted(*args: Any) -> Tensor | None:
+        calls.append(spanned(*args))
+        return calls[-1]
+
+    with precision(torch.float64):
+        monkeypatch.setattr(branch, "spanned_logits", counted)
+        shared = score_routes(moe, tokens, moe.layers[-1], routes, **given)
+        monkeypatch.setattr(plan, "pays", lambda *args: False)
+        single = score_routes(moe, tokens, moe.layers[-1], routes, **given)
+    # a scale follows the unembedding of granite, so its logits are not what the unembedding gives
+    assert [logits is None for logits in calls] == ([] if name == "granite_moe" else [False])
+    assert largest_difference(shared, single) <= 1e-10
+
+
 def test_bfloat16_stays_within_its_own_noise() -> None:
     moe, tokens = attached("olmoe", torch.bfloat16), tiny.random_tokens(2, 10)
     routes = random_routes(moe, 0, tokens)
-    branch = score_joint_routes(moe, tokens, {0: routes}, method="branch")
+    branches = score_joint_routes(moe, tokens, {0: routes}, method="branch")
     naive = score_routes(moe, tokens, 0, routes, method="naive")
-    assert branch.logp.dtype == torch.float32
-    assert float((branch.logp - naive).abs().nanmedian()) <= 0.03
+    assert branches.logp.dtype == torch.float32
+    assert float((branches.logp - naive).abs().nanmedian()) <= 0.03

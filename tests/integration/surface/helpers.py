@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +16,14 @@ from tests import tiny
 TOKENS = tiny.random_tokens(2, 8)
 
 
-def build(name: str) -> TransformerBridge:
+@cache
+def _built(name: str) -> TransformerBridge:
     return tiny.build_bridge(tiny.build_hf(name), name)
+
+
+def build(name: str) -> TransformerBridge:
+    """A fresh bridge: a copy, which takes a quarter of the time of building one."""
+    return copy.deepcopy(_built(name))
 
 
 def attach_to(name: str, **options: Any) -> MoEHooks:

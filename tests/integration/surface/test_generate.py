@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -56,6 +57,9 @@ def test_generation_with_a_cache_is_hooked_step_by_step(family: str) -> None:
     torch.testing.assert_close(torch.cat(seen, 1), moe.cached(whole, "router_logits", layer), atol=atol, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "family", ["olmoe", "qwen3_next", "gpt_oss", "deepseek_v3", "llama4", "jetmoe", "nemotron_h", "switch_transformers"]
+)
 def test_an_edit_at_every_step_generates_the_same_with_and_without_a_cache(family: str) -> None:
     bridge = build(family)
     plain = generate(bridge)

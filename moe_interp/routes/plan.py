@@ -1,0 +1,117 @@
+"""How branches are packed: which tokens are taken together, in what rows, and how many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_interp.errors import DataError
+from moe_interp.hooks.branches import BasePass
+from moe_interp.routes.span import pays
+
+ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
+_DEFAULT_BUDGET = 2**30
+
+
+class _AtOnce(NamedTuple):
+    """As much as keeps a device busy; more would only leave the processor's caches."""
+
+    branches: int
+    logits_bytes: int
+
+
+_AT_ONCE = {"cpu": _AtOnce(1024, 2**27), "cuda": _AtOnce(16384, 2**29)}
+
+
+class Plan:
+    """The packing of one layer's branches within a memory budget.
+
+    Attributes:
+        row_length: Branches a row.
+        tokens_at_once, rows_at_once, logits_at_once: How many are held together.
+        rank: At the last layer with many routes, the directions that a token's final states span; else 0.
+        spans_at_once: Tokens whose routes are unembedded by their span together.
+
+    Raises:
+        DataError: the budget does not hold a single row.
+    """
+
+    def __init__(self, base: BasePass, layer: int, n_routes: int, memory_budget: int | None) -> None:
+        self.n_pos = base.tokens.shape[1]
+        budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
+        self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
+        token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
+        if 4 * max(token, row, logits) > budget:
+            raise DataError(
+                f"a memory budget of {budget} bytes",
+                f"at least {4 * max(token, row, logits)} bytes for this model and sequences of {self.n_pos} tokens",
+                "Raise memory_budget, or score shorter sequences.",
+            )
+        at_once = _AT_ONCE.get(base.tokens.device.type, _AT_ONCE["cpu"])
+        self.tokens_at_once = budget // 4 // token
+        self.rows_at_once = min(budget // 2 // row, max(at_once.branches // self.row_length, 1))
+        self.logits_at_once = min(budget // 4 // logits, max(at_once.logits_bytes // logits, 64))
+        # what the routes of a token can span at the last layer: its experts' outputs, its residual, a norm's centring
+        spec = base.moe.spec(layer)
+        rank = min(spec.n_experts, n_routes * spec.top_k) + 3
+        self.spans_at_once = self.logits_at_once // (n_routes + rank)
+        is_last = layer == len(base.blocks) - 1 and base.ends_in_head and self.spans_at_once > 0
+        self.rank = rank if is_last and pays(n_routes, rank, spec.d_model, base.logits.dtype) else 0
+
+    def chunks(self, wanted: Tensor) -> Iterator[Tensor]:
+        """Flat token indices, by position, as many at a time as expert outputs fit."""
+        place = wanted.nonzero()
+        place = place[place[:, 1].argsort(stable=True)]
+        yield from (place[:, 0] * self.n_pos + place[:, 1]).split(self.tokens_at_once)
+
+    def rows(self, token: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """``[row]`` sequences and ``[row, n]`` branch numbers: one sequence a row, rows sorted by their last position.
+
+        A row that is not full repeats its first branch.
+        """
+        n = self.row_length
+        order = (token // self.n_pos).argsort(stable=True)
+        sequence, counts = torch.unique_consecutive(token[order] // self.n_pos, return_counts=True)
+        rows_each = (counts + n - 1) // n
+        # shape: (branch,): its number within its sequence, then its cell in the table of rows
+        within = torch.arange(len(order), device=token.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        cell = (rows_each.cumsum(0) - rows_each).repeat_interleave(counts) * n + within
+        table = torch.full((int(rows_each.sum()) * n,), -1, device=token.device)
+        table[cell] = order
+        table = table.view(-1, n)
+        table = torch.where(table < 0, table[:, :1], table)
+        by_end = (token[table] % self.n_pos).amax(dim=-1).argsort(stable=True)
+        owner = sequence.repeat_interleave(rows_each)
+        # equal groups: a last small one would use the machine badly
+        n_groups = -(-len(table) // self.rows_at_once)
+        yield from zip(owner[by_end].tensor_split(n_groups), table[by_end].tensor_split(n_groups))
+
+    # upper estimates of what is held at once ------------------------------------------------------------------------
+    def _token_bytes(self, base: BasePass, layer: int, n_routes: int) -> int:
+        """A token's expert outputs, and its routes' mixing weights and block outputs."""
+        spec = base.moe.spec(layer)
+        width = spec.d_model + n_routes
+        return (spec.n_experts * (width + spec.d_expert) + 4 * n_routes * spec.d_model) * base.logits.element_size()
+
+    def _row_bytes(self, base: BasePass, layer: int) -> int:
+        """A row's residuals and expert rows, its keys and values (copied, and once a head), and attention scores."""
+        spec, size = base.moe.spec(layer), base.logits.element_size()
+        model: Any = base.moe.bridge.original_model
+        heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 1))
+        branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model)) * size
+        branch += 0 if base.ends_in_head else _logits_bytes(base)
+        cached = [(k.shape[1] + heads) * (k.shape[-1] + v.shape[-1]) for k, v in base.cache.recorded.values()]
+        scores = heads * self.row_length * (2 * size + 8)
+        return self.row_length * branch + (self.n_pos + self.row_length) * (scores + max(cached, default=0) * size)
+
+
+def _logits_bytes(base: BasePass) -> int:
+    """One branch's logits, at their own width and twice at that of the scores."""
+    return base.logits.shape[-1] * (base.logits.element_size() + 2 * score_dtype(base.logits).itemsize)
+
+
+def score_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
