@@ -13,12 +13,12 @@ from rich.markup import escape
 from moe_interp.cli import console
 from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
 from moe_interp.errors import ConfigError
+from moe_interp.experiments.findings import plan_isolation
 from moe_interp.experiments.isolation import isolate_experts
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.experiments.items import Item, check_items, load_items
 from moe_interp.plots import calibration_scatter, dominance, layer_impact, save_figure, sorted_p, specialization_map
 from moe_interp.report.page import write_page
-from moe_interp.stats import plan_wilcoxon
 from moe_interp.testbed.demo import load_demo_assets
 
 FIGURES: dict[str, Callable[..., Any]] = {
@@ -54,7 +54,7 @@ def isolate(
     moe = load_hooks(model, device, dtype)
     sets = _experts(experts)
     labels = None if layers is None else [moe.layer_label(part) for part in layers.split(",")]
-    _announce_plan(chosen, len(labels or moe.layers) * len(sets or range(moe.spec(moe.layers[0]).n_experts)))
+    _announce_plan(chosen, len(labels or moe.layers), len(sets or range(moe.spec(moe.layers[0]).n_experts)))
     store = out / "cells"
     if not resume and store.exists():
         for file in store.iterdir():
@@ -108,13 +108,11 @@ def write_isolation(result: IsolationResult, out: Path, **extra: str) -> None:
     write_page(out / "index.html", result, extra=extra)
 
 
-def _announce_plan(items: list[Item], cells: int) -> None:
+def _announce_plan(items: list[Item], n_layers: int, n_experts: int) -> None:
     """Before the run: what the tests will be able to show."""
     counts = Counter(item.domain for item in items)
-    tests = cells * len(counts)
     sizes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    console.err.print(f"{len(items)} items ({escape(sizes)}), {cells} layer-expert cells, {tests} tests")
-    console.err.print(plan_wilcoxon(min(counts.values()), tests))
+    console.err.print(escape(f"{len(items)} items ({sizes}). {plan_isolation(counts, n_layers, n_experts)}"))
 
 
 def _experts(text: str | None) -> list[int | tuple[int, ...]] | None:

@@ -84,9 +84,7 @@ def specialization(
         labels = {"domain": domain, "layer": np.repeat(layers, len(experts)), "expert": np.tile(experts, len(layers))}
         frames.append(pd.DataFrame(labels | {name: value.ravel() for name, value in columns.items()}))
     table = pd.concat(frames, ignore_index=True)
-    # of the very test that is used: above 25 items the normal law has a higher floor than the exact null
-    best = {n: float(stats.wilcoxon_signed_rank(np.arange(1.0, n + 1)).p_value) for n in set(table["n"])}
-    floors = table["n"].map(best)
+    floors = table["n"].map({n: stats.smallest_attainable_p(n) for n in set(table["n"])})
     testable = floors <= alpha
     q = stats.adjust_p(table["p"].where(testable), method=method)
     found = stats.rejected(q, alpha)

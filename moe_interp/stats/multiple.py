@@ -55,7 +55,7 @@ def tests_needed_at_floor(n: int, m: int, alpha: float = 0.05, *, method: str = 
 
     The smallest k with floor * m / k <= alpha (BH), floor * m * sum(1/j) / k <= alpha (BY); Holm needs the floor itself
     under alpha / m, so 1 or nothing. A number above ``m`` means that no data of this size can reject anything.
-    Source: derived. Exact for two-sided exact tests without zeros; zeros raise the floor.
+    Source: derived. For two-sided tests without zeros or ties, see :func:`moe_interp.stats.smallest_attainable_p`.
     """
     check_at_least(m, 1, "m")
     check_probability(alpha, "alpha")
@@ -69,7 +69,8 @@ def items_needed(m: int, alpha: float = 0.05, *, at_floor: int = 1, method: str 
     """Fewest items per test such that ``at_floor`` of ``m`` tests at the smallest attainable p are rejected.
 
     The smallest n with :func:`tests_needed_at_floor` (n, m, alpha) <= ``at_floor``. It is a condition for rejecting
-    anything at all, not for power: see :func:`wilcoxon_power`.
+    anything at all, not for power: see :func:`wilcoxon_power`. More items need not do better: from 26 on the floor is
+    that of the normal law.
     """
     check_at_least(at_floor, 1, "at_floor")
     return next(n for n in range(1, 1000) if tests_needed_at_floor(n, m, alpha, method=method) <= at_floor)

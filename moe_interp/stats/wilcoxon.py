@@ -11,6 +11,7 @@ from scipy import stats as scipy_stats
 from moe_interp.stats.checks import FloatArray, check_at_least, check_choice, sample_last
 
 ALTERNATIVES = ("two-sided", "greater", "less")
+EXACT_MAX_N = 25
 _ROWS_AT_ONCE = 4096
 
 
@@ -43,7 +44,7 @@ def wilcoxon_signed_rank(
     axis: int = -1,
     alternative: str = "two-sided",
     zero_method: str = "pratt",
-    exact_max_n: int = 25,
+    exact_max_n: int = EXACT_MAX_N,
     correction: bool = False,
 ) -> WilcoxonResult:
     """Wilcoxon signed-rank test of symmetry about zero, for every row of ``x``.
@@ -108,11 +109,20 @@ def signed_ranks(rows: FloatArray, zero_method: str = "pratt") -> FloatArray:
     return np.nan_to_num(np.sign(rows)) * ranks
 
 
-def smallest_attainable_p(n: int, alternative: str = "two-sided") -> float:
-    """Smallest p-value that the exact test can give with ``n`` nonzero differences: 2 / 2^n, or 1 / 2^n one-sided."""
+def smallest_attainable_p(n: int, alternative: str = "two-sided", *, exact_max_n: int = EXACT_MAX_N) -> float:
+    """Smallest p-value that :func:`wilcoxon_signed_rank` gives with ``n`` nonzero differences of different sizes.
+
+    2 / 2^n up to ``exact_max_n`` items; above, the normal law at W+ = n (n + 1) / 2, that is at
+    z^2 = 3 n (n + 1) / (2 (2 n + 1)); one-sided half of that. Zeros raise the floor. Ties leave the exact floor as it
+    is and lower the normal one, at most to that of z^2 = n.
+
+    Source: derived. The normal floor is far above the exact one: 26 items reach 8e-6, 25 reach 6e-8.
+    """
     check_at_least(n, 1, "n")
     check_choice(alternative, ALTERNATIVES, "alternative")
-    return min(1.0, (2.0 if alternative == "two-sided" else 1.0) * 2.0**-n)
+    way = -1 if alternative == "less" else 1
+    most_extreme = way * np.arange(1.0, int(n) + 1)
+    return float(wilcoxon_signed_rank(most_extreme, alternative=alternative, exact_max_n=exact_max_n).p_value)
 
 
 def signed_rank_null(ranks: ArrayLike) -> FloatArray:

@@ -85,6 +85,9 @@ def test_the_plan_knows_the_published_trap():
     assert "896 tests: 4 domains x 14 layers x 16 experts." in plan
     assert "smallest attainable p is 0.00195: at least 35 of the 896 tests must reach it together" in plan
     assert "16 items per domain would let a single test be rejected on its own." in plan
+    # above 25 items the test uses the normal law, and so does the plan
+    large = plan_isolation({"math": 30, "science": 50}, 32, 64)
+    assert "With 30 items the smallest attainable p is 1.73e-06: a single test of 4096" in large
     assert plan_isolation({"a": 3}, 2, 4) == "Too few items for any test at 0.05, at least 6 are needed: a."
     with pytest.raises(DataError, match="items per domain"):
         plan_isolation({}, 2, 4)

@@ -48,7 +48,7 @@ def test_plan_agrees_with_the_procedures():
     assert stats.items_needed(896) == 16
     assert stats.items_needed(896, at_floor=35) == 10
     for method in ("bh", "by", "holm"):
-        for n, m in ((8, 50), (10, 896), (14, 896), (20, 2048)):
+        for n, m in ((8, 50), (10, 896), (14, 896), (20, 2048), (26, 6000), (30, 896), (26, 60_000)):
             needed = stats.tests_needed_at_floor(n, m, method=method)
             p = np.ones(m)
             p[: min(needed, m)] = stats.smallest_attainable_p(n)
@@ -61,6 +61,9 @@ def test_plan_in_words():
     assert "at least 35 of the 896 tests must reach it together" in stats.plan_wilcoxon(10, 896)
     assert "none of the 896 tests can be rejected" in stats.plan_wilcoxon(4, 896)
     assert "a single test of 896 can be rejected" in stats.plan_wilcoxon(16, 896)
+    # the floor of the test that is run: the normal law above 25 items
+    assert stats.plan_wilcoxon(30, 896).startswith("With 30 items the smallest attainable p is 1.73e-06: a single test")
+    assert "at least 4 of the 100000 tests must reach it" in stats.plan_wilcoxon(30, 100_000)
 
 
 def test_false_discovery_share_is_held():

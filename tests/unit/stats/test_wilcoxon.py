@@ -110,10 +110,32 @@ def test_missing_items_are_left_out_row_by_row():
     assert np.isnan(result.effect[2])
 
 
-def test_smallest_attainable_p():
-    assert smallest_attainable_p(10) == 2 / 1024
-    assert smallest_attainable_p(10, "greater") == 1 / 1024
-    assert wilcoxon_signed_rank(np.arange(1.0, 11.0)).p_value == pytest.approx(2 / 1024, abs=1e-15)
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_the_stated_floor_is_what_the_test_attains(alternative):
+    way = -1 if alternative == "less" else 1
+    for n in range(1, 61):
+        extreme = way * (1 + derive_rng(n, "floor").random(n))
+        floor = smallest_attainable_p(n, alternative)
+        assert floor == pytest.approx(float(wilcoxon_signed_rank(extreme, alternative=alternative).p_value), rel=1e-12)
+        if n < 20:  # the smallest difference turned round is the next best
+            extreme[np.abs(extreme).argmin()] *= -1
+            assert n == 1 or wilcoxon_signed_rank(extreme, alternative=alternative).p_value > floor
+        method = "exact" if n <= 25 else "asymptotic"
+        expected = scipy_stats.wilcoxon(way * np.arange(1.0, n + 1), method=method, alternative=alternative).pvalue
+        assert floor == pytest.approx(expected, rel=1e-10)
+
+
+def test_smallest_attainable_p_by_hand():
+    assert smallest_attainable_p(1) == 1
+    assert smallest_attainable_p(10) == pytest.approx(2 / 1024, rel=1e-14)
+    assert smallest_attainable_p(10, "greater") == pytest.approx(1 / 1024, rel=1e-14)
+    assert smallest_attainable_p(25) == pytest.approx(2 / 2**25, rel=1e-12)
+    # z = 465 / sqrt(30 x 31 x 61 / 6)
+    assert smallest_attainable_p(30) == pytest.approx(2 * scipy_stats.norm.sf(465 / np.sqrt(9455)), rel=1e-12)
+    assert smallest_attainable_p(30, exact_max_n=30) == pytest.approx(2 / 2**30, rel=1e-12)
+    # ties: the exact floor stays, the normal one falls to that of z = sqrt(n)
+    assert wilcoxon_signed_rank(np.ones(25)).p_value == pytest.approx(2 / 2**25, rel=1e-12)
+    assert wilcoxon_signed_rank(np.ones(30)).p_value == pytest.approx(2 * scipy_stats.norm.sf(np.sqrt(30)), rel=1e-12)
 
 
 def test_null_distribution_of_untied_ranks():
