@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class BranchRunner:
     def __init__(self, base: BasePass, layer: int, hooks: Hooks | None = None) -> None:
         self.base, self.layer, self.hooks = base, layer, hooks or []
         self.rows: _Rows | None = None
-        self._unembed: Callable[[Tensor], Tensor] = base.head.forward
+        self._unembed = _unembedding(base.head)
         self._stack = ExitStack()
 
     def __enter__(self) -> BranchRunner:
@@ -233,7 +234,6 @@ class BranchRunner:
         self.rows = None
         self._stack.close()
 
-    @torch.no_grad()
     def __call__(self, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
         """What the model gives at branches, to be read with :meth:`logits`.
 
@@ -356,6 +356,14 @@ def _target(block: nn.Module, moe: MoEHooks, layer: int) -> str:
     spec = moe.spec(layer)
     wanted = spec.experts if spec.container is block else spec.container
     return next(name for name, child in block.named_children() if unwrap(child) is wanted)
+
+
+def _unembedding(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    linear = unwrap(head)
+    # TransformerLens gives a head without a bias one of zeros, which would be copied into every logit
+    if type(linear) is nn.Linear and linear.bias is not None and not bool(linear.bias.any()):
+        return partial(nn.functional.linear, weight=linear.weight)
+    return head.forward
 
 
 def _is_same(logits: Tensor, output: Tensor, version: int) -> bool:

@@ -107,7 +107,7 @@ def branch_scores(
         scorer = _Scorer(base, plan, upper, run, present.shape, targets)
         for tokens in plan.chunks(present.any(dim=-1)):
             of_chunk, route = present.flatten(0, 1)[tokens].nonzero().unbind(-1)
-            block_out = _block_outputs(base, first, with_null[first], tokens)
+            block_out = block_outputs(base, first, with_null[first], tokens)
             branches = _Branches(tokens[of_chunk], route, of_chunk, block_out)
             scorer.score_by_span(branches, tokens) if plan.rank else scorer.score(branches)
     return scorer.logp[:, :, 1:], scorer.logp[:, :, 0]
@@ -180,8 +180,8 @@ def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.is_cuda:
         return logits.gather(-1, targets) - logits.logsumexp(dim=-1, keepdim=True)
     # a few rows at a time stay in the processor's cache
-    total = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in logits.reshape(-1, logits.shape[-1]).split(16)])
-    return logits.gather(-1, targets) - total.view(*targets.shape[:-1], 1)
+    rows = zip(logits.reshape(-1, logits.shape[-1]).split(16), targets.reshape(-1, targets.shape[-1]).split(16))
+    return torch.cat([row.log_softmax(dim=-1).gather(-1, ids) for row, ids in rows]).view(targets.shape)
 
 
 class _UpperRoutes:
@@ -209,7 +209,7 @@ class _UpperRoutes:
         return put
 
 
-def _block_outputs(base: BasePass, layer: int, routes: LayerRoutes, tokens: Tensor) -> Tensor:
+def block_outputs(base: BasePass, layer: int, routes: LayerRoutes, tokens: Tensor) -> Tensor:
     """The output of the experts' block under every route, ``[token, route, d_model]``; route 0 is the standard one."""
     spec = base.moe.spec(layer)
     indices, weights = routes.indices.flatten(0, 1)[tokens], routes.weights.flatten(0, 1)[tokens]
