@@ -1,5 +1,6 @@
 """Counterfactual routes: sampling them, and scoring them exactly and fast."""
 
+from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch import LayerRoutes, RouteScores
 from moe_interp.routes.sample import (
     AllSubsets,
@@ -19,6 +20,7 @@ from moe_interp.routes.score import (
     score_joint_routes,
     score_routes,
 )
+from moe_interp.routes.screen import ScreenedRoutes, own_gradients, route_credits, screen_from_base, screen_routes
 
 __all__ = [
     "AllSubsets",
@@ -29,12 +31,18 @@ __all__ = [
     "RouteSampler",
     "RouteScores",
     "SampledRoutes",
+    "ScreenAudit",
+    "ScreenedRoutes",
     "SlowRoutesWarning",
     "TokenKeys",
     "UniformSubsets",
     "check_routes",
     "check_tokens",
+    "own_gradients",
+    "route_credits",
     "score_from_base",
     "score_joint_routes",
     "score_routes",
+    "screen_from_base",
+    "screen_routes",
 ]

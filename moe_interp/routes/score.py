@@ -73,7 +73,7 @@ def score_routes(
 
     It does not show whether a route would have been better for the tokens after the next, nor on average over contexts.
     """
-    label = _decoder_layer(moe, layer)
+    label = decoder_layer(moe, layer)
     indices = None if weights is None else {label: weights}
     return score_joint_routes(
         moe, tokens, {label: routes}, positions, indices, attention_mask, method, memory_budget
@@ -92,7 +92,7 @@ def score_joint_routes(
 ) -> RouteScores:
     """As :func:`score_routes`, with routes at several layers of the token at once: route r of each, jointly."""
     tokens = check_tokens(moe, tokens, attention_mask)
-    labels = [_decoder_layer(moe, layer) for layer in routes]
+    labels = [decoder_layer(moe, layer) for layer in routes]
     base = BasePass(moe, tokens, sorted(labels), attention_mask)
     given = {
         label: check_routes(base, label, tensor, (weights or {}).get(layer))
@@ -234,7 +234,7 @@ def check_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | 
     return ruled_routes(base, layer, given, fixed)
 
 
-def _decoder_layer(moe: MoEHooks, layer: Layer) -> int:
+def decoder_layer(moe: MoEHooks, layer: Layer) -> int:
     if isinstance(moe.layers[0], tuple):
         raise ConfigError(
             f"{moe.spec(moe.layers[0]).family.name}, an encoder-decoder",

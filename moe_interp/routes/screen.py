@@ -1,0 +1,267 @@
+"""First-order screening: one backward pass ranks all routes of all tokens, and only the best few are scored exactly.
+
+The credit of route r of token t at layer l is ``g . (b_r - b_0)``, with b the output of the experts' block and g the
+gradient of the log-probability of t's **own** next token with respect to it. In a plain backward pass of the summed
+log-probabilities, g would also hold what position t's keys and values do to the predictions of later tokens. Here the
+standard route of each token runs as a branch: it reads the recorded keys and values of earlier positions as constants,
+and no branch reads another. So every token's log-probability depends on its own block outputs alone, through its
+residual stream and its own key and value, and one backward pass of the sum gives each token's own gradient, exactly, at
+all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_interp.errors import ConfigError
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.routes.audit import ScreenAudit
+from moe_interp.routes.branch import LayerRoutes, block_outputs, log_probs
+from moe_interp.routes.plan import Plan
+from moe_interp.routes.score import check_routes, check_tokens, decoder_layer, scorable, score_from_base
+from moe_interp.types import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class ScreenedRoutes:
+    """Routes of one layer, ranked to first order, the best few scored exactly.
+
+    Attributes:
+        credit: ``[batch, pos, route]`` in nats, the first-order estimate of ``logp - logp_standard``; NaN where absent.
+        logp: ``[batch, pos, route]`` in nats, exact; NaN but for each token's kept routes.
+        logp_standard, logp_null: ``[batch, pos]``, as in ``RouteScores``.
+        is_kept: ``[batch, pos, route]`` bool.
+        audit: How much the screen missed, on a sample of tokens all of whose routes were scored.
+    """
+
+    credit: Tensor
+    logp: Tensor
+    logp_standard: Tensor
+    logp_null: Tensor
+    is_kept: Tensor
+    audit: ScreenAudit
+
+
+def screen_routes(
+    moe: MoEHooks,
+    tokens: Tensor,
+    layers: Sequence[Layer],
+    routes: Mapping[Layer, Tensor],
+    keep: int = 4,
+    audit: int = 64,
+    positions: Sequence[int] | Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    seed: int = 0,
+    memory_budget: int | None = None,
+) -> dict[int, ScreenedRoutes]:
+    """Rank routes by one backward pass, and score the ``keep`` best of each token exactly.
+
+    Args:
+        moe: Attached hooks.
+        tokens: ``[batch, pos]`` ids.
+        layers: MoE layers.
+        routes: By layer, ``[batch, pos, route, slot]`` expert ids, as for :func:`score_routes`.
+        keep: Routes of a token that are scored exactly.
+        audit: Tokens a layer whose routes are all scored, drawn by ``seed``, to say what the screen missed.
+        positions, attention_mask, memory_budget: See :func:`score_routes`.
+        seed: Of the audited tokens.
+
+    Returns:
+        By layer. The sign: a positive credit or advantage is a better prediction than the standard route's.
+
+    Raises:
+        ConfigError: fewer than one route to keep or token to audit, or a layer at which branches are not exact.
+        RouteError, DataError, HookError: as :func:`score_routes`.
+
+    A credit is linear in the route difference: it ranks, and is no estimate of large effects. ``logp`` holds few routes
+    of each token, chosen for being good: it shows gaps and regrets, not alignment or the share of better routes.
+    Source: derived (first-order attribution of routes).
+    """
+    tokens = check_tokens(moe, tokens, attention_mask)
+    labels = {decoder_layer(moe, layer): layer for layer in layers}
+    base = BasePass(moe, tokens, sorted(labels), attention_mask)
+    given = {label: check_routes(base, label, routes[layer]) for label, layer in labels.items()}
+    return screen_from_base(base, given, keep, audit, positions, seed, memory_budget)
+
+
+def screen_from_base(
+    base: BasePass,
+    routes: Mapping[int, LayerRoutes],
+    keep: int = 4,
+    audit: int = 64,
+    positions: Sequence[int] | Tensor | None = None,
+    seed: int = 0,
+    memory_budget: int | None = None,
+) -> dict[int, ScreenedRoutes]:
+    """As :func:`screen_routes`, on the sequences of a base pass; layers are screened one by one, not jointly."""
+    if keep < 1 or audit < 1:
+        raise ConfigError(f"keep={keep} and audit={audit}", "at least one of each", "Raise them.")
+    wanted = scorable(base, positions)
+    credits = route_credits(base, routes, wanted, memory_budget)
+    return {
+        layer: _screen(base, layer, given, credits[layer], wanted, keep, _sample(wanted, audit, seed), memory_budget)
+        for layer, given in routes.items()
+    }
+
+
+def route_credits(
+    base: BasePass, routes: Mapping[int, LayerRoutes], wanted: Tensor, memory_budget: int | None = None
+) -> dict[int, Tensor]:
+    """By layer, each route's first-order advantage over the standard one, ``[batch, pos, route]`` in nats.
+
+    NaN at tokens that are not ``wanted`` ``[batch, pos]``, and at absent routes.
+    """
+    gradients = own_gradients(base, tuple(routes), wanted, memory_budget)
+    return {
+        layer: _credit(base, layer, given, gradients[layer], wanted, memory_budget) for layer, given in routes.items()
+    }
+
+
+def own_gradients(
+    base: BasePass, layers: Sequence[int], wanted: Tensor, memory_budget: int | None = None
+) -> dict[int, Tensor]:
+    """By layer, ``d log p(own next token) / d (output of the experts' block)``, ``[batch, pos, d_model]``.
+
+    Later tokens' predictions do not enter (see the module's text). Zero at tokens that are not ``wanted``.
+
+    Raises:
+        ConfigError: a layer at which branches are not exact on this model.
+    """
+    first, above = min(layers), sorted(set(layers) - {min(layers)})
+    if reason := base.refusal(first):
+        raise ConfigError(
+            f"screening from layer {first}, but {reason}",
+            "layers that branches are exact at",
+            "Screen later layers, or score all routes with score_routes.",
+        )
+    block_out = base.block_out(first)
+    gradients = {layer: torch.zeros_like(block_out, dtype=_at_least_float(block_out)) for layer in layers}
+    targets = base.tokens.roll(-1, dims=1).reshape(-1)
+    plan = Plan(base, first, 1, memory_budget)
+    with torch.enable_grad(), BranchRunner(base, first) as run, _Recorder(base, above) as recorded:
+        for sequence, token in _rows(plan, wanted, len(base.blocks) - first):
+            leaf = block_out[token].detach().requires_grad_()
+            states = run(sequence, token % plan.n_pos, leaf)
+            outputs = [leaf, *(recorded.values[layer] for layer in above)]
+            found = torch.autograd.grad(states, outputs, _unembedding_gradient(run, states, targets[token], plan))
+            for layer, gradient in zip([first, *above], found):
+                gradients[layer][token] = gradient.reshape(leaf.shape).to(gradients[layer].dtype)
+    return {layer: gradient.view(*base.tokens.shape, -1) for layer, gradient in gradients.items()}
+
+
+class _Recorder:
+    """Keeps the outputs of the experts' blocks of some layers, within their graph; a context manager."""
+
+    def __init__(self, base: BasePass, layers: Sequence[int]) -> None:
+        self.base, self.layers = base, layers
+        self.values: dict[int, Tensor] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Recorder:
+        for layer in self.layers:
+            block = dict(self.base.blocks[layer].named_children())[self.base.targets[layer]]
+            self._stack.callback(block.register_forward_hook(self._keeper(layer)).remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _keeper(self, layer: int) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self.values[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+
+def _rows(plan: Plan, wanted: Tensor, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequences ``[row]`` and flat tokens ``[row, n]``: fewer rows at once than branches take, as the graph is kept."""
+    token = wanted.reshape(-1).nonzero().flatten()
+    n = max(1, plan.rows_at_once // depth)
+    for sequence, chosen in plan.rows(token):
+        yield from zip(sequence.split(n), token[chosen].split(n))
+
+
+def _unembedding_gradient(run: BranchRunner, states: Tensor, targets: Tensor, plan: Plan) -> Tensor:
+    """``d logp / d states``, of the shape of ``states``, with few logits in memory at a time."""
+    parts: list[Tensor] = []
+    for state, target in zip(
+        states.detach().flatten(0, 1).split(plan.logits_at_once), targets.flatten().split(plan.logits_at_once)
+    ):
+        leaf = state.requires_grad_()
+        logp = log_probs(run.logits(leaf), target.unsqueeze(-1))
+        parts += torch.autograd.grad(logp.sum(), [leaf])
+    return torch.cat(parts).view(states.shape)
+
+
+@torch.no_grad()
+def _credit(
+    base: BasePass, layer: int, routes: LayerRoutes, gradient: Tensor, wanted: Tensor, memory_budget: int | None
+) -> Tensor:
+    with_standard, flat = routes.with_standard(base, layer), gradient.flatten(0, 1)
+    plan = Plan(base, layer, with_standard.indices.shape[2], memory_budget)
+    credit = gradient.new_full((len(flat), routes.indices.shape[2]), float("nan"))
+    for tokens in plan.chunks(wanted):
+        outputs = block_outputs(base, layer, with_standard, tokens)
+        difference = outputs[:, 1:] - outputs[:, :1]
+        # shape: (token, route, d_model) . (token, d_model, 1) -> (token, route)
+        credit[tokens] = torch.bmm(difference.to(flat.dtype), flat[tokens].unsqueeze(-1)).squeeze(-1)
+    return credit.view(routes.indices.shape[:3]).masked_fill(~routes.present, float("nan"))
+
+
+def _screen(
+    base: BasePass,
+    layer: int,
+    routes: LayerRoutes,
+    credit: Tensor,
+    wanted: Tensor,
+    keep: int,
+    audited: Tensor,
+    memory_budget: int | None,
+) -> ScreenedRoutes:
+    ranked = credit.nan_to_num(nan=float("-inf"))
+    order = ranked.topk(min(keep, ranked.shape[-1]), dim=-1).indices
+    slots = order.unsqueeze(-1).expand(-1, -1, -1, routes.indices.shape[-1])
+    kept = LayerRoutes(routes.indices.gather(2, slots), routes.weights.gather(2, slots), routes.has_own_weights)
+    scores = score_from_base(base, {layer: kept}, wanted, None, "branch", memory_budget)
+    logp = torch.full_like(credit, float("nan"), dtype=scores.logp.dtype).scatter(2, order, scores.logp)
+    whole = score_from_base(base, {layer: routes}, audited, None, "branch", memory_budget)
+    is_kept = torch.zeros_like(routes.present).scatter(2, order, True) & routes.present & wanted.unsqueeze(-1)
+    return ScreenedRoutes(
+        credit, logp, scores.logp_standard, scores.logp_null, is_kept, _audit(whole.logp, whole.logp_standard, is_kept)
+    )
+
+
+def _sample(wanted: Tensor, n: int, seed: int) -> Tensor:
+    """``n`` of the wanted tokens (all where there are fewer), as a mask."""
+    places = wanted.reshape(-1).nonzero().flatten()
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n]
+    chosen = torch.zeros_like(wanted)
+    chosen.view(-1)[places[order.to(places.device)]] = True
+    return chosen
+
+
+def _audit(logp: Tensor, standard: Tensor, is_kept: Tensor) -> ScreenAudit:
+    advantage = (logp - standard.unsqueeze(-1)).nan_to_num(nan=float("-inf"))
+    sequence, position = (advantage > float("-inf")).any(dim=-1).nonzero().unbind(1)
+    advantage, is_kept = advantage[sequence, position], is_kept[sequence, position]
+
+    def best(values: Tensor) -> np.ndarray:
+        return values.amax(dim=-1).double().cpu().numpy()
+
+    return ScreenAudit(
+        sequence.cpu().numpy(),
+        best(advantage),
+        best(advantage.masked_fill(~is_kept, float("-inf"))),
+    )
+
+
+def _at_least_float(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
