@@ -23,7 +23,7 @@ class _AtOnce(NamedTuple):
     logits_bytes: int
 
 
-_AT_ONCE = {"cpu": _AtOnce(1024, 2**27), "cuda": _AtOnce(16384, 2**29)}
+_AT_ONCE = {"cpu": _AtOnce(1024, 3 * 2**24), "cuda": _AtOnce(16384, 2**29)}
 
 
 class Plan:
