@@ -26,6 +26,7 @@ from moe_interp.experiments.items import (
     tokenize_items,
 )
 from moe_interp.experiments.memory import tokens_per_pass
+from moe_interp.experiments.naming import model_name
 from moe_interp.experiments.routing_stats import POSITIONS, RoutingStats
 from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
 from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets, label
@@ -166,7 +167,7 @@ def _plan(
     size = len(sets[0])
     drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
     return IsolationPlan(
-        model=_model_name(moe),
+        model=model_name(moe),
         items=checksum([asdict(item) for item in items]),
         mode=mode,
         layers=tuple(labels),
@@ -175,12 +176,6 @@ def _plan(
         mass=tuple(mass) if mode == "force" else ("natural",),
         baselines=tuple(baselines),
     )
-
-
-def _model_name(moe: MoEHooks) -> str:
-    """The model's name; of a folder its last part, since the path is the machine's own."""
-    name = str(getattr(moe.bridge.cfg, "model_name", "") or type(moe.bridge.original_model).__name__)
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def _draw(seed: int, layer: int, n_experts: int, size: int, draws: int) -> tuple[ExpertSet, ...]:

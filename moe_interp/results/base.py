@@ -26,7 +26,7 @@ MANIFEST, ATTRS = "moe_interp_manifest", "moe_interp_attrs"
 HOMES = {
     "isolation": "moe_interp.experiments.isolation_result",
     "domain_router": "moe_interp.experiments.domain_router",
-    "counterfactual": "moe_interp.experiments.counterfactual",
+    "counterfactual": "moe_interp.experiments.counterfactual_result",
     "router_tuning": "moe_interp.experiments.router_tuning",
     "pass_at_k": "moe_interp.experiments.pass_at_k",
     "geometry": "moe_interp.experiments.geometry",

@@ -108,6 +108,7 @@ def score_from_base(
     targets: Tensor | None = None,
     method: Method = "auto",
     memory_budget: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> RouteScores:
     """Score routes on the sequences of a base pass, which serves any number of layers and of route sets.
 
@@ -118,6 +119,7 @@ def score_from_base(
         targets: ``[batch, pos, target]`` token ids to score instead of the realized next token, such as draws from the
             model's own prediction; the last axis then stays.
         method, memory_budget: See :func:`score_routes`.
+        names: What errors call the sequences; their number in the batch by default.
     """
     wanted = scorable(base, positions)
     ids = base.tokens.roll(-1, dims=1).unsqueeze(-1) if targets is None else targets
@@ -129,7 +131,7 @@ def score_from_base(
             chosen = _slowly(base, min(routes), "the standard route does not come out as in the plain forward")
     if chosen == "naive":
         logp, null = _naive_scores(base, routes, wanted, ids), standard
-    _refuse_non_finite(logp, routes, wanted)
+    _refuse_non_finite(logp, routes, wanted, names)
     if targets is None:
         logp, null, standard = logp.squeeze(-1), null.squeeze(-1), standard.squeeze(-1)
     return RouteScores(logp, standard, null, router_logp(base, routes), chosen)
@@ -308,14 +310,17 @@ def _naive_scores(base: BasePass, routes: Mapping[int, LayerRoutes], wanted: Ten
     return logp
 
 
-def _refuse_non_finite(logp: Tensor, routes: Mapping[int, LayerRoutes], wanted: Tensor) -> None:
+def _refuse_non_finite(
+    logp: Tensor, routes: Mapping[int, LayerRoutes], wanted: Tensor, names: Sequence[str] | None
+) -> None:
     present = torch.stack([given.present for given in routes.values()]).all(dim=0) & wanted.unsqueeze(-1)
     bad = present & ~logp.isfinite().all(dim=-1)
     if bool(bad.any()):
         sequence, pos, route = bad.nonzero()[0].tolist()
+        name = sequence if names is None else repr(names[sequence])
         experts = {layer: given.indices[sequence, pos, route].tolist() for layer, given in routes.items()}
         raise DataError(
-            f"log-probability {logp[sequence, pos, route].tolist()} of sequence {sequence}, position {pos} under route "
+            f"log-probability {logp[sequence, pos, route].tolist()} of sequence {name}, position {pos} under route "
             f"{route} (experts by layer: {experts})",
             "finite log-probabilities",
             "Look for overflow in the model at this number format, or for weights that are too large.",

@@ -1,0 +1,293 @@
+"""Counterfactual routes of every token of some sequences: would other experts have predicted the next token better?
+
+The question of "When Are Experts Misrouted?", scored exactly: for each token and each MoE layer, the log-probability of
+the realized next token with only this token's route at this layer changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_interp.errors import ConfigError, DataError
+from moe_interp.experiments.counterfactual_data import counterfactual_dataset
+from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.memory import tokens_per_pass
+from moe_interp.experiments.naming import model_name
+from moe_interp.experiments.sequences import ScoredSequence, SequenceBatch, batches_of_sequences, read_sequences
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.branches import BasePass
+from moe_interp.interventions.streams import uniform_keys
+from moe_interp.progress import Report, reporting
+from moe_interp.results import checksum
+from moe_interp.results.cells import Arrays, CellStore
+from moe_interp.routes import (
+    GumbelTopK,
+    Method,
+    RouteSampler,
+    SampledRoutes,
+    TokenKeys,
+    UniformSubsets,
+    check_routes,
+    score_from_base,
+)
+from moe_interp.routes.score import decoder_layer, router_logp
+from moe_interp.types import EMPTY
+
+SECOND = 16  # routes of the second draw: they class tokens and stand in for the standard route
+
+
+@dataclass(frozen=True)
+class CounterfactualPlan:
+    """What a run computes.
+
+    Attributes:
+        model, sequences: Name of the model, checksum of the sequences.
+        layers: MoE layers.
+        sampler: In words.
+        n_routes, n_second, n_random: Routes a token of the main draw, of the second one and of the uniform one.
+        seed: Seed of all draws.
+        method: How routes are scored.
+        batches: Indices of the sequences that run together.
+    """
+
+    model: str
+    sequences: str
+    layers: tuple[int, ...]
+    sampler: str
+    n_routes: int
+    n_second: int
+    n_random: int
+    seed: int
+    method: Method
+    batches: tuple[tuple[int, ...], ...]
+
+    def stream(self, name: str) -> int:
+        """The seed of one of the draws; the main draw's is the run's own."""
+        if name == "main":
+            return self.seed
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:8], "little") >> 1
+
+
+def counterfactual_routes(
+    moe: MoEHooks,
+    sequences: Sequence[Any],
+    layers: Sequence[int] | None = None,
+    n_routes: int = 32,
+    sampler: RouteSampler | None = None,
+    seed: int = 0,
+    controls: bool = True,
+    method: Method = "auto",
+    memory_budget: int | None = None,
+    store: str | Path | None = None,
+    progress: bool | Report | None = None,
+) -> CounterfactualResult:
+    """Score sampled routes of every token at every MoE layer, one layer at a time.
+
+    ``logp[t, l, r] = log p(next token | its context, token t takes route r at layer l)``, in nats; everything else as
+    the model does it. Routes are of equal compute: as many experts as the router takes, weighted by the family's rule
+    for the set, shared experts untouched.
+
+    Args:
+        moe: Attached hooks of a causal decoder.
+        sequences: Texts, lists of ids, items with prompt and answer, or mappings with ``id``, ``text`` or ``tokens``,
+            and ``mask`` or ``score_from`` for the tokens whose prediction is scored, such as the solution of a
+            trajectory: see :func:`moe_interp.experiments.sequences.read_sequences`.
+        layers: MoE layers; all by default.
+        n_routes: Distinct routes a token, besides the standard one (or all there are).
+        sampler: Where routes come from: ``GumbelTopK(tau=1.0)`` by default, the router's own distribution.
+        seed: A token's routes depend on it, on the layer, on the tokens of its sequence and on its position alone.
+        controls: Also score a second draw of up to 16 routes, as many uniform sets of experts, and a next token drawn
+            from the model's own prediction. They cost about 1.5 times as much again, and most tables need them.
+        method: See :func:`moe_interp.score_routes`.
+        memory_budget: Bytes for a forward pass, and for the branches.
+        store: Folder for finished cells (layer x batch of sequences): an interrupted run goes on from there.
+        progress: See :func:`moe_interp.progress.reporting`.
+
+    Raises:
+        DataError: sequences that cannot be scored (the message names their id), or a log-probability that is not finite
+            (sequence, position and route).
+        HookError: a layer that is dense or does not exist.
+        ConfigError: no routes, or options that this model cannot serve.
+        ResultError: a store of another run, or a disk that refuses to be written.
+
+    Source: "When Are Experts Misrouted?" for routes and scores; the controls are derived. What it does not show: what a
+    route does to tokens after the next, and what routes at several layers do together.
+    """
+    read = read_sequences(moe.bridge, sequences)
+    labels = list(moe.layers) if layers is None else list(layers)
+    chosen = tuple(sorted({decoder_layer(moe, layer) for layer in labels}))
+    if n_routes < 1 or not chosen:
+        given = f"n_routes={n_routes} and {len(chosen)} layers"
+        raise ConfigError(given, "at least one route a token, and a layer", "Raise n_routes, or name a layer.")
+    sampler = GumbelTopK() if sampler is None else sampler
+    plan = CounterfactualPlan(
+        model=model_name(moe),
+        sequences=checksum([[s.id, s.tokens, s.is_scored] for s in read]),
+        layers=chosen,
+        sampler=repr(sampler),
+        n_routes=n_routes,
+        n_second=min(n_routes, SECOND) if controls else 0,
+        n_random=n_routes if controls else 0,
+        seed=seed,
+        method=method,
+        batches=tuple(map(tuple, batches_of_sequences(read, _tokens_per_batch(moe, read, memory_budget)))),
+    )
+    cells = None if store is None else CellStore(store, asdict(plan))
+    run = _Run(moe, plan, sampler, read, cells, memory_budget)
+    finished: dict[tuple[int, Any], Arrays] = {}
+    with reporting("scoring routes", progress) as report, torch.no_grad():
+        total = len(plan.batches) * len(plan.layers)
+        report(0, total)
+        for number in range(len(plan.batches)):
+            for key, cell in run.cells_of(number):
+                finished[number, key] = cell
+                report(sum(key != TOKENS for _, key in finished), total)
+    data = counterfactual_dataset(moe, plan, read, finished)
+    return CounterfactualResult(data, config=asdict(plan), seeds=seed, data_checksum=plan.sequences)
+
+
+TOKENS = "tokens"  # the cell of what a batch's tokens have at all layers alike
+
+
+class _Run:
+    """One run's cells, batch by batch."""
+
+    def __init__(
+        self,
+        moe: MoEHooks,
+        plan: CounterfactualPlan,
+        sampler: RouteSampler,
+        sequences: list[ScoredSequence],
+        cells: CellStore | None,
+        memory_budget: int | None,
+    ) -> None:
+        self.moe, self.plan, self.sampler, self.sequences = moe, plan, sampler, sequences
+        self.cells, self.memory_budget = cells, memory_budget
+
+    def cells_of(self, number: int) -> Iterator[tuple[Any, Arrays]]:
+        """What the batch's tokens have in common, then its layers; finished cells come from the store."""
+        keys: list[Any] = [TOKENS, *self.plan.layers]
+        stored = {key: None if self.cells is None else self.cells.load(number, key) for key in keys}
+        todo = [key for key in keys if stored[key] is None]
+        if todo:
+            rows = [self.sequences[i] for i in self.plan.batches[number]]
+            batch = SequenceBatch.build(rows, next(self.moe.bridge.original_model.parameters()).device)
+            base = BasePass(self.moe, batch.tokens, [key for key in todo if key != TOKENS], batch.mask)
+            targets, in_common = self._targets(base, batch)
+        for key in keys:
+            cell = stored[key]
+            if cell is None:
+                cell = in_common if key == TOKENS else self._layer(base, batch, targets, key)
+                if self.cells is not None:
+                    self.cells.save(cell, number, key)
+            yield key, cell
+
+    def _targets(self, base: BasePass, batch: SequenceBatch) -> tuple[Tensor, Arrays]:
+        """``[row, pos, target]`` ids: the realized next token and one drawn from the prediction."""
+        wanted = batch.wanted
+        realized = batch.tokens.roll(-1, dims=1)
+        own = realized.clone()
+        logp = torch.empty(int(wanted.sum()), 2, dtype=torch.float64)
+        entropy = torch.empty(len(logp), dtype=torch.float64)
+        row, pos = wanted.nonzero().unbind(-1)
+        uniform = uniform_keys(pos, 1, self.plan.stream("own"), batch.keys[row])[:, 0]
+        for part in torch.arange(len(logp)).split(1024):  # in double precision, so few at a time
+            at = row[part], pos[part]
+            policy = base.logits[at].double().log_softmax(dim=-1)
+            cumulated = policy.exp().cumsum(dim=-1)
+            drawn = torch.searchsorted(cumulated, (uniform[part] * cumulated[:, -1]).unsqueeze(-1))
+            own[at] = drawn[:, 0].clamp(max=policy.shape[-1] - 1)
+            entropy[part] = -torch.special.xlogy(policy.exp(), policy.exp()).sum(dim=-1).cpu()
+            logp[part] = policy.gather(-1, torch.stack([realized[at], own[at]], dim=-1)).cpu()
+        _refuse_non_finite(logp[:, 0], batch, row, pos)
+        arrays = {"logp_standard": logp[:, 0], "logp_own_standard": logp[:, 1], "entropy": entropy}
+        return torch.stack([realized, own], dim=-1), {name: value.numpy() for name, value in arrays.items()}
+
+    def _layer(self, base: BasePass, batch: SequenceBatch, targets: Tensor, layer: int) -> Arrays:
+        """One layer's routes and scores, of the batch's scored tokens in flat order."""
+        plan, wanted = self.plan, batch.wanted
+        main = self._sample(base, batch, layer, "main", self.sampler, plan.n_routes)
+        drawn, again = [main.indices], torch.empty(0)  # again: which main route a control's route is
+        if plan.n_second:
+            second = self._sample(base, batch, layer, "second", self.sampler, plan.n_second).indices
+            random = self._sample(base, batch, layer, "random", UniformSubsets(), plan.n_random).indices
+            again = matches(torch.cat([second, random], dim=1), main.indices)
+            # a route that the main draw has as well is not scored twice
+            drawn.append(torch.cat([second, random], dim=1).masked_fill((again >= 0).unsqueeze(-1), EMPTY))
+        flat = torch.cat(drawn, dim=1)
+        routes = flat.new_full((*wanted.shape, *flat.shape[1:]), EMPTY)
+        routes[wanted] = flat
+        given = check_routes(base, layer, routes)
+        kept = targets if plan.n_second else targets[..., :1]
+        scores = score_from_base(base, {layer: given}, wanted, kept, plan.method, self.memory_budget, batch.names)
+        logp, router, n = scores.logp[wanted], scores.router_logp[wanted], plan.n_routes
+        standard = check_routes(base, layer, base.indices[layer].unsqueeze(2))
+        cell = {
+            "logp": logp[:, :n, 0],
+            "router_logp": router[:, :n],
+            "route": main.indices.to(torch.int16),
+            "exhausted": main.is_exhausted,
+            "logp_null": scores.logp_null[wanted][:, 0],
+            "router_logp_standard": router_logp(base, {layer: standard})[wanted][:, 0],
+            "standard_route": base.indices[layer][wanted].to(torch.int16),
+        }
+        if plan.n_second:
+            controls = [
+                torch.where(again >= 0, x[:, :n].gather(1, again.clamp(min=0)), x[:, n:])
+                for x in (logp[..., 0], router)
+            ]
+            s = plan.n_second
+            cell |= {
+                "logp_second": controls[0][:, :s],
+                "router_logp_second": controls[1][:, :s],
+                "second_route": again[:, :s].to(torch.int16),
+                "logp_random": controls[0][:, s:],
+                "logp_own": logp[:, :n, 1],
+            }
+        method = {"branch": 0, "naive": 1}[scores.method]
+        return {name: value.cpu().numpy() for name, value in cell.items()} | {"method": torch.tensor(method).numpy()}
+
+    def _sample(
+        self, base: BasePass, batch: SequenceBatch, layer: int, stream: str, sampler: RouteSampler, n_routes: int
+    ) -> SampledRoutes:
+        """Routes ``[token, route, slot]`` of the scored tokens."""
+        row, pos = batch.wanted.nonzero().unbind(-1)
+        keys = TokenKeys(self.plan.stream(stream), layer, batch.keys[row], pos)
+        ranking = self.moe.spec(layer).rule.choice_logits(base.router_logits[layer])[batch.wanted]
+        return sampler.sample(ranking, base.indices[layer][batch.wanted], n_routes, keys)
+
+
+def matches(routes: Tensor, known: Tensor) -> Tensor:
+    """``[token, route]``: the number of the known route ``[token, known, slot]`` that is the same set, or -1."""
+    left, right = routes.sort(dim=-1).values, known.sort(dim=-1).values
+    found = torch.full(routes.shape[:2], -1, dtype=torch.int64, device=routes.device)
+    for index in range(known.shape[1]):
+        is_same = (left == right[:, index : index + 1]).all(dim=-1) & (right[:, index, -1:] != EMPTY)
+        found[is_same] = index
+    return found
+
+
+def _tokens_per_batch(moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None) -> int:
+    """As many tokens as a forward pass may have, of which a third for logits at the widest."""
+    width = max(len(sequence) for sequence in sequences)
+    tokens = tokens_per_pass(moe, width, memory_budget)
+    vocabulary = int(getattr(moe.bridge.cfg, "d_vocab", 0) or 1)
+    return max(width, min(tokens, (memory_budget or 2**31) // (12 * vocabulary)))
+
+
+def _refuse_non_finite(logp: Tensor, batch: SequenceBatch, row: Tensor, pos: Tensor) -> None:
+    bad = (~logp.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise DataError(
+            f"log-probability {float(logp[bad[0]])} of sequence {batch.names[int(row[bad[0]])]!r}, position "
+            f"{int(pos[bad[0]])} under the standard route",
+            "finite log-probabilities",
+            "Look for overflow in the model at this number format, or leave the sequence out.",
+        )

@@ -1,0 +1,136 @@
+"""The dataset of a counterfactual run: put together from its cells, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moe_interp.errors import DataError
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.results.cells import Arrays
+
+if TYPE_CHECKING:
+    from moe_interp.experiments.counterfactual import CounterfactualPlan
+    from moe_interp.experiments.sequences import ScoredSequence
+
+CELL = ("token", "layer")
+AXES = {
+    "logp": (*CELL, "route"),
+    "router_logp": (*CELL, "route"),
+    "route": (*CELL, "route", "slot"),
+    "logp_standard": ("token",),
+    "logp_null": CELL,
+    "router_logp_standard": CELL,
+    "standard_route": (*CELL, "slot"),
+    "entropy": ("token",),
+    "exhausted": CELL,
+}
+CONTROLS = {
+    "logp_second": (*CELL, "second"),
+    "router_logp_second": (*CELL, "second"),
+    "second_route": (*CELL, "second"),
+    "logp_random": (*CELL, "random"),
+    "logp_own": (*CELL, "route"),
+    "logp_own_standard": ("token",),
+}
+LABELS = ("sequence", "pos")
+
+
+def counterfactual_dataset(
+    moe: MoEHooks,
+    plan: CounterfactualPlan,
+    sequences: Sequence[ScoredSequence],
+    cells: Mapping[tuple[int, Any], Arrays],
+) -> xr.Dataset:
+    """The cells put together: tokens by the order of their sequences, then by position."""
+    places = [
+        (i, pos) for batch in plan.batches for i in batch for pos in np.flatnonzero(sequences[i].is_scored).tolist()
+    ]
+    order = np.lexsort(np.array(places).T[::-1])
+    sequence, pos = np.array(places)[order].T
+    numbers = range(len(plan.batches))
+    axes = AXES | (CONTROLS if plan.n_second else {})
+    variables = {}
+    for name, axis in axes.items():
+        if axis == ("token",):
+            value = np.concatenate([cells[n, "tokens"][name] for n in numbers])
+        else:
+            by_layer = [np.concatenate([cells[n, layer][name] for n in numbers]) for layer in plan.layers]
+            value = np.stack(by_layer, axis=1)
+        variables[name] = (axis, value[order])
+    token = np.array([sequences[i].tokens[p] for i, p in zip(sequence, pos)])
+    target = np.array([sequences[i].tokens[p + 1] for i, p in zip(sequence, pos)])
+    texts = _texts(moe, {*token.tolist(), *target.tolist()})
+    slow = [any(int(cells[n, layer]["method"]) for n in numbers) for layer in plan.layers]
+    spec = moe.spec(plan.layers[0])
+    data = xr.Dataset(
+        variables,
+        coords={
+            "layer": list(plan.layers),
+            "sequence": ("token", np.array([s.id for s in sequences])[sequence]),
+            "pos": ("token", pos),
+            "token_id": ("token", token),
+            "target_id": ("token", target),
+            "token_text": ("token", np.array([texts[i] for i in token.tolist()])),
+            "target_text": ("token", np.array([texts[i] for i in target.tolist()])),
+            "token_type": ("token", np.array([token_type(texts[i]) for i in target.tolist()])),
+        },
+        attrs={
+            "model": plan.model,
+            "sampler": plan.sampler,
+            "n_routes": plan.n_routes,
+            "n_experts": spec.n_experts,
+            "top_k": spec.top_k,
+            "method": {str(layer): "naive" if s else "branch" for layer, s in zip(plan.layers, slow)},
+            "seeds": {"seed": plan.seed},
+        },
+    )
+    data.attrs["null_distance"] = float(abs(data["logp_null"] - data["logp_standard"]).max())
+    return data
+
+
+def token_type(text: str) -> str:
+    """ "word" (letters, also with a leading space), "number", "punctuation", "space" or "other" (derived)."""
+    bare = text.strip()
+    if not bare:
+        return "space" if text else "other"
+    if bare.isdecimal():
+        return "number"
+    if bare.replace("'", "").replace("\u2019", "").isalpha():
+        return "word"
+    return "other" if any(character.isalnum() for character in bare) else "punctuation"
+
+
+def _texts(moe: MoEHooks, ids: set[int]) -> dict[int, str]:
+    tokenizer: Any = moe.bridge.tokenizer
+    return {i: f"<{i}>" if tokenizer is None else str(tokenizer.decode([i])) for i in ids}
+
+
+def check_counterfactual(data: xr.Dataset) -> None:
+    """Refuse a dataset that is not one of a counterfactual run.
+
+    Raises:
+        DataError: variables, axes or labels are missing, or a score under the standard route is.
+    """
+    wanted = AXES | {name: axes for name, axes in CONTROLS.items() if name in data}
+    for name, axes in wanted.items():
+        if name not in data or data[name].dims != axes:
+            found = f"axes {list(data[name].dims)}" if name in data else "none"
+            remedy = "Pass the dataset that counterfactual_routes makes."
+            raise DataError(f"variable {name!r}: {found}", f"axes {list(axes)}", remedy)
+    for name in LABELS:
+        if name not in data.coords or data[name].dims != ("token",):
+            raise DataError(f"tokens without the coordinate {name!r}", f"{name}(token)", "Label every token with it.")
+    missing = ~np.isfinite(data["logp_standard"].values)
+    if missing.any() or not data.sizes["token"]:
+        given = f"{int(missing.sum())} of {data.sizes['token']} tokens without a score under the standard route"
+        raise DataError(given, "a finite score for each of at least one token", "Finish the run, or drop these tokens.")
+
+
+def sequence_codes(data: xr.Dataset) -> NDArray[np.int64]:
+    """``[token]``: the number of each token's sequence."""
+    return np.unique(data["sequence"].values.astype(str), return_inverse=True)[1].astype(np.int64)
