@@ -14,11 +14,11 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
-from moe_interp.testbed.compare import Comparison, compare
+from moe_interp.testbed.compare import compare
+from moe_interp.testbed.comparison import ComparisonResult
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.model import ModelConfig, build_model
 
@@ -61,9 +61,9 @@ COLUMNS = ("specialization", "mutual_information", "effective_experts", "max_vio
 COLUMNS += ("dropped_slots", "loss_arithmetic", "loss_facts", "loss_puzzles", "loss_lookups")
 
 
-def table(found: Comparison) -> str:
+def table(found: ComparisonResult) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-    summary = found.summary()
+    summary = found.table()
     lines = [
         "| strategy | " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -74,7 +74,7 @@ def table(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def differences(found: Comparison, metric: str, strategies: Sequence[str]) -> str:
+def differences(found: ComparisonResult, metric: str, strategies: Sequence[str]) -> str:
     """Paired differences between strategies, and whether they exceed the seeds' spread."""
     lines = [f"| {metric.replace('_', ' ')} | difference | standard error | verdict |", "|---|---|---|---|"]
     for first, second in combinations(strategies, 2):
@@ -85,7 +85,7 @@ def differences(found: Comparison, metric: str, strategies: Sequence[str]) -> st
     return "\n".join(lines)
 
 
-def size_agreement(small: Comparison, large: Comparison) -> str:
+def size_agreement(small: ComparisonResult, large: ComparisonResult) -> str:
     """Rank agreement of the strategies between the two sizes."""
     lines = ["| metric | Spearman over strategies |", "|---|---|"]
     for metric in ("specialization", "mutual_information", "max_violation", "loss"):
@@ -99,7 +99,7 @@ def n_parameters(model: ModelConfig) -> int:
     return sum(p.numel() for p in build_model(model, BASE.vocab_size).parameters())
 
 
-def page(found: dict[str, Comparison], seeds: int) -> str:
+def page(found: dict[str, ComparisonResult], seeds: int) -> str:
     """The page: tables and how they were made; the words about them stand above, written by hand."""
     tokens = int(found["mixed"].runs["tokens"].iloc[0])
     scopes = ("sequence", "micro_batch", "global")
@@ -135,19 +135,20 @@ def main() -> None:
     torch.set_num_threads(1)
     index, n_parts = (int(number) for number in options.part.split("/"))
     jobs = [(name, seed) for seed in range(options.seeds) for name in GRIDS]
-    found: dict[str, list[pd.DataFrame]] = {name: [] for name in GRIDS}
     for name, seed in jobs[index::n_parts]:
         changes, strategies = GRIDS[name]
         config = BASE.model_copy(update=changes)
         runs = compare(config, strategies, [seed], out=options.out / name, progress=False).runs
         print(f"{name}, seed {seed}\n{runs.round(3).to_string(index=False)}", flush=True)
-        found[name].append(runs)
     if options.docs is not None and n_parts == 1:
-        joined = {name: Comparison(pd.concat(frames, ignore_index=True)) for name, frames in found.items()}
+        found = {
+            name: compare(BASE.model_copy(update=changes), strategies, range(options.seeds), out=options.out / name)
+            for name, (changes, strategies) in GRIDS.items()
+        }
         head = (
             options.docs.read_text(encoding="utf-8").split(MARK)[0] if options.docs.exists() else "# Routing study\n\n"
         )
-        options.docs.write_text(head + MARK + "\n\n" + page(joined, options.seeds), encoding="utf-8")
+        options.docs.write_text(head + MARK + "\n\n" + page(found, options.seeds), encoding="utf-8")
 
 
 MARK = "<!-- tables below are written by benchmarks/routing_study.py -->"

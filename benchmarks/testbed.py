@@ -25,7 +25,7 @@ from moe_interp.testbed.evaluate import token_losses
 from moe_interp.testbed.model import build_model
 from moe_interp.testbed.optim import make_optimizers
 from moe_interp.testbed.presets import DEMO
-from moe_interp.testbed.train import Trainer
+from moe_interp.testbed.trainer import Trainer
 from moe_interp.testbed.worlds.facts import facts
 from moe_interp.testbed.worlds.puzzles import puzzles
 

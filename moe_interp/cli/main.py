@@ -13,6 +13,7 @@ from moe_interp.cli.demo import demo
 from moe_interp.cli.isolate import isolate
 from moe_interp.cli.models import models
 from moe_interp.cli.support import support
+from moe_interp.cli.testbed import compare_strategies
 from moe_interp.cli.verify import verify_model
 from moe_interp.errors import MoEInterpError
 
@@ -24,6 +25,7 @@ cli = typer.Typer(
 )
 cli.command()(demo)
 cli.command()(isolate)
+cli.command("testbed")(compare_strategies)
 cli.command()(support)
 cli.command("verify")(verify_model)
 cli.command()(models)

@@ -30,7 +30,7 @@ HOMES = {
     "router_tuning": "moe_interp.experiments.router_tuning",
     "pass_at_k": "moe_interp.experiments.pass_at_k",
     "geometry": "moe_interp.experiments.geometry",
-    "testbed": "moe_interp.testbed.train",
+    "testbed": "moe_interp.testbed.comparison",
     "patching": "moe_interp.patching",
 }
 

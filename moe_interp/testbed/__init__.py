@@ -3,7 +3,8 @@
 The functions ``train`` and ``compare`` stand here in the place of the modules they come from.
 """
 
-from moe_interp.testbed.compare import Comparison, compare
+from moe_interp.testbed.compare import compare
+from moe_interp.testbed.comparison import ComparisonResult
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain, Item
 from moe_interp.testbed.metrics import routing_metrics
@@ -15,7 +16,7 @@ from moe_interp.testbed.train import TrainedRun, train
 __all__ = [
     "PRESETS",
     "STRATEGIES",
-    "Comparison",
+    "ComparisonResult",
     "Domain",
     "Item",
     "ModelConfig",

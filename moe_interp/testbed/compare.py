@@ -1,59 +1,19 @@
-"""Several strategies and seeds side by side: specialization, use and loss, with the spread over seeds."""
+"""A grid of runs: every strategy with every seed, finished runs read back and unfinished ones resumed."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from moe_interp.errors import ConfigError
+from moe_interp.testbed.comparison import ComparisonResult, comparison
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.folder import RunFolder
 from moe_interp.testbed.registry import load_domains
 from moe_interp.testbed.strategies import check_strategy
 from moe_interp.testbed.train import train
-
-_ROUTING = ("specialization", "mutual_information", "jsd", "effective_experts", "max_violation", "dead_experts")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One row a run: ``strategy, seed, tokens``, the routing metrics averaged over layers, ``loss_<domain>``.
-
-    Routing and losses are those of the held-out sequences at the end of training, ``dropped_slots`` of its last step.
-    The same seed gives the strategies the same data, order and initial weights.
-    """
-
-    runs: pd.DataFrame
-
-    def summary(self) -> pd.DataFrame:
-        """Mean over seeds of each column and, as ``<column>_sd``, its standard deviation (NaN for one seed)."""
-        numbers = self.runs.drop(columns="seed")
-        grouped = numbers.groupby("strategy", sort=False)
-        return grouped.mean().join(grouped.std(ddof=1).add_suffix("_sd")).join(grouped.size().rename("seeds"))
-
-    def difference(self, metric: str, first: str, second: str) -> dict[str, float]:
-        """Mean over seeds of ``first - second``, its standard error, and whether every seed agrees on the sign.
-
-        Raises:
-            ConfigError: No such metric, or strategies without a common seed.
-        """
-        if metric not in self.runs:
-            raise ConfigError(f"metric {metric!r}", f"one of {list(self.runs.columns[2:])}", "Choose another.")
-        wide = self.runs.pivot(index="seed", columns="strategy", values=metric)
-        pairs = wide[[s for s in (first, second) if s in wide]].dropna()
-        if pairs.shape[1] < 2 or pairs.empty:
-            raise ConfigError(f"strategies {first!r} and {second!r}", "two with a seed in common", "Run them both.")
-        gaps = (pairs[first] - pairs[second]).to_numpy()
-        error = float(np.std(gaps, ddof=1) / len(gaps) ** 0.5) if len(gaps) > 1 else float("nan")
-        agree = bool((gaps > 0).all() or (gaps < 0).all())
-        return {"mean": float(gaps.mean()), "standard_error": error, "seeds": len(gaps), "seeds_agree": agree}
 
 
 def compare(
@@ -63,59 +23,51 @@ def compare(
     *,
     out: Path | str | None = None,
     domains: Sequence[Domain] | None = None,
+    resume: bool = True,
     progress: bool = True,
-) -> Comparison:
-    """Train every strategy with every seed. With ``out``, finished runs are read back and an unfinished one resumed.
+    mixed_precision: str = "no",
+) -> ComparisonResult:
+    """Train every strategy with every seed. Everything that can be refused is refused before the first run.
 
     Args:
         config: Everything but strategy and seed.
+        out: A folder for the runs' own, ``<strategy>-seed<seed>``.
         domains: The data of every run; by default the configuration's, generated anew for each seed.
+        resume: Read back the finished runs in ``out`` and go on with an unfinished one.
+        mixed_precision: As for :func:`moe_interp.testbed.train.train`.
 
     Raises:
-        ConfigError: An unknown strategy, or none.
-        ResultError: ``out`` holds runs of another configuration.
+        ConfigError: No strategy or seed, one given twice, or a strategy that cannot be made.
+        ResultError: ``out`` holds runs of another configuration, or any and ``resume`` is False.
+        TrainingError: As for ``train``; finished runs are kept.
     """
+    for given in (strategies, seeds):
+        if not given or len(set(given)) < len(given):
+            raise ConfigError(
+                f"strategies {list(strategies)}, seeds {list(seeds)}", "at least one of each, each once", "Name some."
+            )
+    names = config.domains if domains is None else [domain.name for domain in domains]
+    cells: dict[tuple[str, int], tuple[TestbedConfig, RunFolder | None]] = {}
     for strategy in strategies:
-        check_strategy(strategy)
-    if not strategies or not seeds:
-        raise ConfigError(f"strategies {list(strategies)}, seeds {list(seeds)}", "at least one of each", "Name some.")
-    rows: list[dict[str, Any]] = []
-    for seed in seeds:
-        base = config.model_copy(update={"seed": seed})
+        check_strategy(strategy, config, names)
+        for seed in seeds:
+            cell = config.model_copy(update={"strategy": strategy, "seed": seed})
+            folder = None if out is None else RunFolder(Path(out) / f"{strategy}-seed{seed}")
+            if folder is not None:
+                folder.check(cell, resume)
+            cells[strategy, seed] = cell, folder
+    histories: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for seed in seeds:  # seed by seed, so that the strategies share the data, and an early stop leaves whole seeds
         data = domains
-        for strategy, cell, folder in _cells(base, strategies, None if out is None else Path(out)):
-            last = _finished(cell, folder)
-            if last is None:
-                data = load_domains(base) if data is None else data
-                run = train(cell, domains=data, out=folder, resume=folder is not None, progress=progress)
-                last = run.history[-1]
-            rows.append({"strategy": strategy, "seed": seed, **row_of(last)})
-    order = {(strategy, seed): i for i, (strategy, seed) in enumerate(product(strategies, seeds))}
-    rows.sort(key=lambda row: order[row["strategy"], row["seed"]])
-    return Comparison(pd.DataFrame(rows))
-
-
-def row_of(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a run's last record: routing metrics averaged over layers, dropped slots, losses by domain."""
-    row: dict[str, float] = {"tokens": record["tokens"], "dropped_slots": record["dropped_slots"]}
-    row |= {name: float(np.mean(record["routing"][name])) for name in _ROUTING if name in record["routing"]}
-    row |= {f"loss_{name}": loss for name, loss in record["validation"].items()}
-    return row | {"loss": float(np.mean(list(record["validation"].values())))}
-
-
-def _cells(
-    base: TestbedConfig, strategies: Sequence[str], out: Path | None
-) -> Iterator[tuple[str, TestbedConfig, Path | None]]:
-    for strategy in strategies:
-        folder = None if out is None else out / f"{strategy}-seed{base.seed}"
-        yield strategy, base.model_copy(update={"strategy": strategy}), folder
-
-
-def _finished(config: TestbedConfig, folder: Path | None) -> dict[str, Any] | None:
-    """The last record of a finished run of this very configuration, or None."""
-    if folder is None or not (folder / "model").is_dir():
-        return None
-    if TestbedConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8")) != config:
-        return None  # train() refuses it, and says so
-    last: dict[str, Any] = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return last
+        for strategy in strategies:
+            cell, folder = cells[strategy, seed]
+            log = None if folder is None else folder.finished()
+            if log is None:
+                data = load_domains(cell) if data is None else data
+                path = None if folder is None else folder.path
+                options: dict[str, Any] = {"progress": progress, "mixed_precision": mixed_precision}
+                log = train(cell, domains=data, out=path, resume=resume, **options).history
+            histories[strategy, seed] = log
+    return comparison(
+        config, {(strategy, seed): histories[strategy, seed] for strategy in strategies for seed in seeds}
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -121,10 +121,11 @@ def judge(model_path: Path, run: TrainedRun, n_samples: int = 64) -> dict[str, A
             lambda tokens, domain: recorded(moe, lambda: bridge(tokens)), run.validation, torch.device("cpu")
         )
     unigram = run.history[-1]["unigram"]
+    shares = dict(zip(items, run.config.shares or (1.0,) * len(items)))
     result: dict[str, Any] = {
         "validation_loss": found.losses,
         "share_of_unigram_loss": {name: loss / unigram[name] for name, loss in found.losses.items()},
-        "experts": expert_use(found.trace, run),
+        "experts": expert_use(found.trace, shares),
         "routing": routing_metrics(found.trace).to_dict("list"),
     }
     for name in sorted({"facts", "puzzles"} & items.keys()):
@@ -134,12 +135,10 @@ def judge(model_path: Path, run: TrainedRun, n_samples: int = 64) -> dict[str, A
     return result
 
 
-def expert_use(trace: RoutingTrace, run: TrainedRun) -> dict[str, list[float]]:
+def expert_use(trace: RoutingTrace, shares: Mapping[str, float]) -> dict[str, list[float]]:
     """MaxVio, and the smallest load as a multiple of the mean, of each layer under the training mix's shares."""
-    shares = run.config.shares or (1.0,) * len(run.domains)
     counts = trace.counts(trace.domain_codes, len(trace.domains)).astype(float)  # domain layer expert
-    share = {domain.name: s / sum(shares) for domain, s in zip(run.domains, shares)}
-    weights = np.array([share[str(name)] for name in trace.domains])
+    weights = np.array([shares[str(name)] for name in trace.domains]) / sum(shares.values())
     load = np.einsum("d,dle->le", weights, counts / counts.sum(-1, keepdims=True)) * trace.n_experts
     return {"max_violation": (load.max(-1) - 1).tolist(), "smallest_load": load.min(-1).tolist()}
 

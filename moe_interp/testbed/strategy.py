@@ -151,3 +151,8 @@ def by_score(scores: Tensor, chosen: Tensor) -> Tensor:
     width = max(1, int(chosen.sum(-1).max()))
     top = scores.masked_fill(~chosen, -torch.inf).topk(width, dim=-1)
     return top.indices.masked_fill(top.values == -torch.inf, -1)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Probabilities in float32."""
+    return logits.float().softmax(-1)

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 from moe_interp.errors import ConfigError, ResultError
-from moe_interp.testbed.compare import Comparison, compare, row_of
+from moe_interp.results import load_result
+from moe_interp.testbed.compare import compare
+from moe_interp.testbed.comparison import ComparisonResult, comparison
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.model import ModelConfig
@@ -27,25 +29,75 @@ DOMAINS = (
     Domain("letters", tuple(f"abc {'xy' * i}" for i in range(20)), ("cab xy",)),
     Domain("numbers", tuple(f"{i} + 7 = {i + 7}" for i in range(20)), ("4 - 1",)),
 )
-RUNS = Comparison(
-    pd.DataFrame(
-        {
-            "strategy": ["a", "a", "b", "b"],
-            "seed": [0, 1, 0, 1],
-            "specialization": [0.5, 0.7, 0.2, 0.6],
-            "loss": [1.0, 3.0, 2.0, 2.0],
-        }
-    )
+
+
+def log(specialization, losses, dropped=0.25):
+    """A run's log: one line of training only, two validations."""
+    routing = {"layer": [0, 1], "specialization": specialization, "dead_experts": [0, 1]}
+    routing |= {"effective_experts": [0.5, 1.0], "max_violation": [10.0, 12.0]}
+    lines = [{"step": 1, "loss": 9.0}]
+    for step in (2, 4):
+        record = {"step": step, "tokens": step * 64, "dropped_slots": dropped, "routing": routing}
+        lines.append(record | {"validation": {"x": losses[0], "y": losses[1]}})
+    lines[1] = lines[1] | {"routing": routing | {"specialization": [0.0, 0.0]}}
+    return lines
+
+
+# averages over layers: a .5 and .7, b .2 and .6; over domains: a 1 and 3, b 2 and 2
+RUNS = comparison(
+    TINY,
+    {
+        ("a", 0): log([0.4, 0.6], [0.5, 1.5]),
+        ("a", 1): log([0.7, 0.7], [3.0, 3.0]),
+        ("b", 0): log([0.1, 0.3], [1.0, 3.0]),
+        ("b", 1): log([0.6, 0.6], [2.0, 2.0]),
+    },
 )
 
 
-def test_summary_gives_mean_and_standard_deviation_over_seeds():
-    table = RUNS.summary()
+def test_runs_average_layers_and_domains_at_the_last_step():
+    runs = RUNS.runs
+    assert runs["strategy"].tolist() == ["a", "a", "b", "b"]
+    assert runs["seed"].tolist() == [0, 1, 0, 1]
+    assert runs["specialization"].tolist() == pytest.approx([0.5, 0.7, 0.2, 0.6])
+    assert runs["loss"].tolist() == pytest.approx([1, 3, 2, 2])
+    assert runs["loss_y"].tolist() == [1.5, 3, 3, 2]
+    first = runs.loc[0]
+    assert (first["tokens"], first["dropped_slots"], first["dead_experts"]) == (256, 0.25, 0.5)
+    assert runs["jsd"].isna().all()  # not in these logs
+
+
+def test_layers_and_steps_are_kept():
+    frame = RUNS.to_dataframe("specialization").set_index(["strategy", "seed", "step", "layer"])["specialization"]
+    assert frame["a", 0].tolist() == [0, 0, 0.4, 0.6]
+    assert RUNS.data["domain_loss"].sel(strategy="b", seed=0, step=2, domain="y") == 3
+
+
+def test_the_table_gives_mean_and_standard_deviation_over_seeds():
+    table = RUNS.table()
     assert table.index.tolist() == ["a", "b"]
     assert table.loc["a", ["specialization", "specialization_sd", "seeds"]].tolist() == pytest.approx(
         [0.6, 0.02**0.5, 2]
     )
     assert table.loc["b", ["loss", "loss_sd"]].tolist() == [2.0, 0.0]
+
+
+def test_the_summary_is_the_table_in_80_columns():
+    text = RUNS.summary()
+    assert "2 strategies, seeds 0, 1, 256 tokens a run: mean±sd over seeds" in text
+    row = next(line for line in text.splitlines() if line.startswith("a "))
+    assert row.split() == ["a", "0.600±0.141", "0.750±0.000", "11.000±0.000", "0.5", "2.000±1.414"]
+    longest = {("micro_batch+capacity", seed): log([0, 1], [1, 2]) for seed in (0, 1)}
+    assert max(map(len, comparison(TINY, longest).summary().splitlines())) <= 80
+    assert "±" not in comparison(TINY, {("a", 0): log([0, 1], [1, 2])}).summary().split("specializ.:")[0]
+
+
+def test_a_saved_comparison_is_the_same(tmp_path):
+    loaded = load_result(RUNS.save(tmp_path / "testbed.nc"))
+    assert isinstance(loaded, ComparisonResult)
+    pd.testing.assert_frame_equal(loaded.runs, RUNS.runs)
+    assert loaded.manifest.config["lr"] == TINY.lr
+    assert loaded.manifest.seeds == {"seed 0": 0, "seed 1": 1}
 
 
 def test_differences_are_paired_by_seed():
@@ -55,26 +107,8 @@ def test_differences_are_paired_by_seed():
     assert RUNS.difference("loss", "a", "b")["seeds_agree"] is False
     with pytest.raises(ConfigError, match="metric 'magic'"):
         RUNS.difference("magic", "a", "b")
-    with pytest.raises(ConfigError, match="a seed in common"):
+    with pytest.raises(ConfigError, match=r"'c'\. Expected: two of a, b"):
         RUNS.difference("loss", "a", "c")
-
-
-def test_a_row_averages_layers_and_domains():
-    record = {
-        "tokens": 64,
-        "dropped_slots": 0.25,
-        "routing": {"layer": [0, 1], "specialization": [0.2, 0.4], "dead_experts": [0, 1]},
-        "validation": {"x": 1.0, "y": 2.0},
-    }
-    assert row_of(record) == {
-        "tokens": 64,
-        "dropped_slots": 0.25,
-        "specialization": pytest.approx(0.3),
-        "dead_experts": 0.5,
-        "loss_x": 1.0,
-        "loss_y": 2.0,
-        "loss": 1.5,
-    }
 
 
 def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
@@ -82,10 +116,16 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
     first = compare(TINY, ["reference", "none"], [0, 1], **options)
     assert first.runs["strategy"].tolist() == ["reference"] * 2 + ["none"] * 2
     assert first.runs.loc[0, "specialization"] == 1.0
-    with pytest.raises(ResultError, match="the very same configuration"):
-        compare(TINY.model_copy(update={"lr": 0.1}), ["none"], [0], **options)
     monkeypatch.setattr(sys.modules["moe_interp.testbed.compare"], "train", None)
     pd.testing.assert_frame_equal(compare(TINY, ["reference", "none"], [0, 1], **options).runs, first.runs)
+    # refused before anything is trained, also where the first cells are free
+    with pytest.raises(ResultError, match=r"none-seed0 .* another configuration: lr 0\.003 there, 0\.1 here"):
+        compare(TINY.model_copy(update={"lr": 0.1}), ["global", "none"], [0], **options)
+    with pytest.raises(ResultError, match="already holds a run"):
+        compare(TINY, ["global", "none"], [0], resume=False, **options)
+    (tmp_path / "none-seed1" / "config.json").write_text("{")
+    with pytest.raises(ResultError, match=r"config\.json cannot be read"):
+        compare(TINY, ["none"], [1], **options)
 
 
 def test_an_empty_or_unknown_grid_is_refused_before_training():
@@ -93,3 +133,17 @@ def test_an_empty_or_unknown_grid_is_refused_before_training():
         compare(TINY, [], [0])
     with pytest.raises(ConfigError, match="strategy 'magic'"):
         compare(TINY, ["none", "magic"], [0])
+    with pytest.raises(ConfigError, match="each once"):
+        compare(TINY, ["none"], [0, 0])
+    for strategy in ("hash+random", "sigmoid+capacity", "none+none"):
+        with pytest.raises(ConfigError, match=f"strategy '{strategy}'".replace("+", r"\+")):
+            compare(TINY, ["none", strategy], [0])
+    three = TINY.model_copy(update={"domains": ("arithmetic", "facts", "puzzles")})
+    with pytest.raises(ConfigError, match="4 experts for 3 domains with top_k=2"):
+        compare(three, ["none", "reference"], [0])
+
+
+def test_a_single_domain_has_use_but_no_specialization():
+    alone = compare(TINY, ["none"], [0], domains=DOMAINS[:1], progress=False)
+    assert alone.runs["specialization"].isna().all()
+    assert 0 < alone.runs["effective_experts"].item() <= 1

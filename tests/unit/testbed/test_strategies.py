@@ -10,21 +10,17 @@ import torch
 from accelerate import Accelerator
 
 from moe_interp.errors import ConfigError
+from moe_interp.testbed.balancing import balance_loss
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.evaluate import max_violation
 from moe_interp.testbed.metrics import routing_metrics
 from moe_interp.testbed.model import ModelConfig, model_tensors
-from moe_interp.testbed.strategies import (
-    STRATEGIES,
-    balance_loss,
-    check_strategy,
-    make_strategy,
-    reference_blocks,
-    within_capacity,
-)
+from moe_interp.testbed.reference import reference_blocks
+from moe_interp.testbed.rerouting import within_capacity
+from moe_interp.testbed.strategies import STRATEGIES, check_strategy, make_strategy
 from moe_interp.testbed.strategy import Batch, RouterRecord, Setting, by_score
-from moe_interp.testbed.train import Trainer
+from moe_interp.testbed.trainer import Trainer
 
 TINY = TestbedConfig(
     model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),
@@ -262,4 +258,4 @@ def test_exact_global_load_is_that_of_the_whole_step():
 def test_unknown_strategies_are_refused():
     for bad in ("magic", "global+magic", "global+global", ""):
         with pytest.raises(ConfigError, match="several joined by"):
-            check_strategy(bad)
+            check_strategy(bad, TINY, ("letters", "numbers"))
