@@ -168,7 +168,7 @@ def _plan(
     drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
     return IsolationPlan(
         model=model_name(moe),
-        items=checksum([asdict(item) for item in items]),
+        items=checksum([item.content for item in items]),
         mode=mode,
         layers=tuple(labels),
         sets=tuple(sets),

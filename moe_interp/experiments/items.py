@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Item:
         id: Unique name.
         domain: Label of its domain.
         prompt, answer: Texts, tokenised apart, their ids concatenated. Lists of ids are taken as they are.
-        line: Line of the file it was read from.
+        line, source: Where it was read: the line, and the file's name.
     """
 
     id: str
@@ -33,10 +34,19 @@ class Item:
     prompt: str | tuple[int, ...]
     answer: str | tuple[int, ...]
     line: int | None = None
+    source: str | None = None
 
     @property
     def place(self) -> str:
-        return f"item {self.id!r}" + ("" if self.line is None else f" (line {self.line})")
+        """The item's id, and the line it stands on."""
+        line = None if self.line is None else f"line {self.line}"
+        where = ", ".join(part for part in (self.source, line) if part)
+        return f"item {self.id!r}" + (f" ({where})" if where else "")
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What the item is, wherever it was read: what a checksum is taken of."""
+        return self.id, self.domain, self.prompt, self.answer
 
 
 def load_items(*paths: str | Path, domains: Sequence[str] | None = None) -> list[Item]:
@@ -58,9 +68,12 @@ def check_items(items: Iterable[Any], domains: Sequence[str] | None = None) -> l
     """Items from items, or from mappings with the same fields.
 
     Raises:
-        DataError: no items, missing fields, ids that occur twice, or an unknown domain.
+        DataError: no items, missing or malformed fields, ids that occur twice, or an unknown domain.
     """
-    found = [item if isinstance(item, Item) else _item(_fields(item), None, "the items") for item in items]
+    found = [
+        item if isinstance(item, Item) else _item(_fields(item), f"entry {number} of the items")
+        for number, item in enumerate(items)
+    ]
     twice = [name for name, count in Counter(item.id for item in found).items() if count > 1]
     if twice:
         places = ", ".join(item.place for item in found if item.id == twice[0])
@@ -85,8 +98,13 @@ def _fields(item: Any) -> Any:
 def _read(path: Path) -> list[Item]:
     if not path.is_file():
         raise DataError(f"{path}, which is not a file", "a JSON-lines file of items", "Check the path.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error}", "a JSON-lines file in UTF-8", "Convert the file.") from error
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # at line feeds only: JSON strings may hold the other separators that splitlines() cuts at
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 fields = json.loads(line)
@@ -94,26 +112,39 @@ def _read(path: Path) -> list[Item]:
                 raise DataError(
                     f"{path}, line {number}: {error.msg}", "one JSON object a line", "Mend the line."
                 ) from error
-            items.append(_item(fields, number, str(path)))
+            items.append(_item(fields, f"{path}, line {number}", number, path.name))
     return items
 
 
-def _item(fields: Any, line: int | None, source: str) -> Item:
-    where = source if line is None else f"{source}, line {line}"
-    if not isinstance(fields, dict):
+def _item(fields: Any, where: str, line: int | None = None, source: str | None = None) -> Item:
+    if not isinstance(fields, Mapping):
         raise DataError(
             f"{where}: {type(fields).__name__}", "an object with id, domain, prompt, answer", "Mend the line."
         )
-    missing = [name for name in ("id", "domain", "prompt", "answer") if fields.get(name) in (None, "", [])]
+    names = ("id", "domain", "prompt", "answer")
+    missing = [name for name in names if fields.get(name) is None or len(str(fields[name])) == 0 or fields[name] == []]
+    name = f" (item {fields['id']!r})" if "id" not in missing else ""
     if missing:
-        name = f" (item {fields['id']!r})" if fields.get("id") else ""
         raise DataError(
             f"{where}{name}: no {' and no '.join(missing)}",
             "an item with id, domain, prompt and answer",
             "Complete the item, or leave it out.",
         )
-    texts = [fields[name] if isinstance(fields[name], str) else tuple(fields[name]) for name in ("prompt", "answer")]
-    return Item(str(fields["id"]), str(fields["domain"]), texts[0], texts[1], line)
+    for field in ("prompt", "answer"):
+        if not isinstance(fields[field], str) and not _is_ids(fields[field]):
+            raise DataError(
+                f"{where}{name}: {field} {str(fields[field])[:40]} of type {type(fields[field]).__name__}",
+                "text, or a list of token ids",
+                "Put quotation marks around it.",
+            )
+    texts = [
+        fields[field] if isinstance(fields[field], str) else tuple(fields[field]) for field in ("prompt", "answer")
+    ]
+    return Item(str(fields["id"]), str(fields["domain"]), texts[0], texts[1], line, source)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +164,10 @@ def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[Tok
 
     Raises:
         DataError: an answer that is empty after tokenising or begins with a special token, an item longer than the
-            model's context, or text without a tokenizer.
+            model's context, ids that the vocabulary does not have, or text without a tokenizer.
     """
     tokenizer, context = bridge.tokenizer, int(getattr(bridge.cfg, "n_ctx", 0) or 0)
+    vocabulary = int(bridge.cfg.d_vocab)
     special = set(getattr(tokenizer, "all_special_ids", ()) or ())
     tokenized = []
     for item in items:
@@ -151,6 +183,10 @@ def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[Tok
                 f"{item.place}: an answer that begins with the special token {answer[0]}",
                 "an answer of ordinary tokens",
                 "The tokenizer adds it although told not to: give the answer as a list of ids.",
+            )
+        if strange := [i for i in (*prompt, *answer) if not 0 <= i < vocabulary]:
+            raise DataError(
+                f"{item.place}: token id {strange[0]}", f"ids from 0 to {vocabulary - 1}", "Correct the item's ids."
             )
         if context and len(prompt) + len(answer) > context:
             raise DataError(
@@ -168,7 +204,8 @@ def _ids(bridge: TransformerBridge, text: str | tuple[int, ...], item: Item, is_
     if bridge.tokenizer is None:
         raise DataError(f"{item.place}: text, but the model has no tokenizer", "ids", "Give prompt and answer as ids.")
     if is_prompt:
-        return tuple(bridge.to_tokens(text)[0].tolist())
+        # not truncated: an item that does not fit is refused, not cut
+        return tuple(bridge.to_tokens(text, truncate=False)[0].tolist())
     return tuple(bridge.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

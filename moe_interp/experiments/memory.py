@@ -32,8 +32,8 @@ def tokens_per_pass(moe: MoEHooks, width: int, memory_budget: int | None = None)
     tokens = budget // per_token
     if tokens < width:
         raise ConfigError(
-            f"a memory budget of {budget / 2**20:.0f} MiB",
-            f"at least {per_token * width / 2**20:.0f} MiB for one sequence of {width} tokens",
+            f"a memory budget of {budget / 2**20:.3f} MiB",
+            f"at least {per_token * width / 2**20:.3f} MiB for one sequence of {width} tokens",
             "Raise memory_budget, or leave the longest items out.",
         )
     limit = CPU_TOKENS if device.type == "cpu" else 256 * CPU_TOKENS

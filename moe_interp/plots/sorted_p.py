@@ -15,8 +15,8 @@ def sorted_p(
 ) -> Figure:
     """All p-values in order, on logarithmic axes, with the line alpha i / m.
 
-    Step-up rejects every test up to the last one under the line (blue). The dashed line is the smallest p that the
-    largest domain can attain; a floor above the line means that single tests cannot be rejected.
+    Step-up rejects every test up to the last one under the line (blue). The dashed line is the smallest p that any
+    domain can attain; a floor above the line means that single tests cannot be rejected.
 
     Raises:
         DataError: No domain has enough items for a test.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +25,16 @@ class CellStore:
         plan: What the run computes, as JSON values. Cells of another plan are refused, not mixed in.
 
     Raises:
-        ResultError: the folder holds cells of another plan.
+        ResultError: the folder cannot be made, or holds cells of another plan.
     """
 
     def __init__(self, path: str | Path, plan: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
         wanted = json.dumps(plan, sort_keys=True, indent=1)
         file = self.path / "plan.json"
-        if file.exists() and (found := file.read_text()) != wanted:
+        if file.is_file() and (found := file.read_text(encoding="utf-8")) != wanted:
             raise ResultError(
-                f"{self.path} holds cells of another run ({_difference(json.loads(found), json.loads(wanted))})",
+                f"{self.path} holds cells of another run ({_difference(found, wanted)})",
                 "cells of the same model, items and options",
                 "Choose another folder, delete this one, or repeat the run with its options.",
             )
@@ -47,9 +47,9 @@ class CellStore:
         if not file.exists():
             return None
         try:
-            with np.load(file) as arrays:
+            with file.open("rb") as stream, np.load(stream) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, BadZipFile):
             return None
 
     def save(self, arrays: Arrays, *key: Any) -> None:
@@ -61,6 +61,10 @@ class CellStore:
         return self.path / ("-".join(str(part) for part in key) + ".npz")
 
 
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-    return "; ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} here" for k in keys[:3])[:300]
+def _difference(found: str, wanted: str) -> str:
+    try:
+        there, here = json.loads(found), json.loads(wanted)
+    except ValueError:
+        return "its plan cannot be read"
+    keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    return "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:3])[:300]

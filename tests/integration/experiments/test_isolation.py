@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,17 +220,67 @@ def test_answers_are_tokenised_apart_and_may_not_be_special(tmp_path: Any) -> No
         mi.isolate_experts(moe, [{**item, "id": "e", "answer": " "}], experts=[0], **QUIET)
 
 
-def test_items_are_read_with_their_lines(tmp_path: Any) -> None:
+def test_ids_that_the_vocabulary_does_not_have_are_refused() -> None:
+    moe, item = attached("olmoe"), items_of(n=1)[0]
+    for part, ids in (("prompt", [5, -3]), ("answer", [99999])):
+        with pytest.raises(DataError, match=rf"item 'item-0': token id {ids[-1]}. Expected: ids from 0 to"):
+            mi.isolate_experts(moe, [{**item, part: ids}], **QUIET)
+
+
+def test_items_that_the_model_cannot_take_are_named_with_file_and_line(tmp_path: Path) -> None:
+    moe = mi.attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tokenizer=tiny.tiny_tokenizer()))
+    good = {"id": "a", "domain": "d", "prompt": "w5 w6", "answer": " w7"}
+    bad = {
+        "long": ({"prompt": "w5 " * 100}, r"101 \+ 1 tokens. Expected: at most the model's context of 64"),
+        "blank": ({"answer": "  "}, "an empty answer after tokenising"),
+    }
+    for name, (change, text) in bad.items():
+        path = tmp_path / "items.jsonl"
+        path.write_text("\n".join(map(json.dumps, [good, {**good, "id": name, **change}])))
+        with pytest.raises(DataError, match=rf"item '{name}' \(items.jsonl, line 2\): {text}"):
+            mi.isolate_experts(moe, mi.load_items(path), experts=[0], store=tmp_path / "cells", **QUIET)
+        assert not (tmp_path / "cells").exists()  # refused before anything is run or written
+
+
+def test_a_full_disk_keeps_the_finished_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, items = attached("olmoe"), items_of(n=4)
+    whole = os.fsync
+
+    def full(descriptor: int) -> None:
+        if len(list(tmp_path.glob("[0-9]*.npz"))) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResultError, match=r"could not be written: No space left on device.*Free space"):
+        mi.isolate_experts(moe, items, store=tmp_path, **QUIET)
+    monkeypatch.undo()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0-0.npz", "0-1.npz", "plan.json"]
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    resumed = mi.isolate_experts(moe, items, store=tmp_path, **QUIET)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert largest_difference(resumed, mi.isolate_experts(moe, items, **QUIET)) <= 2e-6
+
+
+def test_a_damaged_cell_is_computed_again(tmp_path: Path) -> None:
+    moe, items = attached("olmoe"), items_of(n=2)
+    whole = mi.isolate_experts(moe, items, experts=[0], store=tmp_path, **QUIET)
+    cell = tmp_path / "0-1.npz"
+    cell.write_bytes(cell.read_bytes()[:100])
+    assert largest_difference(whole, mi.isolate_experts(moe, items, experts=[0], store=tmp_path, **QUIET)) <= 2e-6
+
+
+def test_the_demo_model_equals_run_with_hooks_one_at_a_time() -> None:
+    moe, items = mi.load_demo()
+    few = [group[0] for group in items.values()]
+    options: dict[str, Any] = {"experts": [0, 9, (3, 12)], "random_draws": 1, **QUIET}
+    fast, naive = (mi.isolate_experts(moe, few, method=method, **options) for method in ("prefix", "naive"))
+    assert largest_difference(fast, naive) <= 2e-5
+
+
+def test_where_items_were_read_from_does_not_enter_the_checksum(tmp_path: Path) -> None:
+    moe, items = attached("olmoe"), items_of(n=2)
     path = tmp_path / "items.jsonl"
-    good = '{"id": "a", "domain": "d", "prompt": "p", "answer": "q"}'
-    path.write_text(good + '\n\n{"id": "b", "domain": "d", "prompt": "p"}\n')
-    with pytest.raises(DataError, match=r"line 3 \(item 'b'\): no answer"):
-        mi.load_items(path)
-    path.write_text(good + "\n{broken\n")
-    with pytest.raises(DataError, match="line 2"):
-        mi.load_items(path)
-    path.write_text(good)
-    with pytest.raises(DataError, match="domain 'e'"):
-        mi.load_items(path, domains=["e"])
-    with pytest.raises(DataError, match="not a file"):
-        mi.load_items(tmp_path / "none.jsonl")
+    path.write_text("\n\n" + "\n".join(map(json.dumps, items)))
+    one, other = (mi.isolate_experts(moe, i, experts=[0], **QUIET) for i in (items, mi.load_items(path)))
+    assert one.manifest.data_checksum == other.manifest.data_checksum
