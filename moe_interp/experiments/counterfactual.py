@@ -214,45 +214,34 @@ class _Run:
         """One layer's routes and scores, of the batch's scored tokens in flat order."""
         plan, wanted = self.plan, batch.wanted
         main = self._sample(base, batch, layer, "main", self.sampler, plan.n_routes)
-        drawn, again = [main.indices], torch.empty(0)  # again: which main route a control's route is
+        drawn = main.indices
         if plan.n_second:
             second = self._sample(base, batch, layer, "second", self.sampler, plan.n_second).indices
             random = self._sample(base, batch, layer, "random", UniformSubsets(), plan.n_random).indices
-            again = matches(torch.cat([second, random], dim=1), main.indices)
+            others = torch.cat([second, random], dim=1)
+            again = matches(others, main.indices)
             # a route that the main draw has as well is not scored twice
-            drawn.append(torch.cat([second, random], dim=1).masked_fill((again >= 0).unsqueeze(-1), EMPTY))
-        flat = torch.cat(drawn, dim=1)
-        routes = flat.new_full((*wanted.shape, *flat.shape[1:]), EMPTY)
-        routes[wanted] = flat
-        given = check_routes(base, layer, routes)
+            drawn = torch.cat([main.indices, others.masked_fill((again >= 0).unsqueeze(-1), EMPTY)], dim=1)
+        routes = drawn.new_full((*wanted.shape, *drawn.shape[1:]), EMPTY)
+        routes[wanted] = drawn
         kept = targets if plan.n_second else targets[..., :1]
-        scores = score_from_base(base, {layer: given}, wanted, kept, plan.method, self.memory_budget, batch.names)
-        logp, router, n = scores.logp[wanted], scores.router_logp[wanted], plan.n_routes
+        given = {layer: check_routes(base, layer, routes)}
+        scores = score_from_base(base, given, wanted, kept, plan.method, self.memory_budget, batch.names)
+        logp, policy, n = scores.logp[wanted], scores.router_logp[wanted], plan.n_routes
         standard = check_routes(base, layer, base.indices[layer].unsqueeze(2))
         cell = {
             "logp": logp[:, :n, 0],
-            "router_logp": router[:, :n],
+            "router_logp": policy[:, :n],
             "route": main.indices.to(torch.int16),
             "exhausted": main.is_exhausted,
             "logp_null": scores.logp_null[wanted][:, 0],
             "router_logp_standard": router_logp(base, {layer: standard})[wanted][:, 0],
             "standard_route": base.indices[layer][wanted].to(torch.int16),
+            "is_slow": torch.tensor(scores.method == "naive"),
         }
         if plan.n_second:
-            controls = [
-                torch.where(again >= 0, x[:, :n].gather(1, again.clamp(min=0)), x[:, n:])
-                for x in (logp[..., 0], router)
-            ]
-            s = plan.n_second
-            cell |= {
-                "logp_second": controls[0][:, :s],
-                "router_logp_second": controls[1][:, :s],
-                "second_route": again[:, :s].to(torch.int16),
-                "logp_random": controls[0][:, s:],
-                "logp_own": logp[:, :n, 1],
-            }
-        method = {"branch": 0, "naive": 1}[scores.method]
-        return {name: value.cpu().numpy() for name, value in cell.items()} | {"method": torch.tensor(method).numpy()}
+            cell |= _controls(logp, policy, again, n, plan.n_second)
+        return {name: value.cpu().numpy() for name, value in cell.items()}
 
     def _sample(
         self, base: BasePass, batch: SequenceBatch, layer: int, stream: str, sampler: RouteSampler, n_routes: int
@@ -272,6 +261,23 @@ def matches(routes: Tensor, known: Tensor) -> Tensor:
         is_same = (left == right[:, index : index + 1]).all(dim=-1) & (right[:, index, -1:] != EMPTY)
         found[is_same] = index
     return found
+
+
+def _controls(logp: Tensor, policy: Tensor, again: Tensor, n: int, n_second: int) -> dict[str, Tensor]:
+    """Scores of the second and the uniform draw, with those of the routes that the main draw has as well."""
+
+    def whole(scores: Tensor) -> Tensor:
+        return torch.where(again >= 0, scores[:, :n].gather(1, again.clamp(min=0)), scores[:, n:])
+
+    realized, own = whole(logp[..., 0]), whole(logp[..., 1])
+    return {
+        "logp_second": realized[:, :n_second],
+        "router_logp_second": whole(policy)[:, :n_second],
+        "second_route": again[:, :n_second].to(torch.int16),
+        "logp_random": realized[:, n_second:],
+        "logp_own": logp[:, :n, 1],
+        "logp_own_second": own[:, :n_second],
+    }
 
 
 def _tokens_per_batch(moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None) -> int:

@@ -35,6 +35,7 @@ CONTROLS = {
     "second_route": (*CELL, "second"),
     "logp_random": (*CELL, "random"),
     "logp_own": (*CELL, "route"),
+    "logp_own_second": (*CELL, "second"),
     "logp_own_standard": ("token",),
 }
 LABELS = ("sequence", "pos")
@@ -65,7 +66,7 @@ def counterfactual_dataset(
     token = np.array([sequences[i].tokens[p] for i, p in zip(sequence, pos)])
     target = np.array([sequences[i].tokens[p + 1] for i, p in zip(sequence, pos)])
     texts = _texts(moe, {*token.tolist(), *target.tolist()})
-    slow = [any(int(cells[n, layer]["method"]) for n in numbers) for layer in plan.layers]
+    slow = [any(bool(cells[n, layer]["is_slow"]) for n in numbers) for layer in plan.layers]
     spec = moe.spec(plan.layers[0])
     data = xr.Dataset(
         variables,

@@ -8,7 +8,11 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from moe_interp.experiments import controls
+from moe_interp.experiments import counterfactual_tables as tables
+from moe_interp.experiments.confidence import By
 from moe_interp.experiments.counterfactual_data import check_counterfactual
+from moe_interp.experiments.counterfactual_summary import summary_text
 from moe_interp.results import Manifest, Result
 
 
@@ -38,6 +42,50 @@ class CounterfactualResult(Result, kind="counterfactual"):
         check_counterfactual(data)
         super().__init__(data, config=config, seeds=seeds, data_checksum=data_checksum, manifest=manifest)
         self._tables: dict[tuple[Any, ...], pd.DataFrame] = {}
+
+    def by_confidence(
+        self,
+        by: By = "resampled",
+        thresholds: tuple[float, float] = (0.5, 0.9),
+        layer: int | None = None,
+        n_distinct: int | None = None,
+    ) -> pd.DataFrame:
+        """Gap, regret, positive rate, inclusion and alignment by class of confidence, with intervals:
+        :func:`moe_interp.experiments.counterfactual_tables.by_confidence`."""
+        return self._table(tables.by_confidence, by, tuple(thresholds), layer, n_distinct)
+
+    def by_layer(self, n_distinct: int | None = None) -> pd.DataFrame:
+        """The same by layer: :func:`moe_interp.experiments.counterfactual_tables.by_layer`."""
+        return self._table(tables.by_layer, n_distinct)
+
+    def by_token_type(self, n_distinct: int | None = None) -> pd.DataFrame:
+        """The same by kind of predicted token: :func:`moe_interp.experiments.counterfactual_tables.by_token_type`."""
+        return self._table(tables.by_token_type, n_distinct)
+
+    def by_position(self, n_distinct: int | None = None) -> pd.DataFrame:
+        """The same by position: :func:`moe_interp.experiments.counterfactual_tables.by_position`."""
+        return self._table(tables.by_position, n_distinct)
+
+    def controls(
+        self,
+        by: By | None = None,
+        thresholds: tuple[float, float] = (0.5, 0.9),
+        n_distinct: int | None = None,
+    ) -> pd.DataFrame:
+        """Gap and regret beside their controls, and the excess: :func:`moe_interp.experiments.controls.controls`."""
+        return self._table(controls.controls, by, tuple(thresholds), n_distinct)
+
+    def regret_curve(self) -> pd.DataFrame:
+        """Regret against the number of routes: :func:`moe_interp.experiments.controls.regret_curve`."""
+        return self._table(controls.regret_curve)
+
+    def token_table(self) -> pd.DataFrame:
+        """One row a token and layer: :func:`moe_interp.experiments.counterfactual_tables.token_table`."""
+        return self._table(tables.token_table)
+
+    def summary(self) -> str:
+        """The run in plain words: what was scored, whether the published pattern is there, and the noise floor."""
+        return summary_text(self)
 
     def __repr__(self) -> str:
         return super().summary()

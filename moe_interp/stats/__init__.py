@@ -1,5 +1,7 @@
 """Statistics on plain arrays: numpy and scipy only, vectorised over leading axes, importable without torch."""
 
+from moe_interp.stats.best_of import BestOf, best_of, in_top
+from moe_interp.stats.clusters import cluster_bootstrap
 from moe_interp.stats.correlation import (
     MeanCorrelation,
     PermutationResult,
@@ -27,6 +29,7 @@ from moe_interp.stats.streams import derive_rng
 from moe_interp.stats.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
+    "BestOf",
     "CorrectedCorrelation",
     "DomainEffect",
     "Estimate",
@@ -37,13 +40,16 @@ __all__ = [
     "SpearmanResult",
     "WilcoxonResult",
     "adjust_p",
+    "best_of",
     "bootstrap_interval",
+    "cluster_bootstrap",
     "corrected_correlation",
     "derive_rng",
     "domain_effect",
     "expected_spearman",
     "fisher_z_interval",
     "fisher_z_mean",
+    "in_top",
     "items_needed",
     "latent_pearson",
     "mean_rho_permutation",
