@@ -19,7 +19,7 @@ from moe_interp.testbed.balancing import (
     ZLoss,
 )
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.reference import ReferenceRouter, reference_blocks
+from moe_interp.testbed.reference import BlockLoss, ReferenceRouter, reference_blocks
 from moe_interp.testbed.rerouting import CapacityDropping, ExpertChoice, HashRouting, RandomRouting, SigmoidScores
 from moe_interp.testbed.strategy import Batch, Hook, Loads, Records, Setting, Strategy
 
@@ -55,7 +55,7 @@ class Joined(Strategy):
             part.load_state_dict(state[part.name])
 
 
-_AUXILIARY = (MicroBatchBalance, SequenceBalance, GlobalBalance, GlobalRunningBalance, ZLoss, LossFreeBias)
+_AUXILIARY = (MicroBatchBalance, SequenceBalance, GlobalBalance, GlobalRunningBalance, ZLoss, BlockLoss, LossFreeBias)
 _ROUTING = (SigmoidScores, ExpertChoice, HashRouting, RandomRouting, CapacityDropping, ReferenceRouter)
 _CHOOSING = {cls.name for cls in (LossFreeBias, *_ROUTING)} - {CapacityDropping.name}
 STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Strategy, *_AUXILIARY, *_ROUTING)}
@@ -66,7 +66,7 @@ def check_strategy(name: str, config: TestbedConfig, domains: Sequence[str]) -> 
 
     Raises:
         ConfigError: A name that is not made of known strategies (it says which there are); two that each decide the
-            route; a reference router with fewer experts than domains, or with k larger than a block.
+            route; a block per domain asked for with fewer experts than domains, or with k larger than a block.
     """
     parts = name.split("+")
     if not set(parts) <= set(STRATEGIES) or len(set(parts)) < len(parts):
@@ -80,7 +80,7 @@ def check_strategy(name: str, config: TestbedConfig, domains: Sequence[str]) -> 
             f"at most one of {', '.join(sorted(_CHOOSING))}, and sigmoid without capacity",
             "Join balance losses and capacity to one of them.",
         )
-    if ReferenceRouter.name in parts:
+    if {ReferenceRouter.name, BlockLoss.name} & set(parts):
         reference_blocks(tuple(domains), config.model.n_experts, config.model.top_k)
 
 

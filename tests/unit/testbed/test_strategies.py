@@ -19,7 +19,7 @@ from moe_interp.testbed.model import ModelConfig, model_tensors
 from moe_interp.testbed.reference import reference_blocks
 from moe_interp.testbed.rerouting import within_capacity
 from moe_interp.testbed.strategies import STRATEGIES, check_strategy, make_strategy
-from moe_interp.testbed.strategy import Batch, RouterRecord, Setting, by_score
+from moe_interp.testbed.strategy import Batch, RouterRecord, Setting, by_score, recorded
 from moe_interp.testbed.trainer import Trainer
 
 TINY = TestbedConfig(
@@ -156,6 +156,32 @@ def test_reference_routing_is_specialised_by_construction():
     frame = routing_metrics(trainer.evaluate().trace)
     assert frame["specialization"].tolist() == [1.0, 1.0]
     assert frame["mutual_information"].tolist() == pytest.approx([1, 1])
+
+
+def test_the_block_loss_is_the_cross_entropy_of_the_domains_block_and_teaches_it():
+    trainer = trainer_of("block_loss")
+    tokens, domain = trainer.micro_batch(0)
+    records = trainer.forward(tokens, domain)[1]
+    found = trainer.strategy.auxiliary_loss(records, Batch(tokens, domain, 0, True), None)
+
+    def blocks_of(domain: torch.Tensor) -> torch.Tensor:
+        return reference_blocks(("letters", "numbers"), 4, 2)[domain]
+
+    expected = sum(-(r.logits.softmax(-1) * blocks_of(domain)).sum(-1).log().mean() for r in records.values())
+    assert found.item() == pytest.approx(0.1 * expected.item(), rel=1e-5)
+
+    def share_inside(name: str) -> float:
+        """Of the slots that the router fills by itself, the mask taken off."""
+        trainer = trainer_of(name, steps=60, micro_batch=8)
+        for _ in range(60):
+            trainer.train_step()
+        tokens, domain = trainer.micro_batch(-1)
+        with torch.no_grad():
+            records = recorded(trainer.moe, lambda: trainer.moe.bridge(tokens))[1]
+        return min(float(blocks_of(domain).gather(-1, r.indices).float().mean()) for r in records.values())
+
+    assert share_inside("reference+block_loss") > 0.9
+    assert share_inside("reference") < 0.75
 
 
 def test_hash_routing_is_a_function_of_the_token_and_random_routing_is_even():
