@@ -12,13 +12,13 @@ from rich.markup import escape
 
 from moe_interp.cli import console
 from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.findings import plan_isolation
 from moe_interp.experiments.isolation import isolate_experts
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.experiments.items import Item, check_items, load_items
 from moe_interp.plots import calibration_scatter, dominance, layer_impact, save_figure, sorted_p, specialization_map
-from moe_interp.report.page import write_page
+from moe_interp.report import isolation_page, write_page
 from moe_interp.testbed.demo import load_demo_assets
 
 FIGURES: dict[str, Callable[..., Any]] = {
@@ -53,7 +53,7 @@ def isolate(
     chosen = read_items(items or ([DEMO] if model == DEMO else []), domains, per_domain)
     moe = load_hooks(model, device, dtype)
     sets = _experts(experts)
-    labels = None if layers is None else [moe.layer_label(part) for part in layers.split(",")]
+    labels = None if layers is None else [moe.layer_label(part.strip()) for part in layers.split(",")]
     _announce_plan(chosen, len(labels or moe.layers), len(sets or range(moe.spec(moe.layers[0]).n_experts)))
     store = out / "cells"
     if not resume and store.exists():
@@ -79,7 +79,9 @@ def read_items(sources: list[str], domains: str | None, per_domain: int | None) 
     """Items of files and of the bundled set, the first ``per_domain`` of each domain."""
     if not sources:
         raise ConfigError("no items", "--items FILE.jsonl (id, domain, prompt, answer)", "Or use --items demo.")
-    wanted = None if domains is None else domains.split(",")
+    if per_domain is not None and per_domain < 1:
+        raise ConfigError(f"--per-domain {per_domain}", "at least 1", "Leave it out to use all items.")
+    wanted = None if domains is None else [name.strip() for name in domains.split(",")]
     found: list[Item] = []
     for source in sources:
         if source == DEMO:
@@ -101,11 +103,18 @@ def first_of_each(items: list[Item], per_domain: int | None) -> list[Item]:
 
 
 def write_isolation(result: IsolationResult, out: Path, **extra: str) -> None:
-    """The result, its figures as SVG files, and the page."""
+    """The result, those of its figures that can be drawn as SVG files, and the page."""
     result.save(out / "isolation.nc")
     for name, draw in FIGURES.items():
-        save_figure(draw(result), out / "figures" / f"{name}.svg")
-    write_page(out / "index.html", result, extra=extra)
+        path = out / "figures" / f"{name}.svg"
+        path.unlink(missing_ok=True)  # of an earlier run
+        try:
+            figure = draw(result)
+        except DataError as error:  # what so few items or experts cannot bear; the page gives the same reason
+            console.err.print(escape(f"Without the figure {name}: {error}"))
+        else:
+            save_figure(figure, path)
+    write_page(out / "index.html", isolation_page(result, extra=extra))
 
 
 def _announce_plan(items: list[Item], n_layers: int, n_experts: int) -> None:

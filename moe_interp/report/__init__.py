@@ -1,5 +1,16 @@
 """Results to one self-contained HTML page."""
 
-from moe_interp.report.page import isolation_page, write_page
+from moe_interp.report.counterfactual import counterfactual_chapter, counterfactual_page
+from moe_interp.report.isolation import isolation_chapter, isolation_page
+from moe_interp.report.page import render_page, write_page
+from moe_interp.report.tokens import token_view
 
-__all__ = ["isolation_page", "write_page"]
+__all__ = [
+    "counterfactual_chapter",
+    "counterfactual_page",
+    "isolation_chapter",
+    "isolation_page",
+    "render_page",
+    "token_view",
+    "write_page",
+]

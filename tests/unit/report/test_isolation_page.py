@@ -11,7 +11,7 @@ import pytest
 from moe_interp.errors import ResultError
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.report import isolation_page, write_page
-from moe_interp.report.page import LONGEST, cell, html_table
+from moe_interp.report.html import LONGEST, cell, html_table
 from tests.unit.experiments.planted_isolation import planted_isolation
 
 VOID = {"meta", "br", "link"}
@@ -94,5 +94,9 @@ def test_a_long_table_says_how_much_is_left_out():
 def test_a_page_that_cannot_be_written_says_so(planted, tmp_path):
     (tmp_path / "page.html").mkdir()
     with pytest.raises(ResultError, match="could not be written"):
-        write_page(tmp_path / "page.html", planted)
-    assert write_page(tmp_path / "good.html", planted).read_text(encoding="utf-8").startswith("<!doctype html>")
+        write_page(tmp_path / "page.html", isolation_page(planted))
+    assert (
+        write_page(tmp_path / "good.html", isolation_page(planted))
+        .read_text(encoding="utf-8")
+        .startswith("<!doctype html>")
+    )

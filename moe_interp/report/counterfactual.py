@@ -1,0 +1,64 @@
+"""The chapter of a counterfactual-routes run: figures, tables, and the text with its tokens coloured by regret."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe_interp import plots
+from moe_interp.report.html import with_intervals
+from moe_interp.report.page import Chapter, Section, render_page, section
+from moe_interp.report.tokens import token_view
+from moe_interp.results.tables import CounterfactualTables
+
+
+def counterfactual_chapter(result: CounterfactualTables, title: str = "Counterfactual routes") -> Chapter:
+    """Summary, three figures, tables, and the token view. Every number comes from a table of the result."""
+    sections = [
+        section(name, heading, text, draw and partial(draw, result), tabulate and partial(_tabulate, tabulate, result))
+        for name, heading, text, draw, tabulate in _PARTS
+    ]
+    sections.append(Section("Token by token", "", view=token_view(result)))
+    return Chapter(title, result.summary(), tuple(sections), manifest=getattr(result, "manifest", None))
+
+
+def counterfactual_page(result: CounterfactualTables, *, extra: Mapping[str, str] | None = None) -> str:
+    """A page of this chapter alone; ``extra`` as in :func:`moe_interp.report.render_page`."""
+    return render_page([counterfactual_chapter(result)], model=result.data.attrs.get("model", ""), extra=extra)
+
+
+def _tabulate(tabulate: Table, result: CounterfactualTables) -> pd.DataFrame:
+    table = with_intervals(tabulate(result))
+    return table[[name for name in table if name not in _UNSHOWN]]
+
+
+_UNSHOWN = ("n_cells", "n_dropped", "alignment_p")
+Draw = Callable[[CounterfactualTables], Figure]
+Table = Callable[[CounterfactualTables], pd.DataFrame]
+
+# name, title, sentence, figure, table
+_PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
+    (
+        "confidence",
+        "Is the router right where the model is confident?",
+        "Alignment: rank correlation, within a token, of the router's log-probability of a route and how well the "
+        "route predicts the next token. Regret: what the best route scored would have gained. The table's classes are "
+        "free of the selection that classing by the standard route's own p brings.",
+        plots.confidence,
+        lambda r: r.by_confidence(),
+    ),
+    (
+        "regret-curve",
+        "Is that regret more than luck?",
+        "The best of many routes is better than one by chance alone. So the same is asked of a next token drawn from "
+        "the model's own prediction, of random routes, of a fresh draw of routes, and of the standard route itself.",
+        plots.regret_curve,
+        lambda r: r.controls(),
+    ),
+    ("layer-regret", "Layer by layer", "Mean over tokens.", plots.layer_regret, lambda r: r.by_layer()),
+    ("token-types", "By the kind of the next token", "", None, lambda r: r.by_token_type()),
+    ("positions", "By position", "", None, lambda r: r.by_position()),
+)

@@ -1,0 +1,126 @@
+"""The token view: what it holds, that nothing escapes it, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moe_interp.report import counterfactual_page, token_view
+from moe_interp.report.tokens import STEPS
+from tests.unit.plots.planted_routes import REGRETTED, TEXTS, planted_routes
+from tests.unit.report.test_isolation_page import Nesting
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return counterfactual_page(planted_routes(), extra={"scoring": "1.2 s"})
+
+
+def held(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" class="data">(.*?)</script>', page, re.S).group(1))
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page):
+    parser = Nesting()
+    parser.feed(page)
+    assert parser.open == []
+    assert len(parser.ids) == len(set(parser.ids))
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert not re.search(r'(src|href)="(?!#|data:)', without_names)
+    assert not re.search(r"https?://|@import|fetch\(|innerHTML|eval\(", without_names)
+    assert page.count("<svg") == 3
+    assert "&lt;planted&gt;" in page
+    assert "<planted>" not in page
+
+
+def test_it_holds_every_token_with_its_routes():
+    result = planted_routes()
+    view = held(str(token_view(result)))
+    assert view["layers"] == [1, 3, 5]
+    assert view["steps"] == list(STEPS)
+    assert [one["id"] for one in view["sequences"]] == [f"s{i}" for i in range(12)]
+    table = result.token_table()
+    name, position, layer = REGRETTED
+    token = next(t for t in view["sequences"][3]["tokens"] if t[0] == position)
+    regret, best, standard, other = token[4][layer]
+    assert (regret, best, token[3]) == (2.5, 0.607, 0.0498)
+    row = table.query("sequence == @name and pos == @position and layer == 3").iloc[0]
+    assert (standard, other) == (row["standard_route"], row["best_route"])
+    texts = [t[1] for one in view["sequences"] for t in one["tokens"]]
+    assert texts == [TEXTS[i % len(TEXTS)] for i in range(96)]
+
+
+def test_text_cannot_leave_the_script_or_the_table(page):
+    # the data's own closing tag would end the script
+    assert page.count("</script>") == page.count("<script") == 2
+    assert "<b>" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    worst = page[page.index("<details>") : page.index("</details>")]
+    assert "2.5" in worst.split("<tr>")[2]  # the first row
+    assert worst.count("<tr>") == 21
+
+
+def test_whole_sequences_are_left_out_of_a_long_view():
+    result = planted_routes()
+    text = str(token_view(result, most=2 * 8 * 3))
+    assert len(held(text)["sequences"]) == 2
+    assert "10 more sequences" in text
+    some = held(str(token_view(result, sequences=["s7", "s2"])))
+    assert [one["id"] for one in some["sequences"]] == ["s2", "s7"]
+
+
+ASK = """<script>addEventListener("load", () => {
+const tokens = [...document.querySelectorAll(".token")], say = {};
+const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+say.text = document.querySelectorAll(".text")[0].textContent;
+say.tabbable = tokens.filter(t => t.tabIndex === 0).length;
+tokens[0].focus(); press("ArrowRight"); press("ArrowRight");
+say.moved = document.activeElement === tokens[2];
+press("End"); say.end = document.activeElement === tokens.at(-1);
+press("Home"); say.home = document.activeElement === tokens[0];
+const tip = document.querySelector(".tip");
+say.shown = !tip.hidden; press("Escape"); say.escaped = tip.hidden;
+const worst = document.querySelector(".token.s5");
+say.worst = worst.getAttribute("aria-label");
+worst.focus(); say.tip = tip.innerText;
+const select = document.querySelector("select");
+select.value = "0"; select.dispatchEvent(new Event("change"));
+say.elsewhere = worst.className;
+select.value = "1"; select.dispatchEvent(new Event("change"));
+say.back = worst.className;
+say.colours = new Set([...document.querySelectorAll(".legend li")].map(l => getComputedStyle(l).backgroundColor)).size;
+say.wide = document.documentElement.scrollWidth <= innerWidth;
+document.body.textContent = "ANSWER" + JSON.stringify(say) + "ANSWER";
+});</script></body>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium to open the page in")
+def test_a_browser_shows_it_and_the_keyboard_reaches_every_token(page, tmp_path: Path):
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", ASK), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--window-size=1000,900", file.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    said = json.loads(html.unescape(done.stdout.split("ANSWER")[1]))
+    # the first sequence starts at position 2; a line break breaks the line, what cannot be seen is marked
+    assert said["text"].startswith('⋯<b> &amp;↵\n→\t∅"]</script>␣x')
+    assert said["tabbable"] == 1
+    assert all(said[name] for name in ("moved", "end", "home", "shown", "escaped", "wide"))
+    assert "regret 2.5 nats at layer 3" in said["worst"]
+    assert "Best other route" in said["worst"]
+    assert "2.5 nats" in said["tip"]
+    assert "61%" in said["tip"]
+    assert "5.0%" in said["tip"]
+    assert said["elsewhere"] == "token s0"
+    assert said["back"] == "token s5"
+    assert said["colours"] == 7
