@@ -11,7 +11,6 @@ import xarray as xr
 
 from moe_interp.experiments.confidence import By
 
-
 Row = Mapping[Any, Any]
 
 

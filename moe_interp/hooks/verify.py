@@ -7,6 +7,7 @@ hooks says. Nothing here trusts that a hook fires: every check compares outputs 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pkgutil import resolve_name
 
 import pandas as pd
 from torch import Tensor
@@ -16,6 +17,8 @@ from moe_interp.hooks.checks import CHECKS, Check, Finding
 from moe_interp.hooks.trial import Attached, Trial, as_tokens, at_rest
 from moe_interp.types import Layer
 
+# checks of parts that build on the hooks, imported when they are made
+FURTHER = ("moe_interp.routes.agreement:branches_equal_naive",)
 COLUMNS = ["check", "layer", "hook", "figure", "relation", "bound", "passed", "note"]
 
 
@@ -70,27 +73,29 @@ def verify(
     moe: Attached,
     tokens: Tensor | str | None = None,
     layers: Sequence[Layer] | None = None,
-    checks: Sequence[Check] = CHECKS,
+    checks: Sequence[Check | str] = (*CHECKS, *FURTHER),
 ) -> Verification:
     """Check every hook of the attached layers by cause.
 
     Checks: passing a hook's value through changes nothing; an edit of it changes the logits; the router's own choice
     and weights are ``rule.route``'s bit for bit; an edited router logit runs the experts that the rule says, with its
     weights; the parts sum to the whole; TransformerLens' own router hooks show the same; gradients arrive; without the
-    hook points the model computes the same, and they come back.
+    hook points the model computes the same, and they come back; branches score counterfactual routes as full forward
+    passes do.
 
     Exact checks are bounded by twice what the model differs from itself when run again (0.0 where it is deterministic).
     Router hooks pass exactly; the expert hooks recompute the experts one by one, so they may differ by rounding:
     32 units of the number format, relative to the layer's largest output.
 
     Hooks that are on the model are set aside while checking, it runs in eval mode, and both are as before afterwards.
-    Costs about ten forward passes a layer, and one backward pass.
+    Costs about fifteen forward passes a layer, and one backward pass.
 
     Args:
         moe: The attached hooks.
         tokens: ``[batch, pos]`` ids, or text; by default two random sequences of eight ids, special ids left out.
         layers: The layers to check; all by default.
-        checks: Which checks to make; each is a generator of findings about a :class:`~moe_interp.hooks.trial.Trial`.
+        checks: Which checks to make; each is a generator of findings about a :class:`~moe_interp.hooks.trial.Trial`, or
+            its name as "module:function".
 
     Returns:
         A table that prints itself summed up over the layers. What it does not show: that the rule is right on logits
@@ -107,7 +112,8 @@ def verify(
     ids = as_tokens(moe.bridge, tokens)
     with at_rest(moe.bridge):
         trial = Trial(moe, ids, chosen)
-        findings = [finding for check in checks for finding in _guarded(check, trial)]
+        made = [resolve_name(check) if isinstance(check, str) else check for check in checks]
+        findings = [finding for check in made for finding in _guarded(check, trial)]
     rows = [{name: getattr(finding, name) for name in COLUMNS} for finding in findings]
     return Verification(rows, columns=COLUMNS)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_interp.arch.rules import RoutingRule, ScoreRule
 from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.hooks.branches import BranchRunner
 from moe_interp.hooks.layer import OpenLayer
 from moe_interp.hooks.names import HOOK_NAMES
 from moe_interp.hooks.theirs import THEIR_HOOKS
@@ -24,7 +25,14 @@ EXCEPTED = {
     ("phimoe", "router_logits"): "do not depend on the logits",
     ("gemma4", "routed_out"): "a norm follows",
     ("jamba", "mlp.router.hook_out"): "a tuple",
+    # branches are not exact: other state than keys and values, several residual streams, or an encoder-decoder
+    ("deepseek_v4", "expert_indices"): "several residual streams",
+    ("glm_moe_dsa", "expert_indices"): "hand on more than the residual stream",
+    ("jamba", "expert_indices"): "instead of plain keys and values",
+    ("lfm2_moe", "expert_indices"): "instead of plain keys and values",
+    ("switch_transformers", "expert_indices"): "defined for causal decoders",
 }
+BRANCHES = "branch scoring equals naive scoring"
 
 
 def attached(name: str, dtype: torch.dtype = torch.float32) -> MoEHooks:
@@ -52,6 +60,41 @@ def test_every_check_passes_on_every_family(family: str) -> None:
     assert set(gradients["hook"]) == set(moe.hooks(moe.layers[0])) - {"expert_indices"}
     theirs = table[table["check"] == "TransformerLens' hook agrees"]
     assert set(theirs["hook"]) == {hook.path for hook in THEIR_HOOKS[name]}
+
+
+def test_branches_are_checked_against_full_passes_on_every_layer_of_a_plain_family() -> None:
+    moe = attached("olmoe")
+    table = moe.verify()
+    rows = table[table["check"] == BRANCHES]
+    assert rows["layer"].tolist() == list(moe.layers)
+    assert 0 <= rows["figure"].max() < 2e-5
+    assert (rows["bound"] == 1e-3).all()
+
+
+def test_branches_that_read_the_wrong_keys_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = BranchRunner.__call__
+
+    def wrong(self: BranchRunner, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
+        return right(self, sequence, (position - 1).clamp(min=0), block_out)
+
+    monkeypatch.setattr(BranchRunner, "__call__", wrong)
+    table = attached("olmoe").verify()
+    failed = table[~table["passed"]]
+    # at the last layer nothing attends any more, so it is right whatever the position
+    assert set(failed["check"]) == {BRANCHES}
+    assert {0, 1} <= set(failed["layer"])
+    assert failed["figure"].min() > 1e-2
+
+
+def test_branches_that_cannot_run_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Tensor:
+        raise ValueError("no such cache")
+
+    monkeypatch.setattr(BranchRunner, "__call__", broken)
+    table = attached("olmoe").verify()
+    failed = table[~table["passed"]]
+    assert failed["check"].tolist() == ["branches equal naive"]
+    assert "no such cache" in failed["note"].iloc[0]
 
 
 def test_router_checks_are_exact_and_expert_checks_are_bounded_by_the_number_format() -> None:
