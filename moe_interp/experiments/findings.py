@@ -101,9 +101,13 @@ def _significant_row(result: IsolationTables) -> dict[str, Any]:
 
 
 def _rho_rows(result: IsolationTables) -> list[dict[str, Any]]:
+    try:
+        table = result.calibration_by_domain()
+    except DataError as error:
+        return [{"finding": "calibration rho", "here": f"not testable: {error.given}"}]
     rows = []
     seen = set()
-    for row in result.calibration_by_domain().to_dict("records"):
+    for row in table.to_dict("records"):
         is_all = row["domain"] == ALL
         name = str(row["domain"]).lower()
         seen.add(name)

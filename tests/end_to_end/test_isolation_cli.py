@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 import moe_interp as mi
 from moe_interp.cli import isolate as isolate_command
 from moe_interp.cli.main import cli
-from moe_interp.errors import DataError, MoEInterpError
+from moe_interp.errors import MoEInterpError, ResultError
 from moe_interp.testbed.demo import load_demo_assets
 
 runner = CliRunner(env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})
@@ -71,17 +72,93 @@ def test_isolate_takes_paths_and_goes_on_after_an_interruption(tmp_path: Path, m
     assert "smallest attainable p" in done.output  # said before the run
 
 
+def refused(tmp_path: Path, *arguments: str, items: Path | None = None) -> MoEInterpError:
+    """The error of ``moe-interp isolate`` on the demo model; nothing may have been written."""
+    given = ["--items", str(items or items_file(tmp_path)), "--out", str(tmp_path / "out"), *arguments]
+    done = runner.invoke(cli, ["isolate", "--model", "demo", "--layers", "3", "--experts", "0,1,2", *given])
+    assert isinstance(done.exception, MoEInterpError), done.exception
+    assert not (tmp_path / "out").exists()
+    return done.exception
+
+
 def test_errors_name_the_item_and_its_line(tmp_path: Path) -> None:
     path = items_file(tmp_path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    lines[2] = json.dumps({**json.loads(lines[2]), "answer": ""})
-    path.write_text("\n".join(lines), encoding="utf-8")
-    done = runner.invoke(cli, ["isolate", "--model", "demo", "--items", str(path), "--out", str(tmp_path / "out")])
-    assert isinstance(done.exception, DataError)
-    assert "line 3" in str(done.exception)
-    missing = runner.invoke(cli, ["isolate", "--model", "demo", "--items", "none.jsonl", "--out", str(tmp_path)])
-    assert isinstance(missing.exception, MoEInterpError)
-    assert "none.jsonl" in str(missing.exception)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def with_third(**change: object) -> Path:
+        changed = [*lines[:2], {**lines[2], **change}, *lines[3:]]
+        path.write_text("\n".join(map(json.dumps, changed)), encoding="utf-8")
+        return path
+
+    name = lines[2]["id"]
+    for change, text in (
+        ({"answer": ""}, f"line 3 (item '{name}'): no answer"),
+        ({"answer": 7}, f"line 3 (item '{name}'): answer 7 of type int"),
+        ({"answer": [5, 10**6]}, f"item '{name}' (items.jsonl, line 3): token id 1000000"),
+        ({"prompt": "word " * 600}, f"item '{name}' (items.jsonl, line 3): "),
+        ({"id": lines[0]["id"]}, f"item '{lines[0]['id']}' (items.jsonl, line 3)"),
+    ):
+        assert text in str(refused(tmp_path, items=with_third(**change)))
+
+
+def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
+    for arguments, text in (
+        (["--items", "none.jsonl"], "none.jsonl, which is not a file"),
+        (["--domains", "facts,biology"], "domain 'biology'. Expected: domains among ['facts', 'puzzles']"),
+        (["--per-domain", "0"], "--per-domain 0"),
+        (["--layers", "9"], "layer 9"),
+        (["--experts", "99"], "expert id 99"),
+        (["--experts", "a"], "--experts a"),
+        (["--mode", "both"], "mode='both'"),
+        (["--random-draws", "0"], "random_draws=0"),
+        (["--memory", "0.00001"], "a memory budget of 0.010 MiB"),
+    ):
+        assert text in str(refused(tmp_path, *arguments))
+
+
+def test_too_few_items_of_one_domain_are_said_so_before_and_after(tmp_path: Path) -> None:
+    arguments = ["isolate", "--model", "demo", "--items", str(items_file(tmp_path)), "--layers", "3", "--seed", "1"]
+    arguments += ["--experts", "0,1,2", "--per-domain", "4", "--domains", " facts", "--out", str(tmp_path)]
+    done = runner.invoke(cli, [*arguments, "--random-draws", "1"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    said = " ".join(done.output.split())
+    assert said.count("Too few items for any test at 0.05, at least 6 are needed: facts.") == 2
+    assert "Without the figure sorted_p: no domain with enough items" in said
+    assert "the single domain 'facts'" in said
+    assert (tmp_path / "index.html").is_file()
+
+
+def test_a_full_disk_at_the_end_keeps_the_cells_and_the_earlier_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["isolate", "--model", "demo", "--items", str(items_file(tmp_path)), "--out", str(out)]
+    arguments += ["--layers", "3", "--experts", "0,1,2", "--random-draws", "1"]
+    assert runner.invoke(cli, arguments).exit_code == 0
+    earlier = (out / "isolation.nc").read_bytes()
+    cells = {file: file.stat().st_mtime_ns for file in (out / "cells").glob("*.npz")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        done = runner.invoke(cli, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(done.exception, ResultError)
+    assert "The earlier file of that name is unchanged" in str(done.exception)
+    assert (out / "isolation.nc").read_bytes() == earlier
+    assert {file: file.stat().st_mtime_ns for file in (out / "cells").glob("*.npz")} == cells
+    assert not list(out.glob(".*"))
+
+
+def test_results_of_another_version_are_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, items = mi.load_demo()
+    few = [item for name in ("facts", "puzzles") for item in items[name][:2]]
+    result = mi.isolate_experts(moe, few, layers=[3], experts=[0, 1], baselines=["natural"], progress=False)
+    monkeypatch.setattr(mi.IsolationResult, "version", mi.IsolationResult.version + 1)
+    newer = mi.IsolationResult(result.data).save(tmp_path / "newer.nc")
+    monkeypatch.undo()
+    with pytest.raises(ResultError, match=r"schema 1\.2\. Expected: schema 1\.1 of kind 'isolation'"):
+        mi.load_result(newer)
 
 
 def test_real_items_run_on_a_model_given_by_path(tmp_path: Path, shared_data: Path) -> None:
