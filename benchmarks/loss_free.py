@@ -1,10 +1,11 @@
 """Does the loss-free bias balance every layer within the demo model's training length?
 
-    python benchmarks/loss_free.py --out out/loss_free.csv [--steps 1000] [--strategy loss_free]
+    python benchmarks/loss_free.py --out out/loss_free.csv [--steps 1000] [--schedule 3000] [--strategy loss_free]
 
-The demo preset's model, data and schedule under another strategy, stopped early: the first steps of a 3000-step run, so
-the learning rate has not decayed and routers still move. MaxVio of a layer is that of its load over a window of
-training steps, and of its load on held-out text weighted by the training mix's shares. One thread.
+The demo preset's model and data under another strategy: the first ``steps`` of a schedule of 3000, the demo's, in which
+the learning rate has not decayed yet and routers still move; or a whole schedule that is shorter. MaxVio of a layer is
+that of its load over a window of training steps, and of its load on held-out text weighted by the training mix's
+shares. One thread.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from moe_interp.testbed.trainer import Trainer
 WINDOW = 50  # steps
 
 
-def measure(strategy: str, steps: int, every: int) -> pd.DataFrame:
+def measure(strategy: str, steps: int, schedule: int, every: int) -> pd.DataFrame:
     """One row a measurement and layer."""
-    config = DEMO.model_copy(update={"strategy": strategy})
+    config = DEMO.model_copy(update={"strategy": strategy, "steps": schedule, "validation_sequences": 96})
     trainer = Trainer(config, load_domains(config), Accelerator(cpu=True))
     shares = dict(zip(config.domains, config.shares or ()))
     window: list[torch.Tensor] = []
@@ -57,12 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--schedule", type=int, default=DEMO.steps)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--strategy", default="loss_free")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    measure(options.strategy, options.steps, options.every).to_csv(options.out, index=False)
+    measure(options.strategy, options.steps, options.schedule, options.every).to_csv(options.out, index=False)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ class TestbedConfig(BaseModel):
 
     Args:
         model: Sizes and family.
-        domains: Names of generated domains, ``code`` (Python's standard library), or ``name=path`` of a JSONL file or
-            folder of text.
+        domains: Names of generated domains, ``code`` (Python's standard library), ``name=path`` of a JSONL file or
+            folder of text, or ``name=hub:dataset[:column]`` for `datasets` (column "text" if not said).
         shares: Expected share of sequences of each domain; equal if None.
         strategy: Routing strategy, ``none`` or ``micro_batch``, ... (see ``strategies``).
         balance: Coefficient of the auxiliary balance loss, summed over layers.

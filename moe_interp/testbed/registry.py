@@ -12,7 +12,7 @@ from moe_interp.testbed.worlds.arithmetic import arithmetic
 from moe_interp.testbed.worlds.facts import facts
 from moe_interp.testbed.worlds.lookups import lookups
 from moe_interp.testbed.worlds.puzzles import puzzles
-from moe_interp.testbed.worlds.text import python_standard_library, read_documents, text_domain
+from moe_interp.testbed.worlds.text import dataset_domain, python_standard_library, read_documents, text_domain
 
 # name -> (generator, training documents at data_scale 1)
 GENERATED: dict[str, tuple[Callable[..., Domain], int]] = {
@@ -27,7 +27,8 @@ def load_domains(config: TestbedConfig) -> tuple[Domain, ...]:
     """The configuration's domains; generated ones have ``data_scale`` times their usual number of documents.
 
     Raises:
-        ConfigError: A name that is neither generated, nor ``code``, nor ``name=path``.
+        ConfigError: A name that is neither generated, nor ``code``, nor of the form ``name=...``.
+        DataError: No documents where a name points to.
     """
     return tuple(_load(name, config) for name in config.domains)
 
@@ -41,6 +42,11 @@ def _load(name: str, config: TestbedConfig) -> Domain:
     label, _, path = name.partition("=")
     if not path:
         raise ConfigError(
-            f"domain {name!r}", f"one of {[*sorted(GENERATED), 'code']}, or name=path of text", "Name another domain."
+            f"domain {name!r}",
+            f"one of {', '.join(GENERATED)}, code, name=path of text, or name=hub:dataset[:column]",
+            "Name another domain.",
         )
+    if path.startswith("hub:"):
+        _, dataset, *column = path.split(":")
+        return dataset_domain(label, dataset, column=column[0] if column else "text")
     return text_domain(label, read_documents(Path(path)), seed=config.seed)

@@ -89,12 +89,10 @@ def train(
         TrainingError: A loss or gradient is not finite; the last checkpoint stays.
     """
     check_strategy(config.strategy, config, config.domains if domains is None else [d.name for d in domains])
-    if mixed_precision not in PRECISIONS:
-        raise ConfigError(f"mixed_precision {mixed_precision!r}", f"one of {', '.join(PRECISIONS)}", "Choose one.")
     folder = None if out is None else RunFolder(Path(out))
     if folder is not None:
         folder.check(config, resume)
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    accelerator = _accelerator(mixed_precision)
     trainer = Trainer(config, load_domains(config) if domains is None else domains, accelerator)
     if folder is not None:
         if folder.state.exists():
@@ -122,6 +120,19 @@ def train(
         history=trainer.history,
         path=path,
     )
+
+
+def _accelerator(mixed_precision: str) -> Accelerator:
+    if mixed_precision not in PRECISIONS:
+        raise ConfigError(f"mixed_precision {mixed_precision!r}", f"one of {', '.join(PRECISIONS)}", "Choose one.")
+    try:
+        return Accelerator(mixed_precision=mixed_precision)
+    except ValueError:  # accelerate's state is the process' own
+        raise ConfigError(
+            f"mixed_precision {mixed_precision!r} after a run with another",
+            "one precision a process",
+            "Start Python anew.",
+        ) from None
 
 
 def _save_model(trainer: Trainer, path: Path) -> None:
@@ -159,8 +170,7 @@ def _run_steps(trainer: Trainer, folder: RunFolder | None, end: int, progress: b
                 trainer.history.append(record)
                 if folder is not None and trainer.accelerator.is_main_process:
                     folder.add(record)
-                status = f"loss {record['loss']:.3f}  MaxVio {max(record['max_violation']):.2f}"
-                bar.update(task, status=status)
+                bar.update(task, status=f"loss {record['loss']:.3f}  MaxVio {max(record['max_violation']):.2f}")
             bar.update(task, completed=step)
             if folder is not None and (step % config.checkpoint_every == 0 or step == end):
                 trainer.save_state(folder.state)

@@ -6,7 +6,9 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from moe_interp.errors import DataError
 from moe_interp.testbed.domains import Domain, Item, split_of
@@ -133,10 +135,13 @@ def dataset_domain(
     n_documents: int = 2000,
     subset: str | None = None,
 ) -> Domain:
-    """A domain from a dataset of the Hugging Face hub, streamed (needs the ``data`` extra and a network or a cache).
+    """A domain from a dataset, streamed (needs the ``data`` extra and, for the hub, a network).
+
+    Args:
+        dataset: A name on the Hugging Face hub, or a folder of parquet, JSON-lines, CSV or text files.
 
     Raises:
-        DataError: `datasets` is not installed, or the column does not exist.
+        DataError: `datasets` is not installed, there is no such dataset, or no such column of text.
     """
     try:
         from datasets import load_dataset
@@ -146,16 +151,21 @@ def dataset_domain(
             "the optional dependency `datasets`",
             "Install it with `pip install 'moe-interp[data]'`, or give a JSONL file.",
         ) from None
-    rows: Iterable[Mapping[str, str]] = load_dataset(dataset, subset, split=split, streaming=True)
     documents: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        if number >= n_documents:
-            break
-        if column not in row:
-            raise DataError(
-                f"dataset {dataset!r} has columns {sorted(row)}",
-                f"a column {column!r}",
-                "Name the text column with `column=`.",
-            )
-        documents[f"{dataset}#{number}"] = row[column]
+    try:
+        rows: Iterable[Mapping[str, Any]] = load_dataset(dataset, subset, split=split, streaming=True)
+        for number, row in enumerate(islice(rows, n_documents)):
+            if not isinstance(row.get(column), str):
+                raise DataError(
+                    f"dataset {dataset!r}, row {number}, has columns {sorted(row)}",
+                    f"text in a column {column!r}",
+                    "Name the text column with `column=`.",
+                )
+            documents[f"{dataset}#{number}"] = row[column]
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"dataset {dataset!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"a dataset with a split {split!r}, on the hub or in a folder",
+            "Check name, split and network.",
+        ) from error
     return text_domain(name, documents)

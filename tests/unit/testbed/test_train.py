@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from moe_interp.errors import ConfigError, ResultError, TrainingError
 from moe_interp.testbed.config import TestbedConfig
@@ -114,6 +115,42 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 0\.00"):
         train(TINY, domains=DOMAINS, out=tmp_path, progress=False)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("where", ["auxiliary loss", "gradient's norm"])
+def test_no_checkpoint_holds_a_step_whose_balance_loss_or_gradient_is_not_finite(tmp_path, monkeypatch, where):
+    honest = Trainer.train_step
+
+    def broken(trainer):
+        if trainer.step == 3 and where == "auxiliary loss":
+            monkeypatch.setattr(trainer.strategy, "auxiliary_loss", lambda *_: torch.tensor(math.inf))
+        elif trainer.step == 3:
+            parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+            parameter.register_hook(lambda gradient: gradient * math.nan)
+        return honest(trainer)
+
+    config = TINY.model_copy(update={"checkpoint_every": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", broken)
+        with pytest.raises(TrainingError, match=rf"the {where} is (inf|nan) at step 3, learning rate .* is kept"):
+            train(config, domains=DOMAINS, out=tmp_path, progress=False)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    resumed = train(config, domains=DOMAINS, out=tmp_path, progress=False, resume=True)
+    assert resumed.history[-1]["step"] == TINY.steps
+
+
+def test_half_precision_trains_float32_weights():
+    short = TINY.model_copy(update={"steps": 2})
+    train(short, domains=DOMAINS, progress=False)
+    with pytest.raises(ConfigError, match="one precision a process"):
+        train(short, domains=DOMAINS, progress=False, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+    run = train(short, domains=DOMAINS, progress=False, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+    assert math.isfinite(run.history[-1]["loss"])
+    assert {p.dtype for p in run.moe.bridge.original_model.parameters()} == {torch.float32}
 
 
 def test_unigram_loss_is_the_cross_entropy_of_training_frequencies():

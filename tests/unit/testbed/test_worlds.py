@@ -9,7 +9,9 @@ from itertools import permutations
 import pytest
 
 from moe_interp.errors import DataError
+from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain, split_of
+from moe_interp.testbed.registry import load_domains
 from moe_interp.testbed.worlds.arithmetic import Problem, arithmetic, final_answer, verify_solution
 from moe_interp.testbed.worlds.facts import facts, is_asked, make_world
 from moe_interp.testbed.worlds.lookups import lookups
@@ -178,21 +180,27 @@ def test_real_text_folders_become_domains(shared_data):
     assert domain.items
 
 
-def test_datasets_are_optional_and_their_columns_checked(monkeypatch):
+def test_datasets_are_optional(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'moe-interp\[data\]'"):
         dataset_domain("d", "some/dataset")
 
-    class Fake:
-        @staticmethod
-        def load_dataset(*args, **options):
-            return iter([{"body": f"text {i}"} for i in range(400)])
 
-    monkeypatch.setitem(sys.modules, "datasets", Fake)
-    domain = dataset_domain("d", "some/dataset", column="body", n_documents=300)
-    assert len(domain.train) + len(domain.validation) < 300
-    assert domain.name == "d"
-    with pytest.raises(DataError, match=r"has columns \['body'\]"):
-        dataset_domain("d", "some/dataset")
+def test_a_dataset_is_loaded_by_name(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "essays"
+    folder.mkdir()
+    texts = [f"text {i}" for i in range(400)]
+    datasets.Dataset.from_dict({"body": texts, "number": range(400)}).to_parquet(str(folder / "train.parquet"))
+    domain = dataset_domain("d", str(folder), column="body", n_documents=300)
+    assert set(domain.train) | set(domain.validation) < set(texts[:300])
+    # the same documents by a configuration's name for it
+    (whole,) = load_domains(TestbedConfig(domains=(f"essays=hub:{folder}:body",)))
+    assert whole.name == "essays"
+    assert set(domain.train) < set(whole.train) < set(texts)
+    with pytest.raises(DataError, match=r"row 0, has columns \['body', 'number'\]"):
+        dataset_domain("d", str(folder))
+    with pytest.raises(DataError, match=r"dataset '.*nowhere' cannot be read"):
+        dataset_domain("d", str(tmp_path / "nowhere"))
