@@ -1,0 +1,287 @@
+"""Tables of counterfactual runs: by hand, against loops, and on simulations whose truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+import xarray as xr
+
+from moe_interp.errors import ConfigError, DataError
+from moe_interp.experiments.confidence import classes, confidence
+from moe_interp.experiments.counterfactual_data import token_type
+from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.counterfactual_tables import alignment, common_size, permutation_p, verdict
+from tests.unit.experiments.planted_counterfactual import dataset, exchangeable
+
+
+def test_two_tokens_by_hand() -> None:
+    # token 0: .2 against .4 .1 .8; token 1: .95 against .5 .9 .7
+    logp = np.log([[[0.4, 0.1, 0.8]], [[0.5, 0.9, 0.7]]])
+    router = [[[-2.0, -1.0, -3.0]], [[-4.0, -2.0, -3.0]]]
+    data = dataset(logp, np.log([0.2, 0.95]), router, [[-0.5], [-1.0]], sequence=[0, 1])
+    table = CounterfactualResult(data).by_confidence("standard").set_index("class")
+    fragile, confident = table.loc["fragile"], table.loc["confident"]
+    assert fragile["gap"] == pytest.approx(0.6)
+    assert fragile["regret"] == pytest.approx(np.log(4))
+    assert (fragile["positive_rate"], fragile["inclusion_1"], fragile["inclusion_5"]) == (1, 0, 1)
+    # ranks of .4 .1 .8 .2 and of -2 -1 -3 -.5: 1 - 6 * (1 + 4 + 9 + 4) / 60
+    assert fragile["alignment"] == pytest.approx(-0.8)
+    assert confident["gap"] == pytest.approx(-0.05)
+    assert (confident["regret"], confident["positive_rate"], confident["inclusion_1"]) == (0, 0, 1)
+    assert confident["alignment"] == pytest.approx(1)
+    assert table.loc["middle", "n_cells"] == 0
+    assert np.isnan(table.loc["middle", "gap"])
+    assert table["n_distinct"].unique() == [3]
+    assert table.loc["fragile", ["n_tokens", "n_sequences"]].tolist() == [1, 1]
+    assert np.isnan(fragile["gap_low"])  # a single sequence has no interval
+
+
+def test_groups_by_layer_type_and_position() -> None:
+    rng = np.random.default_rng(0)
+    logp, standard = -rng.exponential(size=(80, 2, 5)), -rng.exponential(size=80)
+    result = CounterfactualResult(dataset(logp, standard))
+    best = np.maximum(logp.max(-1) - standard[:, None], 0)
+    layers = result.by_layer()
+    np.testing.assert_allclose(layers["regret"], best.mean(0))
+    assert layers["layer"].tolist() == [0, 1]
+    types = result.by_token_type().set_index("token_type")
+    assert types.loc["number", "regret"] == pytest.approx(best[::3].mean())
+    assert types.loc["number", "n_tokens"] == 27
+    positions = result.by_position().set_index("positions")
+    assert positions.index.tolist() == ["0", "1-3", "4-15", "16-63"]
+    assert positions.loc["1-3", "regret"] == pytest.approx(best[[1, 2, 3, 41, 42, 43]].mean())
+    assert (positions["regret_low"].dropna() <= positions["regret"][positions["regret_low"].notna()]).all()
+
+
+def test_one_layer_of_by_confidence_is_that_layers_rows() -> None:
+    rng = np.random.default_rng(1)
+    data = dataset(-rng.exponential(size=(60, 3, 4)), -rng.exponential(size=60))
+    one = CounterfactualResult(data).by_confidence("standard", layer=1)
+    alone = CounterfactualResult(data.isel(layer=[1])).by_confidence("standard")
+    assert one.equals(alone)
+    with pytest.raises(ConfigError, match=r"layer 7\. Expected: one of \[0, 1, 2\]"):
+        CounterfactualResult(data).by_confidence("standard", layer=7)
+
+
+def test_numbers_of_routes_are_made_equal_and_what_is_dropped_is_said() -> None:
+    rng = np.random.default_rng(2)
+    logp = rng.normal(-5, 1, size=(100, 1, 16))
+    logp[:50, :, 8:] = np.nan  # half of the tokens have eight routes
+    logp[0, :, 2:] = np.nan  # and one has two
+    result = CounterfactualResult(dataset(logp, np.full(100, -5.0)))
+    assert common_size(result.data) == 8
+    row = result.by_confidence("standard").set_index("class").loc["fragile"]
+    assert (row["n_distinct"], row["n_dropped"], row["n_cells"]) == (8, 1, 99)
+    # tokens alike in law have a like regret, though half of them have twice the routes
+    halves = [CounterfactualResult(result.data.isel(token=part)) for part in (slice(1, 50), slice(50, 100))]
+    few, many = (half.by_layer(8)["regret"].item() for half in halves)
+    assert abs(few - many) < 0.15 < halves[1].by_layer(16)["regret"].item() - few
+    assert result.by_layer(4)["n_dropped"].item() == 1
+
+
+def test_exchangeable_routes_show_the_published_pattern_where_the_token_classes_itself_and_only_there() -> None:
+    data = exchangeable(6000, spread=0.75, centre=1.0)
+    result = CounterfactualResult(data)
+    published = result.by_confidence("standard").set_index("class")
+    assert published.loc["confident", "regret"] == pytest.approx(0.03, abs=0.02)
+    assert published.loc["fragile", "regret"] == pytest.approx(0.77, abs=0.07)
+    for by in ("resampled", "entropy"):
+        thirds = tuple(np.quantile(confidence(data, by), [1 / 3, 2 / 3]))  # type: ignore[arg-type]
+        table = result.by_confidence(by, thirds)  # type: ignore[arg-type]
+        assert (table["n_tokens"] > 1500).all()
+        for measure in ("gap", "regret", "positive_rate", "inclusion_1", "alignment"):
+            low, high = table[f"{measure}_low"].max(), table[f"{measure}_high"].min()
+            assert low < high, (by, measure)  # the intervals of all classes overlap
+        assert (table["verdict"] == "uninformative").all()
+
+
+def test_a_route_in_the_standard_ones_place_explains_all_regret_of_exchangeable_routes() -> None:
+    level = np.random.default_rng(3).normal(1, 2, 4000)  # some tokens are easy whatever the route
+    result = CounterfactualResult(exchangeable(4000, spread=0.8, centre=level))
+    for by in ("resampled", "entropy"):
+        table = result.controls(by)  # type: ignore[arg-type]
+        fresh = table[table["kind"] == "fresh_draw"]
+        assert (fresh["n_sequences"] > 100).all()
+        # three classes of two measures at 95%: a little slack
+        for measure in ("gap", "regret"):
+            half = (fresh[f"excess_{measure}_high"] - fresh[f"excess_{measure}_low"]) / 2
+            assert (fresh[f"excess_{measure}"].abs() < 1.3 * half).all()
+    whole = result.controls().set_index("kind").loc["fresh_draw"]
+    assert whole["excess_regret_low"] < 0 < whole["excess_regret_high"]
+
+
+def test_a_standard_route_worse_than_its_draws_is_found() -> None:
+    data = exchangeable(1000, spread=0.8, centre=1.0)
+    worse = data.assign(logp_standard=data["logp_standard"] - 0.5, logp_null=data["logp_null"] - 0.5)
+    row = CounterfactualResult(worse).controls().set_index("kind").loc["fresh_draw"]
+    assert row["excess_regret_low"] > 0.3
+
+
+def test_alignment_equals_scipy_and_is_undefined_below_twenty_null_differences() -> None:
+    rng = np.random.default_rng(4)
+    logp, standard, router = -rng.exponential(size=(30, 2, 6)), -rng.exponential(size=30), rng.normal(size=(30, 2, 6))
+    logp[3, 1, 4:] = np.nan
+    router[3, 1, 4:] = np.nan
+    logp[:5, 0] = standard[:5, None] + 1e-4 * rng.normal(size=(5, 6))
+    null = standard[:, None] + np.full((30, 2), 1e-5)
+    own = rng.normal(size=(30, 2))
+    rho, n = alignment(dataset(logp, standard, router, own, null))
+    for at in np.ndindex(30, 2):
+        utility = np.append(logp[at], null[at])
+        present = ~np.isnan(utility)
+        expected = scipy.stats.spearmanr(np.append(router[at], own[at])[present], utility[present]).statistic
+        undefined = np.ptp(utility[present]) < 20e-5
+        assert np.isnan(rho[at]) if undefined else rho[at] == pytest.approx(expected)
+        assert n[at] == present.sum()
+    table = CounterfactualResult(dataset(logp, standard, router, own, null)).by_layer()
+    assert table["alignment_undefined"].tolist() == pytest.approx([np.isnan(rho[:, 0]).mean(), 0])
+
+
+def test_routes_that_do_not_differ_have_no_alignment() -> None:
+    data = dataset(np.full((8, 1, 4), -1.0), np.full(8, -1.0), np.random.default_rng(0).normal(size=(8, 1, 4)))
+    row = CounterfactualResult(data).by_layer().iloc[0]
+    assert row["alignment_undefined"] == 1
+    assert np.isnan([row["alignment"], row["alignment_p"]]).all()
+    assert (row["verdict"], row["regret"], row["positive_rate"], row["inclusion_1"]) == ("undecided", 0, 0, 1)
+
+
+def test_the_permutation_null_of_the_mean_alignment() -> None:
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(40, 9)), rng.normal(size=(40, 9)) + 0.15 * np.arange(9)
+    x += 0.15 * np.arange(9)
+    rho = np.array([scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y)])
+    ranks, other = scipy.stats.rankdata(x, axis=1), scipy.stats.rankdata(y, axis=1)
+    centred, against = ranks - 5, other - 5
+    null = (
+        np.array([(rng.permuted(centred, axis=1) * against).sum(1).mean() for _ in range(4000)])
+        / (centred[0] ** 2).sum()
+    )
+    assert permutation_p(rho, np.full(40, 9)) == pytest.approx((np.abs(null) >= abs(rho.mean())).mean(), abs=0.02)
+    assert np.isnan(permutation_p(np.array([np.nan]), np.array([5])))
+
+
+def test_verdicts_go_by_the_interval() -> None:
+    assert verdict(-0.05, 0.08) == "uninformative"
+    assert verdict(0.01, 0.09) == "uninformative"  # not by a star
+    assert verdict(0.01, 0.2) == "aligned"
+    assert verdict(-0.3, -0.01) == "misaligned"
+    assert verdict(-0.2, 0.3) == verdict(np.nan, np.nan) == "undecided"
+
+
+def test_the_own_prediction_is_compared_at_equal_probability() -> None:
+    rng = np.random.default_rng(6)
+    level = np.repeat([np.log(0.05), np.log(0.6)], 400)
+    realized = level[:, None, None] + 0.3 * rng.normal(size=(800, 1, 8))
+    # the same law at equal probability, but four times as many drawn tokens are likely ones
+    drawn_level = np.where(rng.random(800) < 0.8, np.log(0.6), np.log(0.05))
+    own = drawn_level[:, None, None] + 0.3 * rng.normal(size=(800, 1, 8))
+    own[drawn_level < -1] += 0.2
+    realized[level < -1] += 0.2
+    owner = rng.permutation(np.arange(800) // 8)
+    result = CounterfactualResult(dataset(realized, level, sequence=owner, logp_own=own, logp_own_standard=drawn_level))
+    row = result.controls().set_index("kind").loc["own_prediction"]
+    assert row["matched"] == 1
+    assert row["excess_regret_low"] < 0 < row["excess_regret_high"]
+    # a target that the model never draws has nothing to be compared with
+    unlikely = np.where(np.arange(800) < 40, np.log(1e-6), level)
+    result = CounterfactualResult(
+        dataset(realized, unlikely, sequence=owner, logp_own=own, logp_own_standard=drawn_level)
+    )
+    row = result.controls().set_index("kind").loc["own_prediction"]
+    assert row["matched"] == pytest.approx(0.95)
+    assert row["regret"] < result.controls().set_index("kind").loc["router", "regret"] / 2
+
+
+def test_an_exhausted_token_lends_its_own_routes_to_the_fresh_draw() -> None:
+    # all three other routes are known; the second draw gives the same ones
+    logp = np.log([[[0.2, 0.4, 0.8]]])
+    data = dataset(
+        logp,
+        np.log([0.5]),
+        logp_second=logp,
+        router_logp_second=0 * logp,
+        second_route=np.array([[[0, 1, 2]]], np.int16),
+    )
+    table = CounterfactualResult(data).controls(n_distinct=3).set_index("kind")
+    # each in turn against the other two and the standard one: .8 - .2, .8 - .4, .5 - .8
+    assert table.loc["fresh_draw", "gap"] == pytest.approx((0.6 + 0.4 - 0.3) / 3)
+    assert table.loc["fresh_draw", "regret"] == pytest.approx((np.log(4) + np.log(2)) / 3)
+    assert table.loc["router", "gap"] == pytest.approx(0.3)
+    assert table.loc["null", "regret"] == 0
+    assert "random" not in table.index
+
+
+def test_regret_grows_with_routes_and_the_last_is_the_table() -> None:
+    result = CounterfactualResult(exchangeable(300))
+    curve = result.regret_curve().pivot(index="n", columns="kind", values="regret")
+    assert curve.index.tolist() == [1, 2, 4, 8, 16, 32]
+    assert (curve["router"].diff().dropna() > 0).all()
+    table = result.controls().set_index("kind")["regret"]
+    np.testing.assert_allclose(curve.loc[32, table.index], table)
+    bounds = result.regret_curve()
+    assert ((bounds["low"] <= bounds["regret"]) & (bounds["regret"] <= bounds["high"])).all()
+
+
+def test_order_of_tokens_and_of_routes_does_not_matter() -> None:
+    data = exchangeable(200)
+    rng = np.random.default_rng(7)
+    shuffled = data.isel(token=rng.permutation(200), route=rng.permutation(32))
+    one, other = CounterfactualResult(data), CounterfactualResult(shuffled)
+    for name in ("by_confidence", "by_layer", "controls", "regret_curve"):
+        left, right = getattr(one, name)(), getattr(other, name)()
+        for column in left.select_dtypes("number"):
+            np.testing.assert_allclose(left[column], right[column], atol=1e-12, err_msg=f"{name} {column}")
+
+
+def test_token_table_and_summary() -> None:
+    logp = np.log([[[0.4, 0.1, 0.8]], [[0.5, np.nan, np.nan]]])
+    result = CounterfactualResult(dataset(logp, np.log([0.2, 0.95]), sequence=[0, 1]))
+    table = result.token_table()
+    assert table["p_best"].tolist() == pytest.approx([0.8, 0.5])
+    assert table["regret"].tolist() == pytest.approx([np.log(4), 0])
+    assert table["gap"].tolist() == pytest.approx([0.6, -0.45])
+    assert table["best_route"].tolist() == ["2 3", "0 1"]
+    assert table["standard_route"].tolist() == ["7 7", "7 7"]
+    assert table["n_distinct"].tolist() == [3, 1]
+    assert "no controls" in result.summary()
+    text = CounterfactualResult(exchangeable(400)).summary()
+    assert "400 tokens of 100 sequences" in text
+    assert "no difference is seen" in text
+    assert "Noise floor" in text
+    assert "confirmed" in text or "undecided" in text
+
+
+def test_the_summary_says_whether_the_published_pattern_is_there() -> None:
+    data = exchangeable(3000, spread=0.6, centre=np.tile([-1.5, 1.0, 4.5], 1000))
+    easy = data["logp_second"].mean("second") > np.log(0.9)
+    aligned = data.copy()
+    aligned["router_logp"] = xr.where(easy, data["logp"], data["router_logp"])
+    aligned["router_logp_standard"] = xr.where(easy, data["logp_null"], data["router_logp_standard"])
+    confirmed = CounterfactualResult(aligned).summary()
+    assert "(the router aligned on confident tokens, uninformative on fragile ones) is confirmed" in confirmed
+    assert "is not confirmed" in CounterfactualResult(data).summary()
+
+
+def test_classes_and_kinds_of_tokens() -> None:
+    assert classes(np.array([0.1, 0.5, 0.89, 0.9, np.nan])).tolist() == [0, 1, 1, 2, -1]
+    with pytest.raises(ConfigError, match=r"thresholds=\(0.9, 0.5\)"):
+        classes(np.zeros(1), (0.9, 0.5))
+    kinds = {" the": "word", "don't": "word", "12": "number", " 7": "number", "+=": "punctuation", "\n": "space"}
+    assert {text: token_type(text) for text in kinds} == kinds
+    assert token_type("x1") == token_type("") == "other"
+
+
+def test_errors() -> None:
+    data = dataset(np.zeros((4, 1, 2)) - 1, np.full(4, -1.0))
+    result = CounterfactualResult(data)
+    with pytest.raises(DataError, match=r"without controls.*class tokens by \"entropy\""):
+        result.by_confidence()
+    with pytest.raises(ConfigError, match="by='luck'"):
+        result.by_confidence("luck")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="variable 'entropy': none"):
+        CounterfactualResult(data.drop_vars("entropy"))
+    with pytest.raises(DataError, match="tokens without the coordinate 'pos'"):
+        CounterfactualResult(data.drop_vars("pos"))
+    with pytest.raises(DataError, match="1 of 4 tokens without a score"):
+        CounterfactualResult(data.assign(logp_standard=("token", [-1.0, np.nan, -1.0, -1.0])))
