@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from moe_interp import stats
 from moe_interp.errors import DataError
@@ -197,12 +198,20 @@ def summary_text(result: IsolationTables, alpha: float = 0.05) -> str:
         f"{verb} of {data.sizes['expert']} experts in each of {data.sizes['layer']} layers of "
         f"{data.attrs.get('model', 'the model')}; {sum(sizes.values())} items ({counts}).",
         plan_isolation(sizes, data.sizes["layer"], data.sizes["expert"], alpha),
+        _score_line(data),
         *_specialization_lines(result, alpha),
         *_calibration_lines(result),
         *_use_lines(result),
         _domain_line(result),
     ]
     return "\n".join(lines)
+
+
+def _score_line(data: xr.Dataset) -> str:
+    """How well the model answers at all: where it cannot, a better score is no better answer."""
+    scores = {name: float(data["score"].values[index].mean()) for name, index in items_by_domain(data).items()}
+    text = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    return f"Log-probability of the right answer under natural routing, nats per token: {text}."
 
 
 def _specialization_lines(result: IsolationTables, alpha: float) -> list[str]:

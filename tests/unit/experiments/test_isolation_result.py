@@ -61,6 +61,8 @@ def test_the_summary_says_what_matters(planted):
     ):
         assert part in text
     assert "nan" not in text
+    own = planted.data["score"].groupby("domain").mean()
+    assert f"code {float(own.sel(domain='code')):.2f}, facts {float(own.sel(domain='facts')):.2f}" in text
 
 
 @pytest.mark.parametrize("n_items", [{"a": 1}, {"a": 3}, {"a": 1, "b": 9}, {"a": 7, "b": 40}])
