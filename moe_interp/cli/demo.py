@@ -1,4 +1,4 @@
-"""``moe-interp demo``: the main job on the bundled model, offline, in about a minute."""
+"""``moe-interp demo``: expert isolation and counterfactual routes on the bundled model, offline, in two minutes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import typer
 from rich.markup import escape
 
 from moe_interp.cli import console
+from moe_interp.cli.counterfactual import STORE, demo_sequences, write_counterfactual
 from moe_interp.cli.isolate import first_of_each, read_items, write_isolation
 from moe_interp.cli.load import DEMO, Seed, load_hooks
+from moe_interp.experiments.counterfactual import counterfactual_routes
 from moe_interp.experiments.domain_router import score_domain_router
 from moe_interp.experiments.isolation import isolate_experts
+from moe_interp.report import counterfactual_chapter, isolation_chapter, render_page, write_page
 
 PER_DOMAIN = 40  # enough for the tests, and within a minute on two cores
 LONGEST = 260  # characters of prompt and answer: long code items would take most of that minute
@@ -40,7 +43,8 @@ def demo(
     per_domain: Annotated[int, typer.Option(help="Items of each domain.")] = PER_DOMAIN,
     seed: Seed = 0,
 ) -> None:
-    """Which experts of the bundled model are good for which domain, and does its router prefer them?"""
+    """Which experts of the bundled model are good for which domain, does its router prefer them, and would other routes
+    have predicted the next token better?"""
     stage = Stages()
     with stage("loading the model"):
         moe = load_hooks(DEMO, "cpu")
@@ -51,10 +55,18 @@ def demo(
     with stage("replacing the router"):
         routers = score_domain_router(moe, items, result, seed=seed)
         routers.save(out / "domain_router.nc")
+    with stage("scoring counterfactual routes"):
+        routes = counterfactual_routes(moe, demo_sequences(per_domain, LONGEST), seed=seed, store=out / STORE)
     with stage("statistics and figures"):
-        write_isolation(result, out, **{name: f"{seconds:.1f} s" for name, seconds in stage.seconds.items()})
-        summary = result.summary()
-    console.out.print(escape(summary))
-    console.out.print()
-    console.out.print(escape(routers.summary()))
-    console.out.print(f"\nOpen [bold]{out / 'index.html'}[/] in a browser.")
+        write_isolation(result, out)
+        write_counterfactual(routes, out)
+        page = render_page(
+            [isolation_chapter(result), counterfactual_chapter(routes)],
+            title="The demo model's experts and routes",
+            model=result.data.attrs["model"],
+            extra={name: f"{seconds:.1f} s" for name, seconds in stage.seconds.items()},
+        )
+        write_page(out / "index.html", page)
+    for summary in (result.summary(), routers.summary(), routes.summary()):
+        console.out.print(escape(summary), end="\n\n")
+    console.out.print(f"Open [bold]{out / 'index.html'}[/] in a browser.")

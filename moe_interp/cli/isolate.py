@@ -11,13 +11,14 @@ import typer
 from rich.markup import escape
 
 from moe_interp.cli import console
+from moe_interp.cli.figures import write_figures
 from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
-from moe_interp.errors import ConfigError, DataError
+from moe_interp.errors import ConfigError
 from moe_interp.experiments.findings import plan_isolation
 from moe_interp.experiments.isolation import isolate_experts
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.experiments.items import Item, check_items, load_items
-from moe_interp.plots import calibration_scatter, dominance, layer_impact, save_figure, sorted_p, specialization_map
+from moe_interp.plots import calibration_scatter, dominance, layer_impact, sorted_p, specialization_map
 from moe_interp.report import isolation_page, write_page
 from moe_interp.testbed.demo import load_demo_assets
 
@@ -71,6 +72,7 @@ def isolate(
         store=store,
     )
     write_isolation(result, out)
+    write_page(out / "index.html", isolation_page(result))
     console.out.print(escape(result.summary()))
     console.out.print(f"\nOpen [bold]{out / 'index.html'}[/] in a browser. The result is {out / 'isolation.nc'}.")
 
@@ -102,19 +104,10 @@ def first_of_each(items: list[Item], per_domain: int | None) -> list[Item]:
     return kept
 
 
-def write_isolation(result: IsolationResult, out: Path, **extra: str) -> None:
-    """The result, those of its figures that can be drawn as SVG files, and the page."""
+def write_isolation(result: IsolationResult, out: Path) -> None:
+    """The result, and those of its figures that can be drawn as SVG files."""
     result.save(out / "isolation.nc")
-    for name, draw in FIGURES.items():
-        path = out / "figures" / f"{name}.svg"
-        path.unlink(missing_ok=True)  # of an earlier run
-        try:
-            figure = draw(result)
-        except DataError as error:  # what so few items or experts cannot bear; the page gives the same reason
-            console.err.print(escape(f"Without the figure {name}: {error}"))
-        else:
-            save_figure(figure, path)
-    write_page(out / "index.html", isolation_page(result, extra=extra))
+    write_figures(result, FIGURES, out / "figures")
 
 
 def _announce_plan(items: list[Item], n_layers: int, n_experts: int) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from moe_interp import __version__
 from moe_interp.cli import console
+from moe_interp.cli.counterfactual import counterfactual
 from moe_interp.cli.demo import demo
 from moe_interp.cli.isolate import isolate
 from moe_interp.cli.models import models
@@ -25,6 +26,7 @@ cli = typer.Typer(
 )
 cli.command()(demo)
 cli.command()(isolate)
+cli.command()(counterfactual)
 cli.command("testbed")(compare_strategies)
 cli.command()(support)
 cli.command("verify")(verify_model)

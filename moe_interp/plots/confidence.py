@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 
 from moe_interp.errors import DataError
 from moe_interp.plots.figure import BLUE, GREEN, GREY, ORANGE, panels, whiskers
-from moe_interp.results.tables import CounterfactualTables
+from moe_interp.results.tables import Classing, CounterfactualTables
 
-_LOOK = {
+_LOOK: dict[Classing, tuple[str, str, str]] = {
     "resampled": (BLUE, "o", "by other routes' mean p"),
     "entropy": (GREEN, "s", "by entropy of the prediction"),
     "standard": (ORANGE, "^", "by p of the standard route (selects)"),
 }
 
 
-def confidence(result: CounterfactualTables, by: Sequence[str] = tuple(_LOOK)) -> Figure:
+def confidence(result: CounterfactualTables, by: Sequence[Classing] = tuple(_LOOK)) -> Figure:
     """Alignment (left) and regret (right) of fragile, middle and confident tokens, with intervals.
 
     The ways of classing stand side by side: classing by the standard route's own p makes regret fall with confidence by
@@ -48,14 +48,14 @@ def confidence(result: CounterfactualTables, by: Sequence[str] = tuple(_LOOK)) -
     return figure
 
 
-def _table(result: CounterfactualTables, by: str) -> pd.DataFrame | None:
+def _table(result: CounterfactualTables, by: Classing) -> pd.DataFrame | None:
     try:
         return result.by_confidence(by=by)
     except DataError:
         return None
 
 
-def _points(axis: Axes, table: pd.DataFrame, column: str, by: str, shift: float) -> None:
+def _points(axis: Axes, table: pd.DataFrame, column: str, by: Classing, shift: float) -> None:
     colour, marker, label = _LOOK[by]
     values, low, high = (table[name].to_numpy(dtype=float) for name in (column, f"{column}_low", f"{column}_high"))
     axis.errorbar(

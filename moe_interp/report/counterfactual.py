@@ -12,7 +12,7 @@ from moe_interp import plots
 from moe_interp.report.html import with_intervals
 from moe_interp.report.page import Chapter, Section, render_page, section
 from moe_interp.report.tokens import token_view
-from moe_interp.results.tables import CounterfactualTables
+from moe_interp.results.tables import CounterfactualTables, unselected
 
 
 def counterfactual_chapter(result: CounterfactualTables, title: str = "Counterfactual routes") -> Chapter:
@@ -48,7 +48,7 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "route predicts the next token. Regret: what the best route scored would have gained. The table's classes are "
         "free of the selection that classing by the standard route's own p brings.",
         plots.confidence,
-        lambda r: r.by_confidence(),
+        lambda r: r.by_confidence(by=unselected(r.data)),
     ),
     (
         "regret-curve",

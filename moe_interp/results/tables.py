@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import pandas as pd
 import xarray as xr
@@ -39,12 +39,22 @@ class IsolationTables(Protocol):
     def summary(self) -> str: ...
 
 
+Classing = Literal["resampled", "standard", "entropy"]
+
+"""Ways to class tokens by confidence: by other routes' mean p, by the standard route's own, by the prediction."""
+
+
+def unselected(data: xr.Dataset) -> Classing:
+    """The best way of classing that a run has data for, free of the selection by the standard route's own p."""
+    return "resampled" if "logp_second" in data else "entropy"
+
+
 class CounterfactualTables(Protocol):
     """Dataset and derived tables of a counterfactual-routes run; the columns are those of ``CounterfactualResult``."""
 
     data: xr.Dataset
 
-    def by_confidence(self, by: str = ..., thresholds: tuple[float, float] = ...) -> pd.DataFrame: ...
+    def by_confidence(self, by: Classing = ..., thresholds: tuple[float, float] = ...) -> pd.DataFrame: ...
 
     def by_layer(self) -> pd.DataFrame: ...
 

@@ -17,6 +17,7 @@ from moe_interp.testbed.demo import load_demo_assets
 
 runner = CliRunner(env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})
 FIGURES = ("specialization", "calibration", "dominance", "layer_impact", "sorted_p")
+ROUTE_FIGURES = ("confidence", "regret_curve", "layer_regret")
 
 
 def items_file(folder: Path, n: int = 8) -> Path:
@@ -29,18 +30,24 @@ def items_file(folder: Path, n: int = 8) -> Path:
 def test_demo_writes_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     done = runner.invoke(cli, ["demo", "--per-domain", "8", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    for stage in ("loading the model", "isolating experts", "replacing the router", "statistics and figures"):
+    stages = ("loading the model", "isolating experts", "replacing the router", "scoring counterfactual routes")
+    for stage in (*stages, "statistics and figures"):
         assert f"{stage}: " in done.output
+    assert "The published pattern" in done.output
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "Phi-mini-MoE" in page
-    assert "<svg" in page
+    assert page.count("<svg") == len(FIGURES) + len(ROUTE_FIGURES)
+    assert "Regret in nats" in page
     assert 'src="http' not in page
-    for name in FIGURES:
+    for name in (*FIGURES, *ROUTE_FIGURES):
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 1000
     result = mi.load_result(tmp_path / "isolation.nc")
     assert isinstance(result, mi.IsolationResult)
     assert result.data.sizes["item"] == 32
     assert result.data.attrs["model"] == "demo"
+    routes = mi.load_result(tmp_path / "counterfactual.nc")
+    assert isinstance(routes, mi.CounterfactualResult)
+    assert len(set(routes.data["sequence"].values)) == 32
     assert str(tmp_path) not in page
 
 

@@ -54,7 +54,7 @@ def test_it_holds_every_token_with_its_routes():
     token = next(t for t in view["sequences"][3]["tokens"] if t[0] == position)
     regret, best, standard, other = token[4][layer]
     assert (regret, best, token[3]) == (2.5, 0.607, 0.0498)
-    row = table.query("sequence == @name and pos == @position and layer == 3").iloc[0]
+    row = table[(table["sequence"] == name) & (table["pos"] == position) & (table["layer"] == 3)].iloc[0]
     assert (standard, other) == (row["standard_route"], row["best_route"])
     texts = [t[1] for one in view["sequences"] for t in one["tokens"]]
     assert texts == [TEXTS[i % len(TEXTS)] for i in range(96)]

@@ -1,0 +1,143 @@
+"""Counterfactual routes from the command line: the demo's sequences, files, an interruption, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import moe_interp as mi
+from moe_interp.cli import counterfactual as command
+from moe_interp.cli.main import cli
+from moe_interp.errors import MoEInterpError
+from moe_interp.testbed.demo import load_demo_assets
+
+runner = CliRunner(env={"COLUMNS": "80", "HF_HUB_OFFLINE": "1"})
+TEXTS = ["37+28=65\nAnswer: 65", "All fims are pims.", "x = 1\ny = 2", "Lysa Wren likes fish."]
+
+
+def sequences_file(folder: Path, lines: list[object] | None = None) -> Path:
+    path = folder / "texts.jsonl"
+    made = [{"id": f"t{i}", "text": text} for i, text in enumerate(TEXTS)] if lines is None else lines
+    path.write_text("".join(json.dumps(line) + "\n" for line in made), encoding="utf-8")
+    return path
+
+
+def arguments(sequences: Path | str, out: Path, *more: str) -> list[str]:
+    return ["counterfactual", "--model", "demo", "--sequences", str(sequences), "--out", str(out), *more]
+
+
+def test_the_demos_own_trajectories_are_the_default(tmp_path: Path) -> None:
+    given = ["counterfactual", "--model", "demo", "--first", "2", "-R", "4", "--out", str(tmp_path)]
+    done = runner.invoke(cli, given)
+    assert done.exit_code == 0, done.output
+    result = mi.load_result(tmp_path / "counterfactual.nc")
+    assert isinstance(result, mi.CounterfactualResult)
+    assert result.data.sizes["route"] == 4
+    names = list(dict.fromkeys(result.data["sequence"].values.tolist()))
+    assert names == [f"{domain}-000{i}" for domain in ("arithmetic", "code", "facts", "puzzles") for i in (0, 1)]
+    # the whole worked solution is scored, from its first token on
+    solution = load_demo_assets().items["arithmetic"][0].fields["solution"]
+    scored = result.data["target_text"].values[result.data["sequence"].values == "arithmetic-0000"]
+    assert "".join(scored) == solution
+    words = " ".join(done.output.split())
+    assert "The published pattern" in words
+    assert "8 sequences, 4 MoE layers, 4 routes a token" in words
+    assert "layer 3" in words
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3
+    assert "Regret in nats" in page
+    assert str(tmp_path) not in page
+    for name in command.FIGURES:
+        assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 1000
+
+
+def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(sequences_file(tmp_path), tmp_path / "out", "-R", "3", "--layers", "0,-1")
+    honest = command.counterfactual_routes
+
+    def interrupted(*args: object, **options: object) -> object:
+        def stop(done: int, total: int) -> None:
+            if done == 1:
+                raise KeyboardInterrupt
+
+        return honest(*args, **{**options, "progress": stop})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "counterfactual_routes", interrupted)
+    assert runner.invoke(cli, given).exit_code != 0
+    store = tmp_path / "out" / command.STORE
+    kept = {file.name: file.stat().st_mtime_ns for file in store.glob("*.npz")}
+    assert kept
+    monkeypatch.setattr(command, "counterfactual_routes", honest)
+    done = runner.invoke(cli, given)
+    assert done.exit_code == 0, done.output
+    after = {file.name: file.stat().st_mtime_ns for file in store.glob("*.npz")}
+    assert kept.items() < after.items()  # nothing was computed again
+    whole = mi.load_result(tmp_path / "out" / "counterfactual.nc")
+    runner.invoke(cli, arguments(tmp_path / "texts.jsonl", tmp_path / "once", "-R", "3", "--layers", "0,-1"))
+    np.testing.assert_array_equal(whole.data["logp"], mi.load_result(tmp_path / "once").data["logp"])
+    other = runner.invoke(cli, [*given, "--seed", "1"])
+    assert "holds cells of another run (seed: 0 there, 1 here" in str(other.exception)
+    assert runner.invoke(cli, [*given, "--seed", "1", "--no-resume"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "parts"),
+    [
+        ([], [], ["without a sequence", "JSON lines"]),
+        ([{"id": "long", "tokens": [5] * 600}], [], ["sequence 'long'", "the model's context of 512"]),
+        ([{"id": "a", "text": "x = 1"}, {"id": "a", "text": "y = 2"}], [], ["sequence id 'a' more than once"]),
+        ([{"id": "one", "tokens": [5]}], [], ["sequence 'one': no token to score among 1"]),
+        ([{"id": "odd", "tekst": "x"}], [], ["sequence 'odd' with the fields"]),
+        (None, ["-R", "0"], ["n_routes=0", "at least one route"]),
+        (None, ["--layers", "7"], ["layer 7"]),
+        (None, ["--sampler", "best"], ["--sampler best", "gumbel, uniform"]),
+        (None, ["--sampler", "uniform", "--tau", "2"], ["--sampler uniform with --tau", "gumbel only"]),
+        (None, ["--tau", "0"], ["tau=0.0", "tau > 0"]),
+        (None, ["--method", "fast"], ["method='fast'"]),
+        (None, ["--memory", "0.000001"], ["memory budget"]),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(
+    tmp_path: Path, lines: list[object] | None, options: list[str], parts: list[str]
+) -> None:
+    done = runner.invoke(cli, arguments(sequences_file(tmp_path, lines), tmp_path / "out", *options))
+    assert done.exit_code != 0
+    assert isinstance(done.exception, MoEInterpError), done.output
+    assert all(part in str(done.exception) for part in parts), str(done.exception)
+    assert not (tmp_path / "out" / "counterfactual.nc").exists()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    missing = runner.invoke(cli, arguments(tmp_path / "none.jsonl", tmp_path))
+    assert "none.jsonl" in str(missing.exception)
+    broken = sequences_file(tmp_path)
+    broken.write_text(broken.read_text(encoding="utf-8") + '{"id": \n', encoding="utf-8")
+    assert "texts.jsonl, line 5" in str(runner.invoke(cli, arguments(broken, tmp_path)).exception)
+    model = ["counterfactual", "--model", str(load_demo_assets().model_path), "--out", str(tmp_path)]
+    assert "--sequences FILE.jsonl" in str(runner.invoke(cli, model).exception)
+
+
+def test_lines_may_be_texts_or_ids_alone(tmp_path: Path) -> None:
+    path = sequences_file(tmp_path, ["x = 1\ny = 2", [5, 6, 7, 8]])
+    assert [one["id"] for one in command.read_sequence_files([str(path)])] == ["texts-1", "texts-2"]
+    assert len(command.read_sequence_files([str(path), "demo"], first=1)) == 5
+
+
+def test_a_single_short_sequence_without_controls_says_what_it_cannot_show(tmp_path: Path) -> None:
+    path = sequences_file(tmp_path, ["x = 1"])
+    done = runner.invoke(cli, arguments(path, tmp_path / "out", "--no-controls", "-R", "200", "--sampler", "all"))
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "no interval" in words
+    assert "no controls" in words
+    result = mi.load_result(tmp_path / "out" / "counterfactual.nc")
+    assert int(result.data["logp"].notnull().sum("route").max()) == 119  # C(16, 2) - 1
+    assert bool(result.data["exhausted"].all())
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3
