@@ -1,0 +1,282 @@
+"""Counterfactual routes of sequences: exact, the same however they are batched, and resumed; and known truths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor
+
+import moe_interp as mi
+from moe_interp.errors import ConfigError, DataError, HookError, ResultError
+from moe_interp.experiments.items import Item
+from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.routes import AllSubsets, GumbelTopK, SlowRoutesWarning
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def moe() -> MoEHooks:
+    return attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tiny.tiny_tokenizer()))
+
+
+def sequences(lengths: tuple[int, ...] = (9, 5, 7, 12)) -> list[dict[str, Any]]:
+    return [
+        {"id": f"s{n}", "tokens": tiny.random_tokens(1, length, seed=n)[0].tolist()} for n, length in enumerate(lengths)
+    ]
+
+
+def run(moe: MoEHooks, given: Any, **options: Any) -> mi.CounterfactualResult:
+    return mi.counterfactual_routes(moe, given, **{"n_routes": 5, "progress": False, **options})
+
+
+def assert_equal(one: xr.Dataset, other: xr.Dataset, tolerance: float = 2e-5) -> None:
+    """Routes to the last one; scores up to rounding."""
+    for name in {*one.variables} | {*other.variables}:
+        left, right = one[name].values, other[name].values
+        if left.dtype.kind == "f":
+            np.testing.assert_allclose(left, right, atol=tolerance, err_msg=str(name))
+        else:
+            np.testing.assert_array_equal(left, right, err_msg=str(name))
+
+
+def test_scores_are_those_of_score_routes_and_of_full_forward_passes(moe: MoEHooks) -> None:
+    given = sequences()
+    data = run(moe, given).data
+    assert data.attrs["method"] == {str(layer): "branch" for layer in moe.layers}
+    assert data.attrs["null_distance"] < 2e-5
+    for sequence in given:
+        rows = data.isel(token=data["sequence"].values == sequence["id"])
+        tokens = torch.tensor([sequence["tokens"]])
+        assert rows["pos"].values.tolist() == list(range(tokens.shape[1] - 1))
+        assert rows["target_id"].values.tolist() == sequence["tokens"][1:]
+        plain = moe.bridge(tokens).log_softmax(-1)[0, :-1].gather(-1, tokens[0, 1:, None])[:, 0]
+        np.testing.assert_allclose(rows["logp_standard"], plain.detach(), atol=1e-5)
+        for layer in moe.layers:
+            routes = torch.from_numpy(rows["route"].sel(layer=layer).values.astype(np.int64))[None]
+            padded = torch.cat([routes, routes[:, -1:]], dim=1)  # the last token's are not scored
+            scores = mi.score_routes(moe, tokens, layer, padded)[0, :-1]
+            np.testing.assert_allclose(rows["logp"].sel(layer=layer), scores, atol=2e-5)
+    naive = run(moe, given[1:2], method="naive")
+    assert naive.data.attrs["method"] == {str(layer): "naive" for layer in moe.layers}
+    assert_equal(naive.data, run(moe, given[1:2]).data)
+
+
+def test_controls_are_what_they_say(moe: MoEHooks) -> None:
+    data = run(moe, sequences(), n_routes=12).data
+    main, second = data["route"].values, data["second_route"].values
+    assert (
+        data["logp"].notnull().all() & data["logp_second"].notnull().all() & data["logp_random"].notnull().all()
+    ).item()
+    # of 28 sets, some come up in both draws, and then score alike
+    again = np.argwhere(second >= 0)
+    assert 0 < len(again) < second.size
+    for token, layer, route in again:
+        same = data["logp"].values[token, layer, second[token, layer, route]]
+        assert data["logp_second"].values[token, layer, route] == same
+    routes = np.sort(main, -1)
+    assert all(len(np.unique(r, axis=0)) == 12 for r in routes.reshape(-1, 12, 2))
+    assert not (routes == np.sort(data["standard_route"].values, -1)[:, :, None]).all(-1).any()
+    policy = moe.bridge(torch.tensor([sequences()[0]["tokens"]])).double().log_softmax(-1)[0, :-1]
+    entropy = -(policy.exp() * policy).sum(-1).detach()
+    np.testing.assert_allclose(data["entropy"][: len(entropy)], entropy, atol=1e-5)
+    # a target drawn from the prediction is as likely as the prediction is sure
+    many = run(moe, tiny.random_tokens(60, 20), n_routes=1, layers=[2]).data
+    error = float((many["logp_own_standard"] + many["entropy"]).mean())
+    assert abs(error) < 4 * float((many["logp_own_standard"] + many["entropy"]).std()) / 1140**0.5
+    assert float((many["logp_standard"] + many["entropy"]).mean()) < -0.1  # the realized tokens are random ones
+
+
+def test_batching_order_and_names_change_nothing(moe: MoEHooks, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = sequences()
+    together = run(moe, given).data
+    monkeypatch.setattr("moe_interp.experiments.counterfactual.tokens_per_pass", lambda moe, width, budget: width)
+    alone = run(moe, given)
+    assert len(alone.manifest.config["batches"]) == 4
+    assert_equal(alone.data, together)
+    turned = run(moe, given[::-1]).data
+    assert_equal(turned.sortby("sequence"), together.sortby("sequence"))
+    renamed = run(moe, [sequence["tokens"] for sequence in given]).data
+    assert renamed["sequence"].values.tolist()[0] == "0"
+    assert_equal(renamed.drop_vars("sequence"), together.drop_vars("sequence"))
+    assert not np.array_equal(run(moe, given, seed=1).data["route"], together["route"])
+
+
+def test_masks_choose_the_predicted_tokens(moe: MoEHooks) -> None:
+    tokens = tiny.random_tokens(1, 8)[0].tolist()
+    whole = run(moe, [tokens]).data
+    for chosen in ({"score_from": 5}, {"mask": [0, 0, 0, 0, 0, 1, 1, 1]}, {"mask": np.arange(8) >= 5}):
+        part = run(moe, [{"id": "0", "tokens": tokens} | chosen]).data
+        assert part["pos"].values.tolist() == [4, 5, 6]
+        assert_equal(part, whole.isel(token=slice(4, 7)))
+    item = Item("q", "d", tuple(tokens[:5]), tuple(tokens[5:]))
+    assert_equal(run(moe, [item]).data.drop_vars("sequence"), whole.isel(token=slice(4, 7)).drop_vars("sequence"))
+    text = run(moe, ["w3 w4 w5"]).data
+    assert text["token_id"].values.tolist() == [1, 3, 4]  # the tokenizer's <bos> first
+    assert text["target_text"].values.tolist() == ["w3", "w4", "w5"]
+
+
+def test_an_interrupted_run_goes_on_and_keeps_what_was_finished(
+    moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_interp.experiments.counterfactual.tokens_per_pass", lambda moe, width, budget: 14)
+    given, store = sequences(), tmp_path / "cells"
+    whole = run(moe, given).data
+
+    def stop(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(moe, given, store=store, progress=stop)
+    finished = {file.name: file.stat().st_mtime_ns for file in store.glob("*.npz")}
+    assert len(finished) == 4 + 2  # and what two batches have in common
+    (store / "0-2.npz").write_bytes(b"cut off")
+    resumed = run(moe, given, store=store)
+    assert all((store / name).stat().st_mtime_ns == time for name, time in finished.items() if name != "0-2.npz")
+    assert_equal(resumed.data, whole, 0.0)
+    with pytest.raises(ResultError, match="n_routes: 5 there, 6 here"):
+        run(moe, given, store=store, n_routes=6)
+
+
+def test_a_result_survives_its_file(moe: MoEHooks, tmp_path: Path) -> None:
+    result = run(moe, sequences())
+    loaded = mi.load_result(result.save(tmp_path / "routes.nc"))
+    assert isinstance(loaded, mi.CounterfactualResult)
+    assert_equal(loaded.data, result.data, 0.0)
+    assert loaded.by_confidence().equals(result.by_confidence())
+    assert loaded.summary() == result.summary()
+    assert loaded.data.attrs["sampler"] == "GumbelTopK(tau=1.0, pool=None)"
+
+
+def test_few_routes_are_exhausted_and_controls_can_be_left_out(moe: MoEHooks) -> None:
+    data = run(moe, sequences(), n_routes=40, sampler=AllSubsets(), controls=False, layers=[-1]).data
+    assert data["layer"].values.tolist() == [2]
+    assert bool(data["exhausted"].all())
+    assert (data["logp"].notnull().sum("route") == 27).all()
+    assert "logp_random" not in data
+    best = run(moe, sequences(), n_routes=4, sampler=GumbelTopK(pool=3), layers=[2]).data
+    assert (best["logp"].notnull().sum("route") == 2).all()  # three sets of two, less the standard one
+
+
+def test_random_weights_have_a_gap_that_the_controls_bring_to_zero(moe: MoEHooks) -> None:
+    table = run(moe, tiny.random_tokens(80, 16), n_routes=12).controls().set_index("kind")
+    assert table.loc["router", "regret_low"] > 0.1
+    assert table.loc["router", "gap_low"] > 0.001
+    for kind in ("own_prediction", "fresh_draw"):
+        for measure in ("gap", "regret"):
+            row = table.loc[kind]
+            assert row[f"excess_{measure}_low"] < 0 < row[f"excess_{measure}_high"], (kind, measure)
+            width = row[f"excess_{measure}_high"] - row[f"excess_{measure}_low"]
+            assert width < 0.3 * table.loc["router", measure]  # zero, and not for want of data
+    assert table.loc["null", "regret"] < 1e-5
+
+
+# -- a planted truth -----------------------------------------------------------------------------------------------
+
+
+def planted_router(moe: MoEHooks, tokens: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[expert, d_model]`` for the last router that send each token to its best two experts, but the ``wrong``
+    ones to their worst; the regret of these, in nats, is returned beside.
+
+    Logits are nearly even, so that every pair of experts has even weights and the utility it has with these; with
+    fewer tokens than dimensions, such rows exist for any wish.
+    """
+    pairs = torch.combinations(torch.arange(8), 2)
+    routes = pairs.expand(1, tokens.shape[1], -1, -1)
+    even = moe.spec(2).rule.weights(torch.zeros(len(pairs), 8), pairs).expand(routes.shape)
+    scores = mi.score_routes(moe, tokens, 2, routes, weights=even)[0, :-1]
+    wanted = torch.where(wrong, scores.argmin(-1), scores.argmax(-1))
+    logits = torch.zeros(len(wanted), 8).scatter_(1, pairs[wanted], 1e-3)
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        moe.bridge.run_with_hooks(tokens, fwd_hooks=[(moe.hook_name("router_in", 2), lambda x, hook: seen.append(x))])
+    hidden = seen[0].reshape(-1, seen[0].shape[-1])[:-1].double()
+    rows = (torch.linalg.pinv(hidden) @ logits.double()).T
+    assert torch.allclose(hidden @ rows.T, logits.double(), atol=1e-8)
+    return rows.float(), torch.where(wrong, scores.amax(-1) - scores.amin(-1), 0.0)
+
+
+def test_regret_is_exactly_where_the_last_router_was_turned_away_from_the_best_experts() -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    tokens = tiny.random_tokens(1, 25)
+    wrong = torch.zeros(24, dtype=torch.bool)
+    wrong[[2, 3, 8, 13, 21]] = True
+    rows, regret = planted_router(moe, tokens, wrong)
+    gate = moe.bridge.original_model.model.layers[2].mlp.gate
+    with torch.no_grad():
+        gate.weight.copy_(rows)
+    result = run(moe, tokens, layers=[2], n_routes=27, sampler=AllSubsets())
+    found = result.token_table()["regret"].to_numpy()
+    assert regret[wrong].min() > 0.05
+    np.testing.assert_allclose(found, regret, atol=2e-3)
+    assert found[~wrong.numpy()].max() < 1e-3
+    assert set(np.flatnonzero(found > 0.01)) == set(np.flatnonzero(wrong))
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no sequence"),
+        ("w3 w4", "one text"),
+        ([[3, 4], {"id": "0", "tokens": [3, 4]}], "sequence id '0' more than once"),
+        ([{"id": "long", "tokens": [3] * 65}, [3, 4]], "sequence 'long': 65 tokens"),
+        ([[3, 4], [5]], "sequence '1': no token to score among 1"),
+        ([{"id": "a", "tokens": [3, 4, 5], "mask": [1, 0, 0]}], "sequence 'a': no token to score"),
+        ([{"id": "a", "tokens": [3, 4, 5], "score_from": 3}], "sequence 'a': no token to score"),
+        ([{"id": "a", "tokens": [3, 4, 5], "score_from": -1}], "score_from=-1"),
+        ([{"id": "a", "tokens": [3, 4, 5], "mask": [1, 0]}], r"a mask of shape \(2,\)"),
+        ([{"id": "a", "tokens": [3, 4, 5], "mask": [0, 2, 0]}], r"values \[0, 2\]"),
+        ([{"id": "a"}], r"sequence 'a' with the fields \['id'\]"),
+        ([{"id": "a", "text": "w3", "tokens": [3]}], r"fields \['id', 'text', 'tokens'\]"),
+        ([{"id": "a", "tokens": [3, 4, 101]}], "sequence 'a': ids from 3 to 101"),
+        ([[0.5, 1.0]], "sequence '0': list of shape"),
+    ],
+)
+def test_sequences_that_cannot_be_scored(moe: MoEHooks, given: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        run(moe, given)
+
+
+def test_options_that_make_no_sense(moe: MoEHooks) -> None:
+    with pytest.raises(ConfigError, match="n_routes=0"):
+        run(moe, sequences(), n_routes=0)
+    with pytest.raises(HookError, match="layer 9"):
+        run(moe, sequences(), layers=[9])
+    with pytest.raises(ConfigError, match="method='best'"):
+        run(moe, sequences(), method="best")
+    with pytest.raises(ConfigError, match="1 experts to draw from"):
+        run(moe, sequences(), sampler=GumbelTopK(pool=1))
+    with pytest.raises(DataError, match="the model has no tokenizer"):
+        run(attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe")), ["w3 w4"])
+    dense = attach(tiny.build_bridge(tiny.build_hf("qwen3_moe"), "qwen3_moe"))
+    with pytest.raises(HookError, match="layer 0"):
+        run(dense, sequences(), layers=[0])
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        run(attach(tiny.build_bridge(tiny.build_hf("switch_transformers"), "switch_transformers")), sequences())
+
+
+def test_log_probabilities_that_are_not_finite_name_sequence_position_and_route() -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    given = sequences()
+    hidden = moe.bridge.original_model.get_output_embeddings().weight
+    with torch.no_grad():
+        hidden[given[2]["tokens"][4]] = float("nan")
+    with pytest.raises(DataError, match="of sequence 's3', position 0 under the standard route"):
+        run(moe, given)
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    tokens = [{"id": "one", "tokens": given[0]["tokens"][:3]}]
+    used = run(moe, tokens, controls=False).data["standard_route"].sel(layer=1).values
+    unused = next(expert for expert in range(8) if expert not in used)
+    with torch.no_grad():
+        moe.bridge.original_model.model.layers[1].mlp.experts.down_proj[unused] = float("inf")
+    wrong = rf"of sequence 'one', position \d under route \d+ \(experts by layer: {{1: \[.*{unused}"
+    with pytest.warns(SlowRoutesWarning), pytest.raises(DataError, match=wrong):
+        run(moe, tokens, layers=[1], n_routes=20)
