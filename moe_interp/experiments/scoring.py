@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_interp.experiments.items import ItemBatch
+from moe_interp.experiments.memory import reuse_freed_memory
 from moe_interp.experiments.variants import ExpertSet, Mode, ablated_rows, forced_rows
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attention import TOLERANCE, can_fuse
 from moe_interp.hooks.prefix import PrefixRunner, Reads
 from moe_interp.interventions import ablate_experts, force_experts, uniform_routing
 from moe_interp.interventions.force import Mass
@@ -41,13 +43,14 @@ class PrefixScorer:
     def __init__(self, moe: MoEHooks, mode: Mode, tokens: int) -> None:
         self.moe, self.mode, self.tokens = moe, mode, tokens
         self.runner = PrefixRunner(moe)
+        reuse_freed_memory()
         self.null_difference: float | None = None
         self.resumes = True
 
     def begin(self, batch: ItemBatch, layers: Sequence[int], hooks: Hooks) -> Tensor:
         """The natural pass: ``[read]`` log-probabilities."""
         self.batch = batch
-        natural, self.before = self.runner.base(batch.tokens, batch.reads, layers, hooks)
+        natural, self.prefixes = self.runner.base(batch.tokens, batch.reads, layers, hooks)
         if self.null_difference is None:
             self._check(natural, layers)
         return natural
@@ -75,13 +78,17 @@ class PrefixScorer:
         tokens, reads = batch.tokens.repeat(copies, 1), batch.reads.repeat(copies, batch.tokens.shape[0])
         if not self.resumes:
             return self.runner.base(tokens, reads, [], hooks)[0]
-        before = self.before[layer]
-        return self.runner.resume(layer, before.repeat(copies, *[1] * (before.ndim - 1)), tokens, reads, hooks)
+        return self.runner.resume(layer, self.prefixes[layer], copies, tokens, reads, hooks)
 
     def _check(self, natural: Tensor, layers: Sequence[int]) -> None:
-        differences = [(self._run(layer, 1, []) - natural).abs().max() for layer in layers]
-        self.null_difference = float(torch.stack(differences).max())
         dtype = next(self.moe.bridge.original_model.parameters()).dtype
+        if can_fuse(self.moe):
+            self.runner.fuses_attention = True
+            self.null_difference = self._distance(natural, layers)
+            if self.null_difference <= TOLERANCE[dtype]:
+                return
+            self.runner.fuses_attention = False
+        self.null_difference = self._distance(natural, layers)
         if not self.null_difference <= NULL_TOLERANCE.get(dtype, 0.1):
             self.resumes = False
             warnings.warn(
@@ -90,6 +97,10 @@ class PrefixScorer:
                 PrefixNotExactWarning,
                 stacklevel=2,
             )
+
+    def _distance(self, natural: Tensor, layers: Sequence[int]) -> float:
+        """The largest change of a prediction by resuming at each layer with nothing changed."""
+        return float(torch.stack([(self._run(layer, 1, []) - natural).abs().max() for layer in layers]).max())
 
 
 class NaiveScorer:

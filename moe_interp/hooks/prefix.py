@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attention import fused_attention, swapped_forward
 from moe_interp.types import Hooks
 
 
@@ -32,6 +34,35 @@ class Reads:
         """The same reads in ``times`` stacked copies of a batch of ``n_rows``."""
         copy = torch.arange(times, device=self.row.device).repeat_interleave(len(self.row))
         return Reads(self.row.repeat(times) + copy * n_rows, self.column.repeat(times), self.target.repeat(times))
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What a plain pass computed before a layer's experts.
+
+    Attributes:
+        hidden: The residual stream before the layer, ``[row, pos, d_model]`` (as the family's layers hand it on).
+        answers: What the layer's children answered, in the order of their calls, the experts' block last.
+    """
+
+    hidden: Tensor
+    answers: dict[str, Any]
+
+    def before_experts(self) -> dict[str, Any]:
+        """The answers that do not depend on the experts."""
+        return dict(list(self.answers.items())[:-1])
+
+    def stacked(self, value: Any, copies: int) -> Any:
+        """A value of the pass, once a copy of its batch; None in the place of tensors without positions."""
+
+        def repeat(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            by_row = leaf.shape[:2] == self.hidden.shape[:2]
+            is_flat = leaf.shape[:1] == (self.hidden.shape[0] * self.hidden.shape[1],)
+            return leaf.repeat(copies, *[1] * (leaf.ndim - 1)) if by_row or is_flat else None
+
+        return tree_map(repeat, value)
 
 
 class PrefixRunner:
@@ -55,27 +86,48 @@ class PrefixRunner:
             )
         self.layers: list[nn.Module] = [unwrap(block) for block in blocks]
         self.model: Any = moe.bridge.original_model
+        self.fuses_attention = False
         self._returns_tuple: dict[int, bool] = {}
 
     def base(
         self, tokens: Tensor, reads: Reads, layers: Sequence[int], hooks: Hooks
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One whole pass with given hooks: the predictions read, and the residual stream before each given layer.
+    ) -> tuple[Tensor, dict[int, Prefix]]:
+        """One whole pass with given hooks: the predictions read, and what precedes each given layer's experts.
 
         Returns:
-            ``[read]`` log-probabilities in nats; layer -> ``[row, pos, d_model]`` (as the family's layers hand it on).
+            ``[read]`` log-probabilities in nats; layer -> its prefix.
         """
-        before: dict[int, Tensor] = {}
+        prefixes: dict[int, Prefix] = {}
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
-                stack.enter_context(swapped_forward(layer, self._recorder(index, layer.forward, before, set(layers))))
-            return self._read(tokens, reads, hooks, trim_after=None), before
+                record = self._recorder(index, layer.forward, prefixes, set(layers))
+                stack.enter_context(swapped_forward(layer, record))
+            for index in layers:
+                children = dict(self.layers[index].named_children())
+                experts = [name for name, child in children.items() if unwrap(child) is self.moe.spec(index).container]
+                for name, child in children.items() if experts else ():
+                    keeper = self._keeper(index, name, experts[0], prefixes)
+                    stack.callback(child.register_forward_hook(keeper).remove)
+            return self._read(tokens, reads, hooks, trim_after=None), prefixes
 
-    def resume(self, layer: int, before: Tensor, tokens: Tensor, reads: Reads, hooks: Hooks) -> Tensor:
-        """The rest of a pass, from the residual stream before ``layer``: ``[read]`` log-probabilities in nats."""
+    def resume(self, layer: int, prefix: Prefix, copies: int, tokens: Tensor, reads: Reads, hooks: Hooks) -> Tensor:
+        """The rest of a pass, from the experts of ``layer``: ``[read]`` log-probabilities in nats.
+
+        Args:
+            layer: Where the pass resumes.
+            prefix: What :meth:`base` kept of it.
+            copies: How many times the base pass's batch is stacked in ``tokens``.
+            tokens, reads, hooks: Of the stacked batch.
+        """
         with ExitStack() as stack:
+            if self.fuses_attention:
+                stack.enter_context(fused_attention(self.moe))
+            before = prefix.stacked(prefix.hidden, copies)
             for index in range(layer):
                 stack.enter_context(swapped_forward(self.layers[index], self._skip(index, before)))
+            children = dict(self.layers[layer].named_children())
+            for name, answer in prefix.before_experts().items():
+                stack.enter_context(swapped_forward(children[name], _answering(prefix.stacked(answer, copies))))
             return self._read(tokens, reads, hooks, trim_after=layer)
 
     def _read(self, tokens: Tensor, reads: Reads, hooks: Hooks, trim_after: int | None) -> Tensor:
@@ -118,16 +170,26 @@ class PrefixRunner:
             yield
 
     def _recorder(
-        self, index: int, native: Callable[..., Any], before: dict[int, Tensor], wanted: set[int]
+        self, index: int, native: Callable[..., Any], prefixes: dict[int, Prefix], wanted: set[int]
     ) -> Callable[..., Any]:
         def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if index in wanted:
-                before[index] = hidden
+                prefixes[index] = Prefix(hidden, {})
             out = native(hidden, *args, **kwargs)
             self._returns_tuple[index] = isinstance(out, tuple)
             return out
 
         return record
+
+    def _keeper(self, index: int, name: str, experts: str, prefixes: dict[int, Prefix]) -> Callable[..., None]:
+        """Keeps what the layer's children answer before its experts' block does."""
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            answers = prefixes[index].answers
+            if experts not in answers:
+                answers[name] = output
+
+        return keep
 
     def _skip(self, index: int, hidden: Tensor) -> Callable[..., Any]:
         is_tuple = self._returns_tuple[index]
@@ -138,14 +200,5 @@ class PrefixRunner:
         return skip
 
 
-@contextmanager
-def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for a module inside the ``with``; its own again after, also after an exception."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
+def _answering(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
