@@ -285,3 +285,34 @@ def test_unknown_strategies_are_refused():
     for bad in ("magic", "global+magic", "global+global", ""):
         with pytest.raises(ConfigError, match="several joined by"):
             check_strategy(bad, TINY, ("letters", "numbers"))
+
+
+def loads_after_a_shut_start(name: str) -> torch.Tensor:
+    """[layer, expert]: loads over the last 8 of 30 steps, where no token took expert 0 in the beginning."""
+    trainer = trainer_of(name, bias_rate=0.02, balance=0.3, lr=0.02, micro_batch=8, steps=30)
+    for layer in (0, 1):
+        shut_expert(trainer, layer)
+    made = [torch.stack(list(trainer.train_step()["loads"].values())) for _ in range(30)]
+    assert made[0][:, 0].max() < 0.05
+    return torch.stack(made[-8:]).mean(0)
+
+
+def test_without_balancing_experts_stay_dead():
+    assert loads_after_a_shut_start("none")[1, 0] < 0.01
+
+
+@pytest.mark.parametrize("name", ["sequence", "micro_batch", "global", "global_running", "loss_free", "sigmoid"])
+def test_balanced_strategies_have_no_dead_expert_even_from_a_start_with_one(name):
+    assert loads_after_a_shut_start(name).min() > 0.1
+
+
+def shut_expert(trainer: Trainer, layer: int) -> None:
+    """Lower expert 0's logit, for the average token, by so much that it is nowhere among the top k."""
+    seen = {}
+    read = (trainer.moe.hook_name("router_in", layer), lambda value, hook: seen.update(x=value.flatten(0, -2)))
+    with torch.no_grad():
+        with trainer.bridge.hooks(fwd_hooks=[read]):
+            trainer.model(trainer.micro_batch(0)[0], use_cache=False)
+        mean = seen["x"].mean(0)
+        gate = model_tensors(trainer.bridge.original_model)[f"model.layers.{layer}.mlp.gate.weight"]
+        gate[0] -= 4 * mean / mean.square().sum()
