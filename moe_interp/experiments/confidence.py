@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -33,9 +33,17 @@ def confidence(data: xr.Dataset, by: By = "resampled") -> FloatArray:
     check_way(data, by)
     shape = (data.sizes["token"], data.sizes["layer"])
     if by == "resampled":
-        return np.nanmean(np.exp(data["logp_second"].values.astype(np.float64)), axis=-1)
+        return mean_probability(data["logp_second"].values)
     log = data["logp_standard"].values if by == "standard" else -data["entropy"].values
     return np.broadcast_to(np.exp(log.astype(np.float64))[:, None], shape)
+
+
+def mean_probability(logp: NDArray[Any]) -> FloatArray:
+    """Mean of the probabilities over the last axis, absent (NaN) ones left out; NaN where there is none."""
+    is_there = ~np.isnan(logp)
+    total = np.where(is_there, np.exp(logp.astype(np.float64)), 0.0).sum(-1)
+    n = is_there.sum(-1)
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
 def check_way(data: xr.Dataset, by: By) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moe_interp import stats
 from moe_interp.errors import DataError
-from moe_interp.experiments.confidence import CLASSES, By, Codes, check_way, classes, confidence
+from moe_interp.experiments.confidence import CLASSES, By, Codes, check_way, classes, confidence, mean_probability
 from moe_interp.experiments.counterfactual_data import sequence_codes
 from moe_interp.experiments.counterfactual_tables import common_size, tally
 
@@ -149,7 +149,7 @@ def _own_prediction(data: xr.Dataset, by: By | None, thresholds: tuple[float, fl
     elif by == "standard":
         codes = classes(np.exp(standard), thresholds)
     elif "logp_own_second" in data:
-        codes = classes(np.nanmean(np.exp(_values(data, "logp_own_second")), axis=-1), thresholds)
+        codes = classes(mean_probability(_values(data, "logp_own_second")), thresholds)
     else:
         raise DataError(
             "a run without logp_own_second", "the second draw's scores of the drawn target", "Repeat the run."

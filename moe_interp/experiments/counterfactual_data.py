@@ -115,7 +115,7 @@ def check_counterfactual(data: xr.Dataset) -> None:
     """Refuse a dataset that is not one of a counterfactual run.
 
     Raises:
-        DataError: variables, axes or labels are missing, or a score under the standard route is.
+        DataError: variables, axes or labels are missing, a score under the standard route is, or no token has another.
     """
     wanted = AXES | {name: axes for name, axes in CONTROLS.items() if name in data}
     for name, axes in wanted.items():
@@ -130,6 +130,9 @@ def check_counterfactual(data: xr.Dataset) -> None:
     if missing.any() or not data.sizes["token"]:
         given = f"{int(missing.sum())} of {data.sizes['token']} tokens without a score under the standard route"
         raise DataError(given, "a finite score for each of at least one token", "Finish the run, or drop these tokens.")
+    if data["logp"].isnull().all():
+        given = f"no token with another route than the standard one (sampler {data.attrs.get('sampler')})"
+        raise DataError(given, "at least one token with another route", "Widen the sampler's pool.")
 
 
 def sequence_codes(data: xr.Dataset) -> NDArray[np.int64]:
