@@ -31,11 +31,15 @@ def counterfactual_page(result: CounterfactualTables, *, extra: Mapping[str, str
 
 
 def _tabulate(tabulate: Table, result: CounterfactualTables) -> pd.DataFrame:
-    table = with_intervals(tabulate(result))
-    return table[[name for name in table if name not in _UNSHOWN]]
+    table = tabulate(result)
+    return with_intervals(table[[c for c in table if str(c).removesuffix("_low").removesuffix("_high") in _SHOWN]])
 
 
-_UNSHOWN = ("n_cells", "n_dropped", "alignment_p")
+# the widest table that still fits a page; the rest is in the result
+_SHOWN = {
+    *("class", "kind", "layer", "token_type", "positions", "n_tokens", "n_distinct", "matched"),
+    *("regret", "excess_regret", "positive_rate", "inclusion_1", "alignment", "verdict"),
+}
 Draw = Callable[[CounterfactualTables], Figure]
 Table = Callable[[CounterfactualTables], pd.DataFrame]
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 LONGEST = 30  # rows shown of a long table
+_LONG = 60  # characters of a text that a narrow column would break into many lines
 
 
 def environment() -> Environment:
@@ -27,19 +28,30 @@ def html_table(table: pd.DataFrame) -> Markup:
     """A table as HTML: numbers to three digits, truth as yes and no, at most ``LONGEST`` rows."""
     shown = table.head(LONGEST)
     template = environment().get_template("table.html")
-    cells = [[(cell(value), isinstance(value, (int, float))) for value in row] for row in shown.itertuples(index=False)]
+    cells = [[(cell(value), _kind(value)) for value in row] for row in shown.itertuples(index=False)]
     left_out = len(table) - len(shown)
     return Markup(template.render(columns=[str(c).replace("_", " ") for c in table], rows=cells, left_out=left_out))
 
 
+def _kind(value: Any) -> str:
+    if isinstance(value, int | float):
+        return "number"
+    return "long" if isinstance(value, str) and len(value) > _LONG else ""
+
+
 def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """Each ``x``, ``x_low``, ``x_high`` as one column of text, ``x [low, high]``."""
+    """Each ``x``, ``x_low``, ``x_high`` as one column of text, ``x [low, high]``, on one line."""
     shown = table.copy()
     for name in [c for c in table if f"{c}_low" in table and f"{c}_high" in table]:
         bounds = zip(table[name], table[f"{name}_low"], table[f"{name}_high"])
-        shown[name] = [f"{cell(v)} [{cell(low)}, {cell(high)}]" for v, low, high in bounds]
+        shown[name] = [_interval(*map(float, each)) for each in bounds]
         shown = shown.drop(columns=[f"{name}_low", f"{name}_high"])
     return shown
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    shown, *bounds = ("–" if math.isnan(x) else f"{x:.3f}" for x in (value, low, high))
+    return shown if math.isnan(low) else f"{shown} [{bounds[0]}, {bounds[1]}]".replace(" ", "\u00a0")
 
 
 def cell(value: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 from moe_interp.errors import ResultError
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.report import isolation_page, write_page
-from moe_interp.report.html import LONGEST, cell, html_table
+from moe_interp.report.html import LONGEST, cell, html_table, with_intervals
 from tests.unit.experiments.planted_isolation import planted_isolation
 
 VOID = {"meta", "br", "link"}
@@ -89,6 +89,16 @@ def test_a_long_table_says_how_much_is_left_out():
     assert "5 more rows" in html
     assert '<th scope="col">a b</th>' in html
     assert [cell(v) for v in (0.123456, float("nan"), True, 3, "x")] == ["0.123", "–", "yes", "3", "x"]
+
+
+def test_intervals_stand_beside_their_value():
+    table = pd.DataFrame(
+        {"x": [0.12345, 1.0], "x_low": [0.1, float("nan")], "x_high": [0.2, float("nan")], "y": "long " * 20}
+    )
+    shown = with_intervals(table)
+    assert list(shown) == ["x", "y"]
+    assert shown["x"].tolist() == ["0.123\u00a0[0.100,\u00a00.200]", "1.000"]
+    assert html_table(shown).count('class="long"') == 2
 
 
 def test_a_page_that_cannot_be_written_says_so(planted, tmp_path):
