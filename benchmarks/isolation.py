@@ -1,8 +1,8 @@
 """Expert isolation: the prefix engine against run_with_hooks, one at a time and in its best batches.
 
-    python benchmarks/isolation.py [--threads 1] [--items 8]
+    python benchmarks/isolation.py [--threads 1] [--items 4] [--experts 32]
 
-All ways score the same layers, experts and items, interleaved in one process, best of three; the table gives ratios.
+All ways score the same layers, experts and items, interleaved in one process, best of some; the table gives ratios.
 The limit counts, for each way's own work, the matrix products that the engine cannot avoid (each layer's prefix once,
 one expert a token at the isolated layer, the later layers, the unembedding at the answers) at the matrix rate measured
 in the same run.
@@ -134,9 +134,9 @@ def peak_memory(function: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--items", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=8, help="experts scored per layer (of 32)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--items", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=32, help="experts scored per layer (of 32)")
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)

