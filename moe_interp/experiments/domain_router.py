@@ -11,10 +11,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.expert_choice import best_experts, split_items
 from moe_interp.experiments.isolation_result import IsolationResult
-from moe_interp.experiments.items import ItemBatch, batches_of_like_length, check_items, tokenize_items
+from moe_interp.experiments.items import Item, ItemBatch, batches_of_like_length, check_items, tokenize_items
 from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks
@@ -146,27 +146,13 @@ def score_domain_router(
     k = moe.spec(moe.layers[0]).top_k if k is None else k
     checked = check_items(items)
     known = set(isolation_result.data["item"].values.astype(str))
-    checked = [item for item in checked if item.id in known]
-    halves = split_items(isolation_result, seed)
-    # the experts for an item of half h are chosen on the other half
-    chosen = {
-        (domain, half): best_experts(isolation_result, domain, k, halves[1 - half], mass)
-        for domain in sorted({item.domain for item in checked})
-        for half in (0, 1)
-    }
-    routes = [chosen[item.domain, 0 if item.id in set(halves[0]) else 1] for item in checked]
-    layers = [int(layer) for layer in isolation_result.data["layer"].values]
-    draws = [_random_routes(moe, layers, k, seed, draw) for draw in range(random_draws)]
-    routers: dict[str, list[Callable[[list[int]], Hooks]]] = {
-        "natural": [lambda index: []],
-        "domain": [lambda index: _row_routes(moe, [routes[i] for i in index])],
-        "random": [lambda index, drawn=drawn: _row_routes(moe, [drawn] * len(index)) for drawn in draws],  # type: ignore[misc]
-    }
+    if unknown := [item.place for item in checked if item.id not in known]:
+        raise DataError(f"{unknown[0]}", f"one of the result's {len(known)} items", "Pass the items of that run.")
+    routers = _routers(moe, checked, isolation_result, k, random_draws, mass, seed)
     tokenized = tokenize_items(moe.bridge, checked)
     scores = {name: np.zeros((2, len(checked))) for name in [*routers, *(["reference"] if reference else [])]}
-    batches = batches_of_like_length(
-        tokenized, tokens_per_pass(moe, max(len(item) for item in tokenized), memory_budget)
-    )
+    tokens = tokens_per_pass(moe, max(len(item) for item in tokenized), memory_budget)
+    batches = batches_of_like_length(tokenized, tokens)
     runner, device = PrefixRunner(moe), next(moe.bridge.original_model.parameters()).device
     with reporting("scoring routers", progress) as report, torch.no_grad():
         for number, index in enumerate(batches):
@@ -178,20 +164,42 @@ def score_domain_router(
             if reference is not None:
                 scores["reference"][:, index] = _by_domain(runner, batch, [checked[i].domain for i in index], reference)
         report(len(batches), len(batches))
-    names = list(scores)
-    stacked = np.stack([scores[name] for name in names], axis=1)
+    stacked = np.stack(list(scores.values()), axis=1)
     data = xr.Dataset(
         {"score": (("router", "item"), stacked[0]), "score_first": (("router", "item"), stacked[1])},
         coords={
-            "router": names,
+            "router": list(scores),
             "item": [item.id for item in checked],
             "domain": ("item", [item.domain for item in checked]),
         },
         attrs={"k": k, "random_draws": random_draws},
     )
     config = {"k": k, "random_draws": random_draws, "mass": mass}
-    ids = checksum([[item.id, item.domain] for item in checked])
-    return DomainRouterResult(data, config=config, seeds=seed, data_checksum=ids)
+    return DomainRouterResult(
+        data, config=config, seeds=seed, data_checksum=checksum([item.content for item in checked])
+    )
+
+
+def _routers(
+    moe: MoEHooks, items: list[Item], result: IsolationResult, k: int, random_draws: int, mass: str | None, seed: int
+) -> dict[str, list[Callable[[list[int]], Hooks]]]:
+    """By name, the variants whose scores are averaged: from the indices of a batch's items to hooks."""
+    halves = split_items(result, seed)
+    # the experts for an item of half h are chosen on the other half
+    chosen = {
+        (domain, half): best_experts(result, domain, k, halves[1 - half], mass)
+        for domain in sorted({item.domain for item in items})
+        for half in (0, 1)
+    }
+    first = set(halves[0])
+    routes = [chosen[item.domain, 0 if item.id in first else 1] for item in items]
+    layers = [int(layer) for layer in result.data["layer"].values]
+    draws = [_random_routes(moe, layers, k, seed, draw) for draw in range(random_draws)]
+    return {
+        "natural": [lambda index: []],
+        "domain": [lambda index: _row_routes(moe, [routes[i] for i in index])],
+        "random": [lambda index, drawn=drawn: _row_routes(moe, [drawn] * len(index)) for drawn in draws],  # type: ignore[misc]
+    }
 
 
 def _row_routes(moe: MoEHooks, rows: list[Routes]) -> Hooks:

@@ -7,15 +7,15 @@ its weight set, so that nothing else runs. Masses, the uniform and the random ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import xarray as xr
 
 from moe_interp.errors import ConfigError
+from moe_interp.experiments.isolation_cells import BASELINES, Baseline, IsolationPlan, isolation_dataset
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.experiments.items import (
     Item,
@@ -27,46 +27,15 @@ from moe_interp.experiments.items import (
 )
 from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.naming import model_name
-from moe_interp.experiments.routing_stats import POSITIONS, RoutingStats
+from moe_interp.experiments.routing_stats import RoutingStats
 from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
-from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets, label
+from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import Mass, check_mass
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum
 from moe_interp.results.cells import Arrays, CellStore
 from moe_interp.stats import derive_rng
-
-Baseline = Literal["natural", "uniform", "random"]
-BASELINES: tuple[Baseline, ...] = ("natural", "uniform", "random")
-
-
-@dataclass(frozen=True)
-class IsolationPlan:
-    """What an isolation run computes.
-
-    Attributes:
-        model, items: Name of the model, checksum of the items.
-        mode: "force" or "ablate".
-        layers: MoE layers.
-        sets: Sets of experts that stand alone, or are missing.
-        drawn: By layer, the sets of the random baseline; the same for all items.
-        mass: The masses.
-        baselines: What is subtracted.
-    """
-
-    model: str
-    items: str
-    mode: Mode
-    layers: tuple[int, ...]
-    sets: tuple[ExpertSet, ...]
-    drawn: tuple[tuple[ExpertSet, ...], ...]
-    mass: tuple[Mass, ...]
-    baselines: tuple[Baseline, ...]
-
-    def to_score(self, layer: int) -> list[ExpertSet]:
-        """The sets to score at a layer: those asked for, then the drawn ones that are not among them."""
-        return list(dict.fromkeys([*self.sets, *self.drawn[self.layers.index(layer)]]))
 
 
 def isolate_experts(
@@ -129,7 +98,7 @@ def isolate_experts(
             for layer, cell in _run_batch(moe, plan, scorer, tokenized, index, number, cells):
                 finished[number, layer] = cell
                 report(len(finished), len(batches) * len(plan.layers))
-    data = _dataset(moe, plan, tokenized, batches, finished)
+    data = isolation_dataset(moe, plan, tokenized, batches, finished)
     data.attrs |= {
         "n_layers": len(moe.bridge.blocks),
         "random_draws": random_draws,
@@ -151,9 +120,11 @@ def _plan(
     seed: int,
 ) -> IsolationPlan:
     labels: list[Any] = list(moe.layers) if layers is None else [moe.layer_label(layer) for layer in layers]
+    for name, given in (("layers", labels), ("baselines", baselines), ("mass", mass)):
+        if not given or len(set(given)) < len(given):
+            raise ConfigError(f"{name}={list(given)}", "at least one, each once", f"Correct {name}.")
     n_experts = moe.spec(labels[0]).n_experts
-    unknown = [b for b in baselines if b not in BASELINES]
-    if unknown or not baselines or mode not in ("force", "ablate") or random_draws < 1:
+    if set(baselines) - set(BASELINES) or mode not in ("force", "ablate") or random_draws < 1:
         raise ConfigError(
             f"baselines={tuple(baselines)}, mode={mode!r}, random_draws={random_draws}",
             f"baselines among {BASELINES}, mode 'force' or 'ablate', at least one draw",
@@ -215,86 +186,3 @@ def _run_batch(
             if cells is not None:
                 cells.save(cell, number, layer)
         yield layer, cell
-
-
-def _dataset(
-    moe: MoEHooks,
-    plan: IsolationPlan,
-    items: list[TokenizedItem],
-    batches: list[list[int]],
-    cells: dict[tuple[int, int], Arrays],
-) -> xr.Dataset:
-    """The cells put together, with every delta."""
-    order = np.argsort([i for batch in batches for i in batch])
-
-    def gather(name: str, item_axis: int) -> Any:
-        by_layer = [
-            np.concatenate([cells[n, layer][name] for n in range(len(batches))], axis=item_axis)
-            for layer in plan.layers
-        ]
-        return np.stack(by_layer, axis=item_axis + 1).take(order, axis=item_axis)
-
-    natural = gather("natural", 1)[:, :, 0]  # [score, item]
-    # [score, mass, item, layer, set], the sets asked for and then the drawn ones, whose number differs by layer
-    widest = max(len(plan.to_score(layer)) for layer in plan.layers)
-    for (_, layer), cell in cells.items():
-        missing = widest - len(plan.to_score(layer))
-        cell["sets"] = np.pad(cell["sets"], [(0, 0)] * 3 + [(0, missing)], constant_values=np.nan)
-    sets = gather("sets", 2)
-    forced = sets[..., : len(plan.sets)]
-    baselines = {"natural": np.broadcast_to(natural[:, None, :, None], forced.shape[:-1])}
-    random_sd = np.full(forced.shape[:-1], np.nan)
-    if "uniform" in plan.baselines:
-        baselines["uniform"] = gather("uniform", 2)
-    if "random" in plan.baselines:
-        drawn = _drawn_scores(plan, sets)
-        baselines["random"] = drawn.mean(axis=-1)
-        random_sd = drawn.std(axis=-1, ddof=1) if drawn.shape[-1] > 1 else random_sd
-    base = np.stack([baselines[name] for name in plan.baselines], axis=2)  # [score, mass, baseline, item, layer]
-    delta = forced[:, :, None] - base[..., None]
-    cube, flat = ("mass", "baseline", "item", "layer", "expert"), ("mass", "baseline", "item", "layer")
-    routing, share = gather("routing", 1), gather("share", 1)  # [positions, item, layer, expert]
-    names = np.array([item.item.domain for item in items])
-    domains = sorted(set(names.tolist()))
-    by_domain = [np.stack([v[0, names == d].mean(axis=0) for d in domains]) for v in (routing, share)]
-    per_item, per_domain = ("positions", "item", "layer", "routed_expert"), ("domain", "layer", "routed_expert")
-    spec = moe.spec(plan.layers[0])
-    return xr.Dataset(
-        {
-            "delta": (cube, delta[0]),
-            "delta_first": (cube, delta[1]),
-            "score": ("item", natural[0]),
-            "score_first": ("item", natural[1]),
-            "baseline_score": (flat, base[0]),
-            "baseline_score_first": (flat, base[1]),
-            "random_sd": (("mass", "item", "layer"), random_sd[0]),
-            "routing_item": (per_item, routing),
-            "share_item": (per_item, share),
-            "routing_prob": (per_domain, by_domain[0]),
-            "slot_share": (per_domain, by_domain[1]),
-            "margin_min": ((), min(float(cell["margin"]) for cell in cells.values())),
-        },
-        coords={
-            "item": [item.item.id for item in items],
-            "domain": ("item", names),
-            "domain_name": ("domain", domains),
-            "n_prompt_tokens": ("item", [len(item.prompt) for item in items]),
-            "n_answer_tokens": ("item", [len(item.answer) for item in items]),
-            "layer": list(plan.layers),
-            "expert": [label(chosen) for chosen in plan.sets],
-            "routed_expert": np.arange(spec.n_experts),
-            "mass": list(plan.mass),
-            "baseline": list(plan.baselines),
-            "positions": list(POSITIONS),
-        },
-        attrs={"mode": plan.mode, "model": plan.model, "n_experts": spec.n_experts, "top_k": spec.top_k},
-    )
-
-
-def _drawn_scores(plan: IsolationPlan, sets: Any) -> Any:
-    """``[score, mass, item, layer, draw]``: the scores of each layer's drawn sets."""
-    columns = []
-    for position, layer in enumerate(plan.layers):
-        known = plan.to_score(layer)
-        columns.append(sets[..., position, [known.index(s) for s in plan.drawn[position]]])
-    return np.stack(columns, axis=3)

@@ -9,6 +9,7 @@ import xarray as xr
 from moe_interp import stats
 from moe_interp.errors import DataError
 from moe_interp.experiments.isolation_data import (
+    FloatArray,
     chosen,
     delta_array,
     items_by_domain,
@@ -60,30 +61,7 @@ def specialization(
     It does not show specialization **between** domains: see :func:`domain_effect_table`.
     """
     baseline, mass = chosen(data, "baseline", baseline), chosen(data, "mass", mass)
-    delta = delta_array(data, mass, baseline, score)
-    groups = items_by_domain(data)
-    layers, experts = data["layer"].values, data["expert"].values.astype(str)
-    frames = []
-    for domain, rows in per_domain(delta, groups).items():
-        test = stats.wilcoxon_signed_rank(rows, axis=0)
-        median = stats.median_interval(rows, axis=0, level=level)
-        mean = stats.bootstrap_interval(rows, axis=0, level=level) if len(rows) > 1 else None
-        endless = np.full(median.low.shape, np.inf)
-        columns = {
-            "n": test.n,
-            "mean": rows.mean(0),
-            "mean_low": mean.low if mean else -endless,
-            "mean_high": mean.high if mean else endless,
-            "median": median.estimate,
-            "ci_low": median.low,
-            "ci_high": median.high,
-            "p": test.p_value,
-            "rank_biserial": test.effect,
-            "unused": (rows == 0).all(0),
-        }
-        labels = {"domain": domain, "layer": np.repeat(layers, len(experts)), "expert": np.tile(experts, len(layers))}
-        frames.append(pd.DataFrame(labels | {name: value.ravel() for name, value in columns.items()}))
-    table = pd.concat(frames, ignore_index=True)
+    table = _tests(data, delta_array(data, mass, baseline, score), level)
     floors = table["n"].map({n: stats.smallest_attainable_p(n) for n in set(table["n"])})
     testable = floors <= alpha
     q = stats.adjust_p(table["p"].where(testable), method=method)
@@ -108,6 +86,32 @@ def specialization(
         "smallest_p": float(floors.min()),
     }
     return table
+
+
+def _tests(data: xr.Dataset, delta: FloatArray, level: float) -> pd.DataFrame:
+    """One row per (domain, layer, expert): the columns that need that row's items only."""
+    layers, experts = data["layer"].values, data["expert"].values.astype(str)
+    frames = []
+    for domain, rows in per_domain(delta, items_by_domain(data)).items():
+        test = stats.wilcoxon_signed_rank(rows, axis=0)
+        median = stats.median_interval(rows, axis=0, level=level)
+        mean = stats.bootstrap_interval(rows, axis=0, level=level) if len(rows) > 1 else None
+        endless = np.full(median.low.shape, np.inf)
+        columns = {
+            "n": test.n,
+            "mean": rows.mean(0),
+            "mean_low": mean.low if mean else -endless,
+            "mean_high": mean.high if mean else endless,
+            "median": median.estimate,
+            "ci_low": median.low,
+            "ci_high": median.high,
+            "p": test.p_value,
+            "rank_biserial": test.effect,
+            "unused": (rows == 0).all(0),
+        }
+        labels = {"domain": domain, "layer": np.repeat(layers, len(experts)), "expert": np.tile(experts, len(layers))}
+        frames.append(pd.DataFrame(labels | {name: value.ravel() for name, value in columns.items()}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def mass_agreement(

@@ -2,6 +2,7 @@
 
 from moe_interp.stats.best_of import BestOf, best_of, in_top
 from moe_interp.stats.clusters import cluster_bootstrap
+from moe_interp.stats.corrected import CorrectedCorrelation, Estimate, corrected_correlation
 from moe_interp.stats.correlation import (
     MeanCorrelation,
     PermutationResult,
@@ -16,10 +17,7 @@ from moe_interp.stats.multiple import adjust_p, items_needed, rejected, tests_ne
 from moe_interp.stats.permutation import DomainEffect, domain_effect, paired_permutation, two_group_permutation
 from moe_interp.stats.power import plan_wilcoxon, wilcoxon_power
 from moe_interp.stats.reliability import (
-    CorrectedCorrelation,
-    Estimate,
     Reliability,
-    corrected_correlation,
     expected_spearman,
     latent_pearson,
     spearman_brown,

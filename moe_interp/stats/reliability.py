@@ -1,25 +1,16 @@
-"""Reliability of per-expert means over items, and a rank correlation corrected for its lack."""
+"""Reliability of per-expert means over items, and how rank correlations relate to Pearson's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import special
-from scipy import stats as scipy_stats
+from numpy.typing import ArrayLike
 
-from moe_interp.errors import DataError
-from moe_interp.stats.checks import FloatArray, check_at_least, check_no_missing, check_probability, sample_last
-from moe_interp.stats.correlation import mean_rho_permutation
+from moe_interp.stats.checks import FloatArray, check_at_least
+from moe_interp.stats.halves import complete_items, experts_differ, experts_first, half_ranks, random_halves
 from moe_interp.stats.streams import derive_rng
-
-# Item weights of a resample are 1 - SPREAD or 1 + SPREAD. Multinomial weights (spread 1) would double the noise of the
-# means, and with it the very unreliability that is corrected for; the spread of the estimates is scaled back.
-SPREAD = 0.75
-SPLITS_PER_RESAMPLE = 25
 
 
 @dataclass(frozen=True)
@@ -35,40 +26,6 @@ class Reliability:
     half: FloatArray
     full: FloatArray
     pooled: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class CorrectedCorrelation:
-    """Result of :func:`corrected_correlation`.
-
-    Attributes:
-        corrected: Correlation of the expectations, with its interval; NaN where the data are too noisy.
-        raw: Mean Spearman correlation between the means over all items, not corrected.
-        reliability_x, reliability_y: Of the means over all items, on the scale of a Pearson correlation.
-        p_value: Permutation test of the mean rho between the means (:func:`mean_rho_permutation`): are experts more
-            in line than exchangeable ones would be?
-        too_noisy: Whether the lower bound of a reliability is below the floor.
-        verdict: One plain sentence.
-        n_items: Items per domain.
-    """
-
-    corrected: Estimate
-    raw: Estimate
-    reliability_x: Estimate
-    reliability_y: Estimate
-    p_value: float
-    too_noisy: bool
-    verdict: str
-    n_items: tuple[int, ...]
 
 
 def spearman_brown(reliability: ArrayLike, factor: float = 2.0) -> FloatArray:
@@ -117,257 +74,13 @@ def split_half_reliability(x: ArrayLike, *, n_splits: int = 100, seed: int = 0) 
     not that the ranking is right.
     """
     check_at_least(n_splits, 1, "n_splits")
-    values = _complete(x, "x")
+    values = complete_items(x, "x")
     middle = values.shape[1:-1]
     stack = values.reshape(len(values), -1, values.shape[-1])
-    flat = _experts_first(stack)
-    halves = _random_halves(len(values), n_splits, derive_rng(seed, "split_half"))
-    ranks = _half_ranks(flat, stack.shape[-1], halves, np.ones(len(values)))
+    flat = experts_first(stack)
+    halves = random_halves(len(values), n_splits, derive_rng(seed, "split_half"))
+    ranks = half_ranks(flat, stack.shape[-1], halves, np.ones(len(values)))
     half = (ranks[:, :, 0] * ranks[:, :, 1]).sum(0).mean(-1)
-    half = np.where(_varies(stack), half, np.nan).reshape(middle)
+    half = np.where(experts_differ(stack), half, np.nan).reshape(middle)
     pooled = float(spearman_brown(np.nanmean(half))) if not np.isnan(half).all() else float("nan")
     return Reliability(half, spearman_brown(half), pooled)
-
-
-def corrected_correlation(
-    x: ArrayLike | Sequence[ArrayLike],
-    y: ArrayLike | Sequence[ArrayLike],
-    *,
-    level: float = 0.95,
-    floor: float = 0.2,
-    n_splits: int = 100,
-    n_resamples: int = 200,
-    n_permutations: int = 1999,
-    seed: int = 0,
-) -> CorrectedCorrelation:
-    """Spearman correlation over experts between the **expectations** of ``x`` and ``y``, pooled over layers.
-
-    The items are cut at random into halves A and B, ``n_splits`` times. With rho the Spearman correlation over experts,
-    averaged over splits, layers and domains::
-
-        c = mean rho(x_A, y_B), rho(x_B, y_A)      rx = mean rho(x_A, x_B)      ry = mean rho(y_A, y_B)
-        corrected = g(f(c) / sqrt(f(rx) f(ry)))
-
-    Different halves keep noise that x and y share in an item out of c. g is :func:`expected_spearman`, f its inverse:
-    noise attenuates Pearson correlations by sqrt(rx ry), not rank correlations of few experts.
-
-    Interval: items are reweighted by 1 +- .75 (half of them up, half down) within each domain, all layers together, in
-    ``n_resamples`` / 2 antithetic pairs, and the whole procedure is rerun. The odd part of the changes counts noise x
-    noise terms twice, the even part once, though with the roughness of ranks: three quarters of it are taken
-    off, a share set by simulation (docs/stats-coverage.md). Added is that noise blurs close ranks most, so that the
-    correction finds the expectations' metric correlation, from which that of their ranks differs by chance.
-
-    Args:
-        x: For instance routing probabilities, ``[item, layer, expert]``, or one such array per domain.
-        y: For instance deltas (nats), the same shapes. Complete; at least 8 items per domain and 4 experts.
-        floor: Where the lower bound of either reliability is below it, no corrected number is given.
-
-    Returns:
-        The corrected and the raw correlation with intervals, both reliabilities, and a verdict in words.
-
-    Raises:
-        DataError: Shapes that differ, missing values, too few items or experts, or no layer in which experts differ.
-
-    Source: Spearman (1904) for the correction; the rest is derived. The unit of inference is the item: the interval is
-    for these experts and layers, and a few experts are correlated by chance, so that the verdict asks for the
-    permutation test as well. Where noise differs much between experts, the correction is rough.
-    """
-    check_probability(level, "level")
-    check_probability(floor, "floor")
-    check_at_least(n_splits, SPLITS_PER_RESAMPLE, "n_splits")
-    check_at_least(n_resamples, 20, "n_resamples")
-    domains = _domains(x, y, n_splits, seed)
-    n_experts = domains[0].n_experts
-    base = _correlations(domains, np.arange(n_splits))
-    rng = derive_rng(seed, "item_weights")
-    odd, even = [], []
-    for pair in range(n_resamples // 2):
-        splits = (np.arange(SPLITS_PER_RESAMPLE) + SPLITS_PER_RESAMPLE * pair) % n_splits
-        signs = [rng.permutation(np.arange(domain.n_items) % 2 * 2 - 1) for domain in domains]
-        up, down = (
-            _scores(_correlations(domains, splits, [1 + way * SPREAD * s for s in signs]), n_experts) for way in (1, -1)
-        )
-        odd.append((up - down) / (2 * SPREAD))
-        even.append(((up + down) / 2 - _scores(base[:, splits], n_experts)) / SPREAD**2)
-    sizes = tuple(domain.n_items for domain in domains)
-    sd = _standard_errors(np.array(odd), np.array(even), min(sizes))
-    n_layers = sum(len(domain.x) // n_experts for domain in domains)
-    center = _scores(base, n_experts)
-    sd[0] = np.hypot(sd[0], _rank_error(center, n_layers, n_experts))
-    # the standard errors are uncertain through the number of items and through that of resamples
-    freedom = 1 / (1 / (sum(sizes) - len(sizes)) + 1 / len(odd))
-    half_width = scipy_stats.t.ppf((1 + level) / 2, freedom) * sd
-    means_x, means_y = (np.stack(sides) for sides in zip(*(domain.means for domain in domains)))
-    p = float(mean_rho_permutation(means_x, means_y, n_permutations=n_permutations, seed=seed)[1].p_value)
-    return _result(center, half_width, n_experts, floor, sizes, p, p <= 1 - level)
-
-
-@dataclass(frozen=True)
-class _Domain:
-    """One domain's x and y as ``[expert * layer, item]``, their means ``[layer, expert]``, halves ``[split, item]``."""
-
-    x: FloatArray
-    y: FloatArray
-    means: tuple[FloatArray, FloatArray]
-    halves: NDArray[np.bool_]
-
-    @property
-    def n_items(self) -> int:
-        return self.x.shape[-1]
-
-    @property
-    def n_experts(self) -> int:
-        return self.means[0].shape[-1]
-
-
-def _domains(
-    x: ArrayLike | Sequence[ArrayLike], y: ArrayLike | Sequence[ArrayLike], n_splits: int, seed: int
-) -> list[_Domain]:
-    xs, ys = (list(side) if isinstance(side, (list, tuple)) else [side] for side in (x, y))
-    if len(xs) != len(ys) or not xs:
-        raise DataError(f"x has {len(xs)} domains and y {len(ys)}", "as many", "Pass one array of each per domain.")
-    domains = []
-    for index, (one, other) in enumerate(zip(xs, ys)):
-        a, b = _complete(one, "x", 8), _complete(other, "y", 8)
-        if a.shape != b.shape or a.ndim != 3 or a.shape[-1] < 4:
-            raise DataError(
-                f"x has shape {a.shape} and y {b.shape}",
-                "the same shape [item, layer, expert] with at least 4 experts",
-                "Pass one array per domain, or one for all items, with the same items in x and y.",
-            )
-        usable = _varies(a) & _varies(b)
-        halves = _random_halves(len(a), n_splits, derive_rng(seed, "halves", index))
-        flat_x, flat_y = _experts_first(a[:, usable]), _experts_first(b[:, usable])
-        domains.append(_Domain(flat_x, flat_y, (a.mean(0), b.mean(0)), halves))
-    shapes = {domain.means[0].shape for domain in domains}
-    if len(shapes) != 1 or all(domain.x.size == 0 for domain in domains):
-        raise DataError(
-            f"layers and experts {sorted(shapes)}, "
-            f"layers in which experts differ {[len(domain.x) // domain.n_experts for domain in domains]}",
-            "the same layers and experts in every domain, and a layer in which experts differ",
-            "Leave out the layers or domains without any difference between experts.",
-        )
-    return [domain for domain in domains if domain.x.size]
-
-
-def _complete(x: ArrayLike, name: str, n_min: int = 4) -> FloatArray:
-    values = sample_last(x, name=name)
-    check_no_missing(values, name)
-    if values.ndim < 2 or len(values) < n_min or values.shape[-1] < 3:
-        raise DataError(
-            f"{name} has shape {values.shape}",
-            f"[item, ..., expert] with at least {n_min} items and 3 experts",
-            "Add items: a half needs some to average over.",
-        )
-    return values
-
-
-def _varies(stack: FloatArray) -> NDArray[np.bool_]:
-    """Layers of ``[item, layer, expert]`` in which experts differ in some item."""
-    return np.asarray((np.ptp(stack, axis=-1) > 0).any(0))
-
-
-def _experts_first(stack: FloatArray) -> FloatArray:
-    # (item, layer, expert) -> (expert, layer, item) -> (expert * layer, item)
-    return np.ascontiguousarray(stack.transpose(2, 1, 0)).reshape(-1, len(stack))
-
-
-def _random_halves(n: int, n_splits: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    first = np.zeros((n_splits, n), dtype=bool)
-    first[:, : n // 2] = True
-    return rng.permuted(first, axis=1)
-
-
-def _half_ranks(flat: FloatArray, n_experts: int, halves: NDArray[np.bool_], weights: FloatArray) -> FloatArray:
-    """Unit rank vectors of the weighted means of both halves, ``[expert, layer, half, split]``."""
-    sides = np.stack([halves, ~halves]) * weights
-    sides /= sides.sum(-1, keepdims=True)
-    means = flat @ sides.reshape(-1, sides.shape[-1]).T
-    return _unit_ranks(means.reshape(n_experts, -1)).reshape(n_experts, -1, 2, len(halves))
-
-
-def _unit_ranks(values: FloatArray) -> FloatArray:
-    """Centred average ranks along the first axis, scaled to length one; zeros where all are equal."""
-    if len(values) > 64:
-        ranks = scipy_stats.rankdata(values, axis=0)
-    else:  # counting those below and those not above is as fast as sorting, and gives ties their average
-        below = (values[:, None] > values).sum(1, dtype=np.uint8)
-        ranks = (below + (values[:, None] >= values).sum(1, dtype=np.uint8)) / 2
-    ranks -= ranks.mean(0)
-    norm = np.sqrt((ranks * ranks).sum(0))
-    return np.asarray(ranks / np.where(norm > 0, norm, 1))
-
-
-def _correlations(
-    domains: list[_Domain], splits: NDArray[np.int64], weights: list[NDArray[np.float64]] | None = None
-) -> FloatArray:
-    """Means over layers and domains of rho(x_A, y_B), rho(x_A, x_B), rho(y_A, y_B) and rho(x, y), ``[4, split]``."""
-    parts = []
-    for index, domain in enumerate(domains):
-        weight = np.ones(domain.n_items) if weights is None else weights[index]
-        x, y = (_half_ranks(side, domain.n_experts, domain.halves[splits], weight) for side in (domain.x, domain.y))
-        whole = [_unit_ranks((side @ weight).reshape(domain.n_experts, -1)) for side in (domain.x, domain.y)]
-        raw = np.broadcast_to((whole[0] * whole[1]).sum(0)[:, None], x.shape[1::2])
-        crossed = ((x[:, :, 0] * y[:, :, 1]).sum(0) + (x[:, :, 1] * y[:, :, 0]).sum(0)) / 2
-        parts.append([crossed, (x[:, :, 0] * x[:, :, 1]).sum(0), (y[:, :, 0] * y[:, :, 1]).sum(0), raw])
-    return np.concatenate(parts, axis=1).mean(1)
-
-
-def _scores(correlations: FloatArray, n_experts: int) -> FloatArray:
-    """Averages over splits on scales fit for a symmetric interval: latent corrected, logit of both latent half
-    reliabilities, raw."""
-    crossed, rx, ry = latent_pearson(correlations[:3].mean(-1), n_experts)
-    rx, ry = np.clip([rx, ry], 1e-3, 1 - 1e-3)
-    return np.array([crossed / np.sqrt(rx * ry), special.logit(rx), special.logit(ry), correlations[3].mean()])
-
-
-def _standard_errors(odd: FloatArray, even: FloatArray, n: int) -> FloatArray:
-    """Standard errors of :func:`_scores` from the odd and even parts of their changes, ``[pair, 4]``."""
-    first = (odd**2).mean(0) * (n - 1) / n  # balanced signs are correlated by -1 / (n - 1)
-    second = even.var(0)
-    # noise x noise terms carry at most all of the variance, and then the odd part holds twice it
-    variance = np.maximum(first - 0.75 * second, first / 2)
-    variance[1:3] = first[1:3]  # on the logit scale the odd part alone is right
-    half = n // 2
-    return np.sqrt(variance * half / (half - 1))
-
-
-def _rank_error(center: FloatArray, n_layers: int, n_experts: int) -> float:
-    """Spread of Spearman about Pearson over all layers, on the latent scale, as far as noise blurs the ranks.
-
-    For normal laws the two are correlated by 3 / pi, with variance 1 / (n_experts - 1) each. The blur grows with the
-    sd of the noise and is complete well before ranks are lost (by simulation, within a tenth).
-    """
-    blur = min(1.0, 1.5 * np.sqrt(1 - special.expit(center[1:3]).prod() ** 0.5))
-    slope = float(expected_spearman(0.01, n_experts)) / 0.01
-    return blur * np.sqrt(2 * (1 - 3 / np.pi) / ((n_experts - 1) * n_layers)) / slope
-
-
-def _result(
-    center: FloatArray,
-    half_width: FloatArray,
-    n_experts: int,
-    floor: float,
-    sizes: tuple[int, ...],
-    p: float,
-    beyond_chance: bool,
-) -> CorrectedCorrelation:
-    bounds = np.stack([center, center - half_width, center + half_width], axis=-1)
-    rx, ry = (Estimate(*map(float, spearman_brown(special.expit(row)))) for row in bounds[1:3])
-    raw = Estimate(*map(float, np.clip(bounds[3], -1, 1)))
-    corrected = Estimate(*map(float, expected_spearman(np.clip(bounds[0], -1, 1), n_experts)))
-    noisy = [name for name, r in (("x", rx), ("y", ry)) if r.low < floor]
-    if noisy:
-        verdict = (
-            f"too noisy: the reliability of {' and of '.join(noisy)} may be below {floor:g} "
-            f"(x {rx.value:.2f}, lower bound {rx.low:.2f}; y {ry.value:.2f}, lower bound {ry.low:.2f})"
-        )
-        corrected = Estimate(float("nan"), float("nan"), float("nan"))
-    else:
-        sign = "positive" if corrected.low > 0 else "negative" if corrected.high < 0 else "no"
-        chance = "" if beyond_chance else ", within what exchangeable experts show by chance"
-        verdict = (
-            f"{sign if beyond_chance else 'no'} correlation: {corrected.value:.2f}, "
-            f"interval {corrected.low:.2f} to {corrected.high:.2f}, p {p:.2g}{chance}"
-        )
-    return CorrectedCorrelation(corrected, raw, rx, ry, p, bool(noisy), verdict, sizes)

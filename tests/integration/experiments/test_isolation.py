@@ -181,6 +181,8 @@ def test_domain_router_helps_where_the_best_experts_are_known_and_keeps_halves_a
         by_hand = np.mean([logp[start + k - 1, t].item() for k, t in enumerate(item["answer"])])
         assert float(scored.data.score.sel(router="domain", item=item["id"])) == pytest.approx(by_hand, abs=2e-5)
     assert "against natural routing" in scored.summary()
+    with pytest.raises(DataError, match=r"item 'other'. Expected: one of the result's 8 items"):
+        mi.score_domain_router(moe, [*items, {**items[0], "id": "other"}], result, **QUIET)
 
 
 BAD: list[tuple[dict[str, Any], type[MoEInterpError], str]] = [
@@ -196,6 +198,9 @@ BAD: list[tuple[dict[str, Any], type[MoEInterpError], str]] = [
     ({"mode": "both"}, ConfigError, "mode"),
     ({"mass": ["two"]}, ConfigError, "mass"),
     ({"baselines": ["best"]}, ConfigError, "baselines"),
+    ({"baselines": []}, ConfigError, r"baselines=\[\]"),
+    ({"mass": []}, ConfigError, r"mass=\[\]"),
+    ({"layers": [0, -3]}, ConfigError, r"layers=\[0, 0\]. Expected: at least one, each once"),
     ({"layers": [7]}, MoEInterpError, "layer 7"),
     ({"memory_budget": 1000}, ConfigError, "memory budget"),
 ]
