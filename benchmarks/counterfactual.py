@@ -30,6 +30,11 @@ from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.branches import BasePass
 from moe_interp.routes import check_routes, score_from_base
 
+try:
+    import nnsight
+except ImportError:  # compared where it is installed
+    nnsight = None
+
 LAYERS, WIDTH, EXPERTS, TOP_K, EXPERT_WIDTH, VOCABULARY, HEADS = 8, 256, 32, 4, 256, 8192, 8
 COPIES = (4, 8, 16, 32)
 REQUIRED = {"run_with_hooks": 300, "run_with_hooks, batched": 200, "hooks on transformers, batched": 200}
@@ -103,13 +108,34 @@ class Ways:
             handle.remove()
         return copies
 
+    @torch.no_grad()
+    def traced(self, copies: int) -> int:
+        """The same patch written for nnsight, on the transformers model."""
+        pos, length = self.tokens.shape[1] // 2, self.tokens.shape[1]
+        route, tokens = self.routes[self.middle, 0, pos][:copies], self.tokens
+        model = nnsight.NNsight(self.plain)
+        with model.trace(tokens.expand(copies, -1), use_cache=False):
+            gate = model.model.layers[self.middle].mlp.gate
+            logits, weights, indices = gate.output
+            rows = torch.arange(copies) * length + pos
+            chosen = logits.softmax(-1)[rows].gather(-1, route)
+            gate.output = (logits, weights.index_copy(0, rows, chosen), indices.index_copy(0, rows, route))
+            model.lm_head.output[:, pos].log_softmax(-1)[:, tokens[0, pos + 1]].save()
+        return copies
+
     def table(self) -> dict[str, dict[str, Callable[[], int]]]:
         """Way -> its variants, of which the best counts."""
+        return self.own_ways() | ({} if nnsight is None else {"nnsight, batched": self.each(self.traced)})
+
+    def each(self, call: Callable[[int], int]) -> dict[str, Callable[[], int]]:
+        return {f"{n} copies": lambda n=n: call(n) for n in COPIES}
+
+    def own_ways(self) -> dict[str, dict[str, Callable[[], int]]]:
         return {
             "branches": {"": self.branches},
             "run_with_hooks": {"": lambda: self.hooked(1, forwards=4)},
-            "run_with_hooks, batched": {f"{n} copies": lambda n=n: self.hooked(n) for n in COPIES},
-            "hooks on transformers, batched": {f"{n} copies": lambda n=n: self.hooked_transformers(n) for n in COPIES},
+            "run_with_hooks, batched": self.each(self.hooked),
+            "hooks on transformers, batched": self.each(self.hooked_transformers),
         }
 
 
