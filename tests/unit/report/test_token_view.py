@@ -124,3 +124,25 @@ def test_a_browser_shows_it_and_the_keyboard_reaches_every_token(page, tmp_path:
     assert said["elsewhere"] == "token s0"
     assert said["back"] == "token s5"
     assert said["colours"] == 7
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.1, relative luminance of #rgb or #rrggbb."""
+    digits = colour.lstrip("#")
+    digits = "".join(2 * d for d in digits) if len(digits) == 3 else digits
+    linear = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in linear]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(("scheme", "strong"), [(0, "#fff"), (1, "#111")])
+def test_text_is_readable_on_every_colour(page, scheme, strong):
+    ink = re.findall(r"--ink: (#\w+)", page)[scheme]
+    steps = [re.findall(rf"--s{step}: (#\w+)", page)[scheme] for step in range(1, 7)]
+    steps.insert(0, re.findall(r"--page: (#\w+)", page)[scheme])
+    text = [ink] * 5 + [strong] * 2
+    for back, front in zip(steps, text):
+        low, high = sorted((luminance(back), luminance(front)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (back, front)
+    # darker with regret in the light, lighter in the dark
+    assert sorted(map(luminance, steps), reverse=scheme == 0) == list(map(luminance, steps))
