@@ -49,9 +49,9 @@ def by_confidence(
     Returns:
         A row for each class: n_cells (token x layer), n_tokens, n_sequences, n_distinct (m), n_dropped (cells with
         fewer routes, left out), each measure with ``_low`` and ``_high`` (bootstrap over sequences, 95%), alignment_p
-        (two-sided, log-policy permuted among a token's routes: the exact variance 1 / (n - 1) of a rho over n
-        routes, normal law of their mean) and verdict: "uninformative" where the interval of alignment is inside +-.1, "aligned" or
-        "misaligned" where it excludes 0, else "undecided".
+        (two-sided, log-policy permuted among a token's routes: the exact variance 1 / (n - 1) of a rho over n routes,
+        normal law of their mean) and verdict: "uninformative" where the interval of alignment is inside +-.1,
+        "aligned" or "misaligned" where it excludes 0, else "undecided".
 
     Source: "When Are Experts Misrouted?"; equal numbers, alignment and the classes but "standard" are derived. Gap and
     regret are best-of-m: they are positive also where no route is really better; see :func:`controls`.
