@@ -75,18 +75,22 @@ def counterfactual(
     if not resume and store.exists():
         for file in store.iterdir():
             file.unlink()
-    result = counterfactual_routes(
-        moe,
-        chosen,
-        layers=labels,
-        n_routes=routes,
-        sampler=draw,
-        seed=seed,
-        controls=controls,
-        method=method,  # type: ignore[arg-type]
-        memory_budget=None if memory is None else int(memory * 2**30),
-        store=store,
-    )
+    try:
+        result = counterfactual_routes(
+            moe,
+            chosen,
+            layers=labels,
+            n_routes=routes,
+            sampler=draw,
+            seed=seed,
+            controls=controls,
+            method=method,  # type: ignore[arg-type]
+            memory_budget=None if memory is None else int(memory * 2**30),
+            store=store,
+        )
+    except KeyboardInterrupt:
+        console.err.print(f"Interrupted. The same command goes on from the finished cells in {store}.", markup=False)
+        raise
     write_counterfactual(result, out)
     write_page(out / "index.html", counterfactual_page(result))
     console.out.print(escape(result.summary()))

@@ -69,7 +69,9 @@ def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
         return honest(*args, **{**options, "progress": stop})  # type: ignore[arg-type]
 
     monkeypatch.setattr(command, "counterfactual_routes", interrupted)
-    assert runner.invoke(cli, given).exit_code != 0
+    stopped = runner.invoke(cli, given)
+    assert stopped.exit_code != 0
+    assert "The same command goes on" in stopped.output
     store = tmp_path / "out" / command.STORE
     kept = {file.name: file.stat().st_mtime_ns for file in store.glob("*.npz")}
     assert kept
