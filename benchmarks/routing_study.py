@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 from moe_interp.testbed.compare import compare
 from moe_interp.testbed.comparison import ComparisonResult
@@ -75,13 +76,29 @@ def table(found: ComparisonResult) -> str:
 
 
 def differences(found: ComparisonResult, metric: str, strategies: Sequence[str]) -> str:
-    """Paired differences between strategies, and whether they exceed the seeds' spread."""
+    """Paired differences between strategies, and whether they exceed the seeds' spread (paired t, 95%)."""
     lines = [f"| {metric.replace('_', ' ')} | difference | standard error | verdict |", "|---|---|---|---|"]
     for first, second in combinations(strategies, 2):
         gap = found.difference(metric, first, second)
-        clear = gap["seeds_agree"] and abs(gap["mean"]) > 2 * gap["standard_error"]
-        verdict = "all seeds agree, beyond two standard errors" if clear else "within the seeds' spread"
+        if gap["seeds"] < 2:
+            verdict = "one seed"
+        else:
+            clear = abs(gap["mean"]) > student.ppf(0.975, gap["seeds"] - 1) * gap["standard_error"]
+            verdict = "beyond the seeds' spread" if clear else "within the seeds' spread"
+            verdict += ", all of one sign" if gap["seeds_agree"] else ", signs differ"
         lines.append(f"| {first} - {second} | {gap['mean']:+.3f} | {gap['standard_error']:.3f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def diversity(found: dict[str, ComparisonResult]) -> str:
+    """Specialization by the domains of a micro-batch and the scope of balancing."""
+    columns = {"pure": "one domain", "two_domains": "two domains", "mixed": "all domains"}
+    lines = ["| scope | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    tables = {name: found[name].table() for name in columns}
+    for strategy in SCOPES:
+        rows = [table.loc[strategy] if strategy in table.index else None for table in tables.values()]
+        cells = ["" if r is None else f"{r['specialization']:.3f} ± {r['specialization_sd']:.3f}" for r in rows]
+        lines.append(f"| {strategy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -102,7 +119,6 @@ def n_parameters(model: ModelConfig) -> int:
 def page(found: dict[str, ComparisonResult], seeds: int) -> str:
     """The page: tables and how they were made; the words about them stand above, written by hand."""
     tokens = int(found["mixed"].runs["tokens"].iloc[0])
-    scopes = ("sequence", "micro_batch", "global")
     parts = [
         f"Every run: {tokens:,} tokens, {seeds} seeds, four domains in equal shares; {MODEL.n_experts} experts top-"
         f"{MODEL.top_k}, {MODEL.n_layers} layers, {n_parameters(MODEL):,} parameters; a step of "
@@ -111,11 +127,13 @@ def page(found: dict[str, ComparisonResult], seeds: int) -> str:
         "## Every strategy, micro-batches of all domains\n\n" + table(found["mixed"]),
         "## Micro-batches of two domains\n\n" + table(found["two_domains"]),
         "## Micro-batches of one domain\n\n" + table(found["pure"]),
-        "## Balancing scope, paired by seed",
+        "## Domains in a micro-batch x scope of balancing: specialization\n\n" + diversity(found),
+        "## Differences, paired by seed",
     ]
     for name in ("mixed", "two_domains", "pure"):
+        compared = [strategy for strategy in SCOPES[1:] if strategy in found[name].data.strategy]
         parts.append(
-            f"Micro-batches: {name.replace('_', ' ')}.\n\n" + differences(found[name], "specialization", scopes)
+            f"Micro-batches: {name.replace('_', ' ')}.\n\n" + differences(found[name], "specialization", compared)
         )
     sizes = [f"{n_parameters(m):,}" for m in (SMALL, LARGE)]
     parts.append(
