@@ -256,7 +256,26 @@ def _calibration_lines(result: IsolationTables) -> list[str]:
 
 def _use_lines(result: IsolationTables) -> list[str]:
     rows = [_dominance_row(result), *_impact_rows(result)[1:]]
-    return [f"{str(row['finding']).capitalize()}: {row['here']}." for row in rows]
+    return [*(f"{str(row['finding']).capitalize()}: {row['here']}." for row in rows), *_other_mass_lines(result)]
+
+
+def _other_mass_lines(result: IsolationTables) -> list[str]:
+    """Impact under the masses that the lines above are not about; none where they are the same number."""
+    data, baseline = result.data, chosen(result.data, "baseline", None)
+    main = chosen(data, "mass", None)
+    if len(masses(data)) < 2 or result.mass_agreement(baseline=baseline).attrs["same"]:
+        return []
+    try:
+        tables = {mass: result.layer_impact(baseline=baseline, mass=mass) for mass in masses(data)}
+    except DataError:
+        return []  # said above
+    top = {mass: table.iloc[int((table["impact"] * sign(data)).argmax())] for mass, table in tables.items()}
+    return [
+        f"Under mass {mass} the layer of the largest impact is L{row['layer']} with {row['impact']:.3f} "
+        f"(mass {main}: L{top[main]['layer']} with {top[main]['impact']:.3f})."
+        for mass, row in top.items()
+        if mass != main
+    ]
 
 
 def _domain_line(result: IsolationTables) -> str:

@@ -11,6 +11,7 @@ import moe_interp as mi
 from moe_interp.cli.isolate import FIGURES, first_of_each, read_items, write_isolation
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.items import Item
+from moe_interp.report import isolation_page
 from tests.unit.experiments.planted_isolation import planted_isolation
 
 SMALL: list[tuple[dict[str, Any], set[str], str]] = [
@@ -36,7 +37,7 @@ def test_what_cannot_be_computed_is_said_and_all_the_rest_is_written(
         (tmp_path / "figures" / f"{name}.svg").write_text("of an earlier run")
     write_isolation(result, tmp_path)
     assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(FIGURES) - missing
-    assert "<svg" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<svg" in isolation_page(result)
     assert mi.load_result(tmp_path / "isolation.nc").data.identical(result.data)
     assert text in result.summary()
 

@@ -61,6 +61,9 @@ def test_the_summary_says_what_matters(planted):
     ):
         assert part in text
     assert "nan" not in text
+    impact = {mass: planted.layer_impact(mass=mass).set_index("layer")["impact"] for mass in ("one", "natural")}
+    one, natural = (f"L{impact[mass].idxmax()} with {impact[mass].max():.3f}" for mass in ("one", "natural"))
+    assert f"Under mass natural the layer of the largest impact is {natural} (mass one: {one})." in text
     own = planted.data["score"].groupby("domain").mean()
     assert f"code {float(own.sel(domain='code')):.2f}, facts {float(own.sel(domain='facts')):.2f}" in text
 
