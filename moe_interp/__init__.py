@@ -20,6 +20,7 @@ _HOME = {
     "OneSwap": "moe_interp.routes",
     "UniformSubsets": "moe_interp.routes",
     "score_routes": "moe_interp.routes",
+    "screen_routes": "moe_interp.routes",
     "CounterfactualResult": "moe_interp.experiments.counterfactual_result",
     "counterfactual_routes": "moe_interp.experiments.counterfactual",
     "DomainRouterResult": "moe_interp.experiments.domain_router",

@@ -158,7 +158,7 @@ def _ids(bridge: TransformerBridge, value: Any, name: str, is_start: bool) -> tu
         if bridge.tokenizer is None:
             raise DataError(f"sequence {name!r}: text, but the model has no tokenizer", "ids", "Give ids.")
         if is_start:
-            return tuple(bridge.to_tokens(value)[0].tolist())
+            return tuple(bridge.to_tokens(value, truncate=False)[0].tolist())
         return tuple(bridge.tokenizer(value, add_special_tokens=False)["input_ids"])
     try:
         ids = np.asarray(value.cpu() if isinstance(value, Tensor) else value)

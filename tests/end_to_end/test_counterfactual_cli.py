@@ -93,6 +93,7 @@ def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
     [
         ([], [], ["without a sequence", "JSON lines"]),
         ([{"id": "long", "tokens": [5] * 600}], [], ["sequence 'long'", "the model's context of 512"]),
+        ([{"id": "long", "text": "one two " * 400}], [], ["sequence 'long'", "the model's context of 512"]),
         ([{"id": "a", "text": "x = 1"}, {"id": "a", "text": "y = 2"}], [], ["sequence id 'a' more than once"]),
         ([{"id": "one", "tokens": [5]}], [], ["sequence 'one': no token to score among 1"]),
         ([{"id": "odd", "tekst": "x"}], [], ["sequence 'odd' with the fields"]),
