@@ -52,8 +52,8 @@ class SequenceBalance(Strategy):
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:
         total = super().auxiliary_loss(records, batch, step_load)
         for record in records.values():
-            filled = (record.indices >= 0).unsqueeze(-1)
-            one_hot = torch.nn.functional.one_hot(record.indices.clamp_min(0), record.logits.shape[-1]) * filled
+            filled = (record.chosen >= 0).unsqueeze(-1)
+            one_hot = torch.nn.functional.one_hot(record.chosen.clamp_min(0), record.logits.shape[-1]) * filled
             counts = one_hot.sum((1, 2)).float()  # shape: (batch, pos, slot, expert) -> (batch, expert)
             load = counts / counts.sum(-1, keepdim=True).clamp_min(1)
             total = total + balance_loss(softmax(record.logits), load).mean()

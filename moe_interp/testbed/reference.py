@@ -44,7 +44,7 @@ class ReferenceRouter(Strategy):
             for d in batch.domain.unique().tolist():
                 here, block = batch.domain == d, self.allowed[d].nonzero()[:, 0].to(batch.domain.device)
                 probs = softmax(record.logits[here][:, block])
-                used = record.indices[here].flatten()
+                used = record.chosen[here].flatten()
                 counts = torch.bincount(used[used >= 0], minlength=record.logits.shape[-1])[block].float()
                 total = total + here.float().mean() * balance_loss(probs, counts / counts.sum().clamp_min(1))
         return self.setting.config.balance * total

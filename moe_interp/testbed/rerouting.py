@@ -124,12 +124,13 @@ class CapacityDropping(Strategy):
     """In training an expert takes at most ceil(capacity_factor * k T / E) slots of a micro-batch; the rest are dropped.
 
     First choices come before second ones, earlier positions before later ones. The weights of what is left stay as they
-    were. Combinable: ``micro_batch+capacity``. Outside training nothing is dropped.
+    were. Combinable: ``micro_batch+capacity``, whose loss counts slots before they are dropped. Outside training
+    nothing is dropped.
     """
 
     name = "capacity"
 
-    def fwd_hooks(self, batch: Batch) -> list[Hook]:
+    def dropping_hooks(self, batch: Batch) -> list[Hook]:
         return [hook for layer in self.setting.layers for hook in self._capped(layer)] if batch.training else []
 
     def _capped(self, layer: Layer) -> list[Hook]:

@@ -25,11 +25,11 @@ from moe_interp.testbed.strategy import Batch, Hook, Loads, Records, Setting, St
 
 
 class Joined(Strategy):
-    """Several strategies at once: losses added, hooks in order, but capacity last, since it drops what others chose."""
+    """Several strategies at once: hooks in order, losses added."""
 
     def __init__(self, setting: Setting, parts: list[Strategy]) -> None:
         super().__init__(setting)
-        self.parts = sorted(parts, key=lambda part: part.name == CapacityDropping.name)
+        self.parts = parts
         self.needs_step_load = any(part.needs_step_load for part in parts)
 
     def rebind(self, moe: MoEHooks) -> None:
@@ -39,6 +39,9 @@ class Joined(Strategy):
 
     def fwd_hooks(self, batch: Batch) -> list[Hook]:
         return [hook for part in self.parts for hook in part.fwd_hooks(batch)]
+
+    def dropping_hooks(self, batch: Batch) -> list[Hook]:
+        return [hook for part in self.parts for hook in part.dropping_hooks(batch)]
 
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:
         return torch.stack([part.auxiliary_loss(records, batch, step_load) for part in self.parts]).sum()

@@ -23,15 +23,17 @@ class RouterRecord:
 
     Attributes:
         logits: ``[batch, pos, expert]`` as the router gave them, with gradient in training.
-        indices: ``[batch, pos, slot]`` experts that ran, after the strategy's hooks; -1 is an empty slot.
+        chosen: ``[batch, pos, slot]`` experts after the strategy's hooks; -1 is an empty slot. Balance is of these.
+        indices: The same after dropping: the experts that ran.
     """
 
     logits: Tensor
+    chosen: Tensor
     indices: Tensor
 
     def load(self) -> Tensor:
-        """f: share of the filled slots of each expert, ``[expert]``, summing to 1."""
-        used = self.indices.flatten()
+        """f: share of the chosen slots of each expert, ``[expert]``, summing to 1; dropped ones count (as in Switch)."""
+        used = self.chosen.flatten()
         counts = torch.bincount(used[used >= 0], minlength=self.logits.shape[-1])
         return counts / counts.sum().clamp_min(1)
 
@@ -40,18 +42,24 @@ Records = Mapping[Layer, RouterRecord]
 Loads = Mapping[Layer, Tensor]
 
 
-def recorded(moe: MoEHooks, run: Callable[[], Tensor], hooks: Sequence[Hook] = ()) -> tuple[Tensor, Records]:
-    """Logits of a forward pass and what each router did; logits are read before ``hooks`` edit them, indices after."""
+def recorded(
+    moe: MoEHooks, run: Callable[[], Tensor], hooks: Sequence[Hook] = (), dropping: Sequence[Hook] = ()
+) -> tuple[Tensor, Records]:
+    """Logits of a forward pass and what each router did: its logits before ``hooks`` edit them, what was chosen after
+    them and before ``dropping``, what ran after both."""
     logits: dict[Layer, Tensor] = {}
+    chosen: dict[Layer, Tensor] = {}
     indices: dict[Layer, Tensor] = {}
 
     def readers(name: str, store: dict[Layer, Tensor]) -> list[Hook]:
         return [(moe.hook_name(name, layer), partial(_keep, store, layer)) for layer in moe.layers]
 
-    every = [*readers("router_logits", logits), *hooks, *readers("expert_indices", indices)]
+    before = readers("expert_indices", chosen) if dropping else []
+    every = [*readers("router_logits", logits), *hooks, *before, *dropping, *readers("expert_indices", indices)]
     with moe.bridge.hooks(fwd_hooks=every):
         out = run()
-    return out, {layer: RouterRecord(logits[layer], indices[layer]) for layer in logits}
+    chosen = chosen or indices
+    return out, {layer: RouterRecord(logits[layer], chosen[layer], indices[layer]) for layer in logits}
 
 
 def _keep(store: dict[Layer, Tensor], layer: Layer, value: Tensor, hook: Any) -> None:
@@ -107,6 +115,10 @@ class Strategy:
 
     def fwd_hooks(self, batch: Batch) -> list[Hook]:
         """Hooks for this micro-batch, as ``run_with_hooks`` takes them."""
+        return []
+
+    def dropping_hooks(self, batch: Batch) -> list[Hook]:
+        """Hooks that empty slots of what was chosen; they come after all others."""
         return []
 
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:

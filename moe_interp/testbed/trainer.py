@@ -66,9 +66,10 @@ class Trainer:
         self, tokens: Tensor, domain: Tensor, training: bool = True, logits_to_keep: int = 0
     ) -> tuple[Tensor, Records]:
         """Logits (of the last ``logits_to_keep`` positions; 0: of all) and what each router did, under the strategy."""
-        hooks = self.strategy.fwd_hooks(Batch(tokens, domain, self.step, training))
+        batch = Batch(tokens, domain, self.step, training)
+        hooks, dropping = self.strategy.fwd_hooks(batch), self.strategy.dropping_hooks(batch)
         options: dict[str, Any] = {"use_cache": False, "logits_to_keep": logits_to_keep}
-        return recorded(self.moe, lambda: self.model(tokens, **options).logits, hooks)
+        return recorded(self.moe, lambda: self.model(tokens, **options).logits, hooks, dropping)
 
     def micro_batch(self, micro: int) -> tuple[Tensor, Tensor]:
         """Tokens and domain labels of a micro-batch of this step; nothing but its number decides which."""

@@ -62,7 +62,7 @@ def auxiliary(name: str, records, config=TINY, step_load=None, domain=None) -> f
 
 
 def record(probs, indices) -> RouterRecord:
-    return RouterRecord(torch.tensor(probs).log(), torch.tensor(indices))
+    return RouterRecord(torch.tensor(probs).log(), torch.tensor(indices), torch.tensor(indices))
 
 
 # two sequences of two tokens, three experts, k = 2
@@ -91,7 +91,8 @@ def test_scopes_of_the_auxiliary_loss_by_hand():
     over_step = 3 * (0.035 + 0.03 + 0.28)
     assert auxiliary("global", {0: BY_HAND}, step_load=step_load) == pytest.approx(0.01 * over_step, rel=1e-6)
     assert auxiliary("none", {0: BY_HAND}) == 0
-    uneven = RouterRecord(torch.tensor([[[0.0, 1.0], [2.0, 0.0]]]), torch.tensor([[[0], [1]]]))
+    used = torch.tensor([[[0], [1]]])
+    uneven = RouterRecord(torch.tensor([[[0.0, 1.0], [2.0, 0.0]]]), used, used)
     squares = (np.logaddexp(0, 1) ** 2 + np.logaddexp(2, 0) ** 2) / 2
     assert auxiliary("z_loss", {0: uneven}) == pytest.approx(1e-3 * squares, rel=1e-6)
     both = auxiliary("micro_batch", {0: uneven}) + auxiliary("z_loss", {0: uneven})
@@ -229,13 +230,30 @@ def test_dropped_slots_have_no_weight_and_the_others_keep_theirs():
         hook = trainer.moe.hook_name("expert_weights", 0)
         batch = Batch(*trainer.micro_batch(0), 0, True)
         read = (hook, lambda value, hook, name=name: weights.__setitem__(name, value.detach().clone()))
-        with torch.no_grad(), trainer.bridge.hooks(fwd_hooks=[*trainer.strategy.fwd_hooks(batch), read]):
+        with torch.no_grad(), trainer.bridge.hooks(fwd_hooks=[*trainer.strategy.dropping_hooks(batch), read]):
             trainer.model(batch.tokens, use_cache=False)
     kept = records_of(capped)[2][0].indices >= 0
     assert 0 < int((~kept).sum()) < kept.numel()
     torch.testing.assert_close(weights["capped"], weights["plain"] * kept)
     # outside training nothing is dropped
     assert (records_of(capped, training=False)[2][0].indices >= 0).all()
+
+
+def test_balance_counts_slots_before_they_are_dropped():
+    # a lopsided first layer, so that dropping would even it out
+    trainers = [trainer_of(name) for name in ("micro_batch", "capacity+micro_batch")]
+    for trainer in trainers:
+        shut_expert(trainer, 0)
+    plain, capped = (records_of(trainer)[2] for trainer in trainers)
+    assert torch.equal(capped[0].chosen, plain[0].indices)
+    assert not torch.equal(capped[0].indices, capped[0].chosen)
+    assert torch.equal(capped[0].load(), plain[0].load())
+    batch = Batch(*trainers[0].micro_batch(0), 0, True)
+    losses = [
+        trainer.strategy.auxiliary_loss({0: records[0]}, batch, None)
+        for trainer, records in zip(trainers, (plain, capped))
+    ]
+    assert float(losses[0]) == pytest.approx(float(losses[1]))
 
 
 def test_sigmoid_scores_choose_the_same_experts_with_other_weights():
