@@ -32,7 +32,7 @@ class RouterRecord:
     indices: Tensor
 
     def load(self) -> Tensor:
-        """f: share of the chosen slots of each expert, ``[expert]``, summing to 1; dropped ones count (as in Switch)."""
+        """f: share of chosen slots of each expert, ``[expert]``, summing to 1; also of dropped ones (as in Switch)."""
         used = self.chosen.flatten()
         counts = torch.bincount(used[used >= 0], minlength=self.logits.shape[-1])
         return counts / counts.sum().clamp_min(1)
