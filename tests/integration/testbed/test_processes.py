@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,20 +44,13 @@ def take_steps() -> list[dict[str, float]]:
 
 
 def test_the_global_loss_is_the_same_on_one_process_and_on_two(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     root = str(Path(__file__).parents[3])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    # two processes as `accelerate launch` starts them, over gloo
-    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, str(tmp_path)]
-    started = [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=root)
-        for rank in (0, 1)
-    ]
+    shared = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # two processes over gloo, which find each other on a free port
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
+    started = subprocess.Popen([sys.executable, *launch], env=shared | {"PYTHONPATH": root}, cwd=root)
     one = take_steps()
-    assert [process.wait(timeout=240) for process in started] == [0, 0]
+    assert started.wait(timeout=240) == 0
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert two[0] == two[1]
     for alone, shared_out in zip(one, two[0]):
