@@ -37,7 +37,8 @@ from moe_interp.routes import (
     check_routes,
     score_from_base,
 )
-from moe_interp.routes.score import decoder_layer, router_logp
+from moe_interp.routes.inputs import decoder_layer
+from moe_interp.routes.score import router_logp
 from moe_interp.types import EMPTY
 
 SECOND = 16  # routes of the second draw: they class tokens and stand in for the standard route

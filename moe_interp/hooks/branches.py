@@ -87,6 +87,10 @@ class BasePass:
             return f"layer {layer} carries several residual streams"
         if any(kind is tuple for kind in self.returns.values()):
             return "layers hand on more than the residual stream"
+        config: Any = self.moe.bridge.original_model.config
+        attention = getattr(config.get_text_config(), "_attn_implementation", None)
+        if attention not in (None, "eager", "sdpa") and layer + 1 < len(self.blocks):
+            return f"attention {attention!r}, which takes no mask of each token's own"
         for above in range(layer + 1, len(self.blocks)):
             mask = self.arguments[above].get("attention_mask")
             why = self.cache.refusal(above, self.tokens.shape[1])

@@ -2,6 +2,7 @@
 
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch import LayerRoutes, RouteScores
+from moe_interp.routes.inputs import check_routes, check_tokens
 from moe_interp.routes.sample import (
     AllSubsets,
     GumbelTopK,
@@ -11,15 +12,7 @@ from moe_interp.routes.sample import (
     TokenKeys,
     UniformSubsets,
 )
-from moe_interp.routes.score import (
-    Method,
-    SlowRoutesWarning,
-    check_routes,
-    check_tokens,
-    score_from_base,
-    score_joint_routes,
-    score_routes,
-)
+from moe_interp.routes.score import Method, SlowRoutesWarning, score_from_base, score_joint_routes, score_routes
 from moe_interp.routes.screen import ScreenedRoutes, own_gradients, route_credits, screen_from_base, screen_routes
 
 __all__ = [

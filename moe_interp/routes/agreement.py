@@ -12,7 +12,8 @@ from moe_interp.hooks.branches import BasePass
 from moe_interp.hooks.checks import Finding, excepted
 from moe_interp.hooks.trial import Trial
 from moe_interp.interventions.streams import uniform_keys
-from moe_interp.routes.score import check_routes, score_from_base
+from moe_interp.routes.inputs import check_routes
+from moe_interp.routes.score import score_from_base
 
 CHECK = "branch scoring equals naive scoring"
 HOOK = "expert_indices"

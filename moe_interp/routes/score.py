@@ -13,9 +13,9 @@ from torch import Tensor
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
-from moe_interp.hooks.layer import check_route
 from moe_interp.interventions.force import set_routes
-from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs, ruled_routes
+from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs
+from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
 from moe_interp.types import EMPTY, Layer
 
@@ -90,14 +90,24 @@ def score_joint_routes(
     method: Method = "auto",
     memory_budget: int | None = None,
 ) -> RouteScores:
-    """As :func:`score_routes`, with routes at several layers of the token at once: route r of each, jointly."""
-    tokens = check_tokens(moe, tokens, attention_mask)
-    labels = [decoder_layer(moe, layer) for layer in routes]
-    base = BasePass(moe, tokens, sorted(labels), attention_mask)
-    given = {
-        label: check_routes(base, label, tensor, (weights or {}).get(layer))
-        for label, (layer, tensor) in zip(labels, routes.items())
-    }
+    """As :func:`score_routes`, with routes at several layers of the token at once: route r of each, jointly.
+
+    Raises:
+        RouteError: also other numbers of routes at some layers than at others, a layer named twice, or weights for a
+            layer without routes.
+    """
+    ids, mask = check_tokens(moe, tokens, attention_mask)
+    indices = by_label(moe, routes)
+    fixed = by_label(moe, weights) if weights else {}
+    counts = {layer: tuple(torch.as_tensor(given).shape[:3]) for layer, given in indices.items()}
+    if not indices or set(fixed) - set(indices) or len(set(counts.values())) > 1:
+        raise RouteError(
+            f"routes [batch, pos, route] by layer {counts}, weights at layers {sorted(fixed)}",
+            "at least one layer, the same numbers at all, and weights for layers with routes only",
+            "Route r of one layer is taken with route r of the others.",
+        )
+    base = BasePass(moe, ids, sorted(indices), mask)
+    given = {layer: check_routes(base, layer, tensor, fixed.get(layer)) for layer, tensor in indices.items()}
     return score_from_base(base, given, positions, None, method, memory_budget)
 
 
@@ -147,105 +157,6 @@ def router_logp(base: BasePass, routes: Mapping[int, LayerRoutes]) -> Tensor:
         total = total + summed.masked_fill(~given.present, float("nan"))
     assert isinstance(total, Tensor)
     return total
-
-
-def scorable(base: BasePass, positions: Sequence[int] | Tensor | None = None) -> Tensor:
-    """``[batch, pos]`` bool: real tokens with a real next token, among the positions asked.
-
-    Raises:
-        DataError: there is none.
-    """
-    real = base.is_real
-    wanted = torch.zeros_like(real)
-    wanted[:, :-1] = real[:, :-1] & real[:, 1:]
-    if positions is not None:
-        asked = torch.as_tensor(positions, device=real.device)
-        if asked.dtype == torch.bool:
-            wanted &= asked
-        else:
-            index, length = real.long().cumsum(dim=1) - 1, real.long().sum(dim=1, keepdim=True)
-            asked = torch.where(asked < 0, asked + length, asked.expand(len(real), -1))
-            wanted &= (index.unsqueeze(-1) == asked.unsqueeze(1)).any(dim=-1)
-    if not bool(wanted.any()):
-        raise DataError(
-            f"no token to score among {int(real.sum())} real tokens"
-            + ("" if positions is None else f" and positions {positions}"),
-            "at least one real token followed by a real token",
-            "Pass longer sequences, or other positions.",
-        )
-    return wanted
-
-
-def check_tokens(moe: MoEHooks, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Token ids as ``[batch, pos]``, refused where the model cannot read them.
-
-    Raises:
-        DataError: no integer ids, a mask of another shape, or sequences beyond the context.
-    """
-    tokens = torch.as_tensor(tokens)
-    tokens = (tokens.unsqueeze(0) if tokens.ndim == 1 else tokens).to(moe.bridge.cfg.device)
-    if (
-        tokens.ndim != 2
-        or tokens.is_floating_point()
-        or (attention_mask is not None and attention_mask.shape != tokens.shape)
-    ):
-        mask = "" if attention_mask is None else f" with a mask of shape {tuple(attention_mask.shape)}"
-        raise DataError(
-            f"tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype}{mask}",
-            "integer ids [batch, pos], and a mask of that shape if any",
-            "Tokenise the text and pad it to one width.",
-        )
-    model: Any = moe.bridge.original_model
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and tokens.shape[1] > context:
-        raise DataError(
-            f"sequences of {tokens.shape[1]} tokens",
-            f"at most {context}, the model's context",
-            "Split the sequences.",
-        )
-    return tokens
-
-
-def check_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | None = None) -> LayerRoutes:
-    """Routes of one layer, with their weights, refused where no token could take them.
-
-    Raises:
-        RouteError: another shape, another number of slots, repeated or out-of-range experts, or weights that
-            do not fit.
-        DataError: no route.
-    """
-    spec, (batch, pos) = base.moe.spec(layer), base.tokens.shape
-    given = torch.as_tensor(indices).to(base.tokens.device)
-    if given.ndim == 4 and given.shape[2] == 0:
-        raise DataError("no route to score", "at least one route a token", "Sample routes first.")
-    expected = f"integers of shape [{batch}, {pos}, route, {spec.top_k}]"
-    if given.is_floating_point() or given.ndim != 4 or given.shape[:2] != (batch, pos) or given.shape[3] != spec.top_k:
-        raise RouteError(
-            f"routes of shape {tuple(given.shape)} and dtype {given.dtype}",
-            f"{expected}: an equal number of experts",
-            "Fill routes of fewer experts with -1.",
-        )
-    check_route(given, spec.n_experts, f"layer {layer}")
-    fixed = None if weights is None else torch.as_tensor(weights).to(base.tokens.device)
-    if fixed is not None and (fixed.shape != given.shape or not bool(fixed.isfinite().all())):
-        raise RouteError(
-            f"weights of shape {tuple(fixed.shape)}" + ("" if fixed.shape != given.shape else " that are not finite"),
-            f"a finite weight for each slot, of shape {tuple(given.shape)}",
-            "Leave weights out for the family's own.",
-        )
-    return ruled_routes(base, layer, given, fixed)
-
-
-def decoder_layer(moe: MoEHooks, layer: Layer) -> int:
-    if isinstance(moe.layers[0], tuple):
-        raise ConfigError(
-            f"{moe.spec(moe.layers[0]).family.name}, an encoder-decoder",
-            "a causal decoder",
-            "Counterfactual routes are defined for next-token prediction; use the hooks directly.",
-        )
-    label = moe.layer_label(layer)
-    assert isinstance(label, int)
-    return label
 
 
 def _method(base: BasePass, routes: Mapping[int, LayerRoutes], method: Method) -> str:

@@ -25,8 +25,9 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass, BranchRunner
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch import LayerRoutes, block_outputs, log_probs
+from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layer, scorable
 from moe_interp.routes.plan import Plan
-from moe_interp.routes.score import check_routes, check_tokens, decoder_layer, scorable, score_from_base
+from moe_interp.routes.score import score_from_base
 from moe_interp.types import Layer
 
 
@@ -85,10 +86,16 @@ def screen_routes(
     of each token, chosen for being good: it shows gaps and regrets, not alignment or the share of better routes.
     Source: derived (first-order attribution of routes).
     """
-    tokens = check_tokens(moe, tokens, attention_mask)
-    labels = {decoder_layer(moe, layer): layer for layer in layers}
-    base = BasePass(moe, tokens, sorted(labels), attention_mask)
-    given = {label: check_routes(base, label, routes[layer]) for label, layer in labels.items()}
+    ids, mask = check_tokens(moe, tokens, attention_mask)
+    labels, indices = sorted({decoder_layer(moe, layer) for layer in layers}), by_label(moe, routes)
+    if not labels or set(labels) - set(indices):
+        raise ConfigError(
+            f"layers {labels}, and routes at layers {sorted(indices)}",
+            "at least one layer, and routes at each",
+            "Give routes for every layer to screen.",
+        )
+    base = BasePass(moe, ids, labels, mask)
+    given = {layer: check_routes(base, layer, indices[layer]) for layer in labels}
     return screen_from_base(base, given, keep, audit, positions, seed, memory_budget)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.routes import GumbelTopK, TokenKeys, branch, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
@@ -77,6 +77,36 @@ def test_sliding_windows_shorter_than_the_sequence() -> None:
             config.sliding_window = None
     assert largest_difference(branches, naive) <= 1e-10
     assert float((branches - wide)[:, 9].abs().max()) >= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "attention"),
+    [
+        ("gpt_oss", "sliding_attention", "eager"),
+        ("gemma4_text", "sliding_attention", "sdpa"),
+        ("llama4", "chunked_attention", "sdpa"),
+    ],
+)
+def test_windows_of_some_of_the_layers_above(
+    name: str, kind: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One mask for all layers would be wrong by nats: the window is shorter than the sequence, at one layer only."""
+    window = {"sliding_window": 5} if kind == "sliding_attention" else {"attention_chunk_size": 5}
+    kinds = (
+        ["full_attention", "full_attention", kind] if name == "llama4" else ["full_attention", kind, "full_attention"]
+    )
+    entry = {**tiny.CONFIGS[name], "config": {**tiny.CONFIGS[name]["config"], "layer_types": kinds, **window}}
+    monkeypatch.setitem(tiny.CONFIGS, f"{name}-windows", entry)
+    hf = tiny.build_hf(f"{name}-windows", dtype=torch.float64, attn_implementation=attention)
+    tiny.set_experts_implementation(hf, "eager")
+    moe = attach(tiny.build_bridge(hf, f"{name}-windows"))
+    layer = moe.layers[0]
+    assert isinstance(layer, int)
+    routes = random_routes(moe, layer, padded_batch()[0], n_routes=1)
+    with precision(torch.float64):
+        branches, naive = both(moe, {layer: routes}, positions=[-2, -3])
+    assert largest_difference(branches.logp, naive) <= 1e-10
+    assert branches.null_distance <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "phimoe", "gpt_oss", "jetmoe"])

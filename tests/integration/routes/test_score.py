@@ -160,6 +160,46 @@ def test_bad_routes(spoil: Any, error: type[Exception], message: str) -> None:
         score_routes(moe, TOKENS, 1, spoil(random_routes(moe, 1, TOKENS)))
 
 
+@pytest.mark.parametrize("positions", [3, [[1, 2], [3, 4]], [0.5], [True] * 8, torch.ones(2, 7, dtype=torch.bool)])
+def test_bad_positions(positions: Any) -> None:
+    moe = attached("olmoe")
+    with pytest.raises(DataError, match=r"positions of shape .*a list of integers, or bool of shape \(2, 8\)"):
+        score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), positions=positions)
+
+
+def test_bad_joint_routes() -> None:
+    moe = attached("olmoe")
+    routes = random_routes(moe, 1, TOKENS)
+    with pytest.raises(RouteError, match=r"0: \(2, 8, 2\), 1: \(2, 8, 1\).*the same numbers at all"):
+        score_joint_routes(moe, TOKENS, {0: routes, 1: routes[:, :, :1]})
+    with pytest.raises(RouteError, match=r"layers \[-1, 2\]\. Expected: each layer once"):
+        score_joint_routes(moe, TOKENS, {-1: routes, 2: routes})
+    with pytest.raises(RouteError, match=r"weights at layers \[1\]"):
+        score_joint_routes(moe, TOKENS, {0: routes}, weights={1: torch.ones(routes.shape)})
+    with pytest.raises(RouteError, match="at least one layer"):
+        score_joint_routes(moe, TOKENS, {})
+
+
+def test_layers_and_numbers_of_any_kind_mean_the_same() -> None:
+    moe = attached("olmoe")
+    routes, weights = random_routes(moe, 2, TOKENS), torch.full((2, 8, 2, 2), 0.3)
+    plain = score_joint_routes(moe, TOKENS, {2: routes}, weights={2: weights}).logp
+    last = score_joint_routes(moe, TOKENS, {-1: routes.to(torch.int8)}, weights={2: weights}).logp
+    listed = score_routes(moe, TOKENS.int(), 2, routes, weights=weights, attention_mask=torch.ones(2, 8).tolist())  # type: ignore[arg-type]
+    assert largest_difference(plain, last) == largest_difference(plain, listed) == 0.0
+    assert float((plain - score_routes(moe, TOKENS, 2, routes)).abs().nan_to_num().max()) > 0.01
+
+
+def test_attention_without_a_mask_of_each_tokens_own_is_slow_but_at_the_last_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moe = attached("olmoe")
+    base = BasePass(moe, TOKENS, [0, 2])
+    monkeypatch.setattr(moe.bridge.original_model.config, "_attn_implementation_internal", "flash_attention_2")
+    assert base.refusal(0) == "attention 'flash_attention_2', which takes no mask of each token's own"
+    assert base.refusal(2) is None
+
+
 def test_bad_weights() -> None:
     moe = attached("olmoe")
     routes = random_routes(moe, 1, TOKENS)
@@ -189,6 +229,12 @@ def test_bad_sequences() -> None:
         score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), positions=[7])
     with pytest.raises(DataError, match="mask of shape"):
         score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), attention_mask=torch.ones(2, 7))
+    with pytest.raises(DataError, match=r"token id 101 of sequence 1, position 4\. Expected: ids from 0 to 100"):
+        score_routes(moe, TOKENS.index_put((torch.tensor(1), torch.tensor(4)), torch.tensor(101)), 1, TOKENS)
+    with pytest.raises(DataError, match="make no tensor"):
+        score_routes(moe, ["w3 w4"], 1, TOKENS)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"tokens of shape \(0, 8\)"):
+        score_routes(moe, TOKENS[:0], 1, TOKENS)
     with pytest.raises(DataError, match="a memory budget of 10 bytes"):
         score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), memory_budget=10)
     with pytest.raises(ConfigError, match="method='fast'"):

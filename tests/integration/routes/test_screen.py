@@ -133,5 +133,7 @@ def test_what_cannot_be_screened_is_refused() -> None:
     moe = attached("olmoe")
     with pytest.raises(ConfigError, match=r"keep=0 and audit=64\. Expected: at least one of each"):
         screen_routes(moe, tokens, [0], {0: random_routes(moe, 0, tokens)}, keep=0)
+    with pytest.raises(ConfigError, match=r"layers \[0, 1\], and routes at layers \[0\]"):
+        screen_routes(moe, tokens, [0, 1], {0: random_routes(moe, 0, tokens)})
     base = BasePass(moe, tokens, [0])
     assert check_routes(base, 0, random_routes(moe, 0, tokens)).present.all()
