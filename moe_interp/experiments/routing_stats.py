@@ -41,12 +41,11 @@ class RoutingStats:
             for name, read in (
                 ("router_logits", self._read_logits),
                 ("expert_indices", self._read_indices),
-                ("expert_weights", self._read_weights),
             )
         ]
 
     def natural_mass(self, layer: int) -> Tensor:
-        """``[row, pos, 1]``: the sum of each token's own weights."""
+        """``[row, pos, 1]``: the sum of each token's own weights, as the interventions take it: the family's."""
         return self.found[layer]["mass"]
 
     def arrays(self, layer: int) -> dict[str, Any]:
@@ -71,10 +70,8 @@ class RoutingStats:
         n_experts = self.moe.spec(layer).n_experts
         counts = torch.nn.functional.one_hot(indices + 1, n_experts + 1)[..., 1:].sum(dim=-2).double()
         totals = torch.einsum("mrp,rpe->mre", self.masks.double(), counts)
+        self.found[layer]["mass"] = self.moe.running(layer).family_weights(indices).sum(dim=-1, keepdim=True)
         self.found[layer]["share"] = (totals / totals.sum(dim=-1, keepdim=True)).cpu().numpy()
-
-    def _read_weights(self, layer: int, weights: Tensor) -> None:
-        self.found[layer]["mass"] = weights.sum(dim=-1, keepdim=True)
 
     def _average(self, values: Tensor) -> Any:
         masks = self.masks.double()

@@ -31,8 +31,9 @@ class PrefixNotExactWarning(UserWarning):
 class PrefixScorer:
     """Every layer starts from the residual stream before it, many sets of experts at a time.
 
-    The first batch is also resumed at every layer with nothing changed. ``null_difference`` is the largest distance of
-    that to the plain pass, in nats; where it is more than rounding, whole passes are run, and a warning says so.
+    The first batch is also resumed at every layer with nothing changed, where it fits two copies of it side by side.
+    ``null_difference`` is the largest distance of that to the plain pass, in nats; where it is more than rounding, or
+    where the pass fails (infinite then), whole passes are run, and a warning says so.
 
     Args:
         moe: Attached hooks.
@@ -46,6 +47,7 @@ class PrefixScorer:
         reuse_freed_memory()
         self.null_difference: float | None = None
         self.resumes = True
+        self._failure = ""
 
     def begin(self, batch: ItemBatch, layers: Sequence[int], hooks: Hooks) -> Tensor:
         """The natural pass: ``[read]`` log-probabilities."""
@@ -57,8 +59,7 @@ class PrefixScorer:
 
     def sets(self, layer: int, sets: Sequence[ExpertSet], mass: Mass, natural_mass: Tensor) -> Tensor:
         """``[read, set]``: the answers' log-probabilities with each set of experts."""
-        rows = self.batch.tokens.shape[0]
-        per_pass = max(1, self.tokens // self.batch.tokens.numel())
+        rows, per_pass = self.batch.tokens.shape[0], self._per_pass()
         columns: list[Tensor] = []
         for start in range(0, len(sets), per_pass):
             chunk = sets[start : start + per_pass]
@@ -72,6 +73,9 @@ class PrefixScorer:
     def uniform(self, layer: int, mass: Mass) -> Tensor:
         """``[read]``: the answers' log-probabilities under uniform routing."""
         return self._run(layer, 1, uniform_routing(self.moe, [layer], mass))
+
+    def _per_pass(self) -> int:
+        return max(1, self.tokens // self.batch.tokens.numel())
 
     def _run(self, layer: int, copies: int, hooks: Hooks) -> Tensor:
         batch = self.batch
@@ -93,14 +97,22 @@ class PrefixScorer:
             self.resumes = False
             warnings.warn(
                 f"Starting {type(self.moe.bridge.original_model).__name__} in the middle changes its predictions by "
-                f"{self.null_difference:.1e} nats: every variant runs a whole forward pass instead.",
+                f"{self.null_difference:.1e} nats{self._failure}: every variant runs a whole forward pass instead.",
                 PrefixNotExactWarning,
                 stacklevel=2,
             )
 
     def _distance(self, natural: Tensor, layers: Sequence[int]) -> float:
-        """The largest change of a prediction by resuming at each layer with nothing changed."""
-        return float(torch.stack([(self._run(layer, 1, []) - natural).abs().max() for layer in layers]).max())
+        """The largest change of a prediction by resuming at each layer with nothing changed; infinite if it fails."""
+        copies, self._failure = min(2, self._per_pass()), ""
+        try:
+            found = [self._run(layer, copies, []) - natural.repeat(copies) for layer in layers]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's layers miss that others before them have not handed on
+            self._failure = f" ({type(error).__name__}: {error})"
+            return float("inf")
+        return float(torch.stack(found).abs().max())
 
 
 class NaiveScorer:

@@ -21,6 +21,8 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.attention import fused_attention, swapped_forward
 from moe_interp.types import Hooks
 
+_NONE_LEFT = object()
+
 
 @dataclass(frozen=True, eq=False)
 class Reads:
@@ -42,15 +44,11 @@ class Prefix:
 
     Attributes:
         hidden: The residual stream before the layer, ``[row, pos, d_model]`` (as the family's layers hand it on).
-        answers: What the layer's children answered, in the order of their calls, the experts' block last.
+        answers: What the layer's children answered before the experts' block was called, by name, call after call.
     """
 
     hidden: Tensor
-    answers: dict[str, Any]
-
-    def before_experts(self) -> dict[str, Any]:
-        """The answers that do not depend on the experts."""
-        return dict(list(self.answers.items())[:-1])
+    answers: dict[str, list[Any]]
 
     def stacked(self, value: Any, copies: int) -> Any:
         """A value of the pass, once a copy of its batch; None in the place of tensors without positions."""
@@ -104,10 +102,9 @@ class PrefixRunner:
                 stack.enter_context(swapped_forward(layer, record))
             for index in layers:
                 children = dict(self.layers[index].named_children())
-                experts = [name for name, child in children.items() if unwrap(child) is self.moe.spec(index).container]
-                for name, child in children.items() if experts else ():
-                    keeper = self._keeper(index, name, experts[0], prefixes)
-                    stack.callback(child.register_forward_hook(keeper).remove)
+                experts = [child for child in children.values() if unwrap(child) is self.moe.spec(index).container]
+                if experts:
+                    self._keep_answers(stack, index, children, experts[0], prefixes)
             return self._read(tokens, reads, hooks, trim_after=None), prefixes
 
     def resume(self, layer: int, prefix: Prefix, copies: int, tokens: Tensor, reads: Reads, hooks: Hooks) -> Tensor:
@@ -126,8 +123,9 @@ class PrefixRunner:
             for index in range(layer):
                 stack.enter_context(swapped_forward(self.layers[index], self._skip(index, before)))
             children = dict(self.layers[layer].named_children())
-            for name, answer in prefix.before_experts().items():
-                stack.enter_context(swapped_forward(children[name], _answering(prefix.stacked(answer, copies))))
+            for name, answers in prefix.answers.items():
+                known = [prefix.stacked(answer, copies) for answer in answers]
+                stack.enter_context(swapped_forward(children[name], _answering(known, children[name].forward)))
             return self._read(tokens, reads, hooks, trim_after=layer)
 
     def _read(self, tokens: Tensor, reads: Reads, hooks: Hooks, trim_after: int | None) -> Tensor:
@@ -181,15 +179,30 @@ class PrefixRunner:
 
         return record
 
-    def _keeper(self, index: int, name: str, experts: str, prefixes: dict[int, Prefix]) -> Callable[..., None]:
-        """Keeps what the layer's children answer before its experts' block does."""
+    def _keep_answers(
+        self,
+        stack: ExitStack,
+        index: int,
+        children: dict[str, nn.Module],
+        experts: nn.Module,
+        prefixes: dict[int, Prefix],
+    ) -> None:
+        """Keeps what the layer's children answer until its experts' block is called."""
+        reached: list[int] = []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            answers = prefixes[index].answers
-            if experts not in answers:
-                answers[name] = output
+        def reach(module: nn.Module, args: Any) -> None:
+            reached.append(index)
 
-        return keep
+        def keeper(name: str) -> Callable[..., None]:
+            def keep(module: nn.Module, args: Any, output: Any) -> None:
+                if not reached:
+                    prefixes[index].answers.setdefault(name, []).append(output)
+
+            return keep
+
+        stack.callback(experts.register_forward_pre_hook(reach).remove)
+        for name, child in children.items():
+            stack.callback(child.register_forward_hook(keeper(name)).remove)
 
     def _skip(self, index: int, hidden: Tensor) -> Callable[..., Any]:
         is_tuple = self._returns_tuple[index]
@@ -200,5 +213,12 @@ class PrefixRunner:
         return skip
 
 
-def _answering(value: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: value
+def _answering(known: list[Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """The known answers, call after call; calls after those come behind the experts, and are computed."""
+    left = iter(known)
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        found = next(left, _NONE_LEFT)
+        return native(*args, **kwargs) if found is _NONE_LEFT else found
+
+    return answer

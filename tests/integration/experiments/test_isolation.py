@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_interp as mi
+from moe_interp.arch.modules import unwrap
 from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError, RouteError
 from moe_interp.experiments.expert_choice import best_experts, split_items
 from moe_interp.experiments.scoring import PrefixNotExactWarning, PrefixScorer
@@ -161,6 +162,48 @@ def test_a_model_that_cannot_be_resumed_is_scored_whole(monkeypatch: pytest.Monk
     with pytest.warns(PrefixNotExactWarning, match="whole forward pass"):
         slow = mi.isolate_experts(moe, items, experts=[1], **QUIET)
     assert largest_difference(exact, slow) <= 2e-5
+
+
+def test_a_model_that_fails_when_resumed_is_scored_whole() -> None:
+    # its layers hand on what their sparse attention chose; short items, as it breaks ties by the length of the batch
+    moe, items = attached("glm_moe_dsa"), [{**item, "prompt": item["prompt"][:5]} for item in items_of(n=3)]
+    with pytest.warns(PrefixNotExactWarning, match=r"by inf nats \(ValueError: .*whole forward pass"):
+        slow = mi.isolate_experts(moe, items, experts=[0, 3], random_draws=1, **QUIET)
+    naive = mi.isolate_experts(moe, items, experts=[0, 3], random_draws=1, method="naive", **QUIET)
+    assert largest_difference(slow, naive) <= 2e-5
+
+
+def test_a_part_that_a_layer_calls_again_behind_its_experts_is_computed_there() -> None:
+    moe, few = attached("olmoe"), {"experts": [0, 3], "random_draws": 1}
+    before = mi.isolate_experts(moe, items_of(n=2), **few, **QUIET)
+    for block in moe.bridge.blocks:
+        layer: Any = unwrap(block)
+
+        def again(
+            hidden: Any, *args: Any, native: Any = layer.forward, norm: Any = layer.input_layernorm, **kw: Any
+        ) -> Any:
+            out = native(hidden, *args, **kw)
+            return out + norm(out)
+
+        layer.forward = again
+    fast = mi.isolate_experts(moe, items_of(n=2), **few, **QUIET)
+    naive = mi.isolate_experts(moe, items_of(n=2), method="naive", **few, **QUIET)
+    assert largest_difference(fast, naive) <= 2e-5 < 0.05 < largest_difference(fast, before)
+    assert float(fast.data.attrs["null_difference"]) <= 1e-5  # the null check alone cannot see it
+
+
+@pytest.mark.parametrize("hook", ["expert_weights", "expert_indices", "router_logits", "routed_out"])
+def test_hooks_of_the_user_stay_active_and_leave_the_natural_mass_alone(hook: str) -> None:
+    moe, few = attached("olmoe"), {"experts": [0, (1, 5)], "random_draws": 1}
+
+    def edit(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        return value.square() if value.is_floating_point() else (value + 1) % 8
+
+    free = mi.isolate_experts(moe, items_of(n=3), **few, **QUIET)
+    with moe.bridge.hooks(fwd_hooks=[(moe.hook_name(hook, layer), edit) for layer in moe.layers]):
+        fast = mi.isolate_experts(moe, items_of(n=3), **few, **QUIET)
+        naive = mi.isolate_experts(moe, items_of(n=3), method="naive", **few, **QUIET)
+    assert largest_difference(fast, naive) <= 2e-5 < 0.01 < largest_difference(fast, free)
 
 
 def test_domain_router_helps_where_the_best_experts_are_known_and_keeps_halves_apart() -> None:
