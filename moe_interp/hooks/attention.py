@@ -34,7 +34,9 @@ def fused_attention(moe: MoEHooks) -> Iterator[None]:
     in models whose fused path leaves something out (a soft-cap, say): compare before use.
     """
     model: Any = moe.bridge.original_model
-    configs = {id(c): c for c in (model.config, model.config.get_text_config(), *map(_config, _attentions(moe)))}
+    configs: dict[int, Any] = {}
+    for config in (model.config, *map(_config, _attentions(moe))):
+        configs |= {id(c): c for c in _with_parts(config)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     with ExitStack() as stack:
         for attention in _attentions(moe):
@@ -44,7 +46,7 @@ def fused_attention(moe: MoEHooks) -> Iterator[None]:
                 config._attn_implementation = "sdpa"
             yield
         finally:
-            for key, config in configs.items():
+            for key, config in configs.items():  # a whole before its parts, which it sets too
                 config._attn_implementation = before[key]
 
 
@@ -68,3 +70,11 @@ def _attentions(moe: MoEHooks) -> list[AttentionBridge]:
 
 def _config(attention: AttentionBridge) -> Any:
     return getattr(unwrap(attention), "config", None) or attention.config
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """A config, then the configs inside it (of the text, of an image encoder), each after the one that holds it."""
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, name, None)) is not None:
+            yield from _with_parts(part)

@@ -77,3 +77,13 @@ def test_a_fused_path_that_leaves_something_out_is_noticed_and_not_used() -> Non
     torch.testing.assert_close(scorer.begin(batch, list(moe.layers), []), natural)  # type: ignore[arg-type]
     assert (scorer.runner.fuses_attention, scorer.resumes) == (False, True)
     assert (scorer.null_difference or 0.0) <= 1e-5
+
+
+def test_an_image_encoder_keeps_its_own_kind_of_attention() -> None:
+    moe = attached("qwen3_vl_moe")
+    config: Any = moe.bridge.original_model.config
+    config.vision_config._attn_implementation = "sdpa"
+    with fused_attention(moe):
+        assert config.text_config._attn_implementation == "sdpa"
+    kinds = (config._attn_implementation, config.text_config._attn_implementation)
+    assert (*kinds, config.vision_config._attn_implementation) == ("eager", "eager", "sdpa")
