@@ -245,8 +245,10 @@ def item_interval(
 
 
 def _mean(rows: FloatArray) -> FloatArray:
-    """Mean over items; positions that an item does not have are left out."""
-    return rows.mean(0) if not np.isnan(rows).any() else np.nanmean(rows, axis=0)
+    """Mean over items; positions that an item does not have are left out, and NaN where none has them."""
+    known = ~np.isnan(rows)
+    counts = known.sum(0)
+    return np.where(counts > 0, np.where(known, rows, 0).sum(0) / np.maximum(counts, 1), np.nan)
 
 
 def _check_experts(data: xr.Dataset) -> None:

@@ -25,6 +25,17 @@ def whole(result: IsolationResult) -> pd.Series:
     return result.calibration_by_domain().iloc[-1]
 
 
+def test_positions_that_no_item_of_a_domain_has_are_undefined_without_a_warning():
+    result = planted_isolation(router="aligned", noise=0.6)
+    index = np.flatnonzero(result.data["domain"].values == result.data["domain"].values[0])
+    result.data["routing_item"].values[1, index] = np.nan  # prompts of one token
+    table = result.calibration()
+    without = table["domain"] == result.data["domain"].values[0]
+    assert table.loc[without, "rho_prompt"].isna().all()
+    assert table.loc[~without, "rho_prompt"].notna().all()
+    assert table["rho"].notna().all()
+
+
 def test_rho_agrees_with_scipy(aligned):
     table, data = aligned.calibration(), aligned.data
     for row in table.itertuples():
