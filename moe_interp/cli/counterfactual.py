@@ -165,7 +165,8 @@ def group_table(result: CounterfactualResult) -> Any:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     expected = "a file of JSON lines, each a sequence"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # at line feeds only: JSON strings may hold the other separators that splitlines() cuts at
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}", expected, "Check the path.") from error
     found = []

@@ -15,7 +15,7 @@ from moe_interp import stats
 from moe_interp.errors import DataError
 from moe_interp.experiments.confidence import CLASSES, By, Codes, check_way, classes, confidence, mean_probability
 from moe_interp.experiments.counterfactual_data import sequence_codes
-from moe_interp.experiments.counterfactual_tables import common_size, tally
+from moe_interp.experiments.counterfactual_tables import common_size, compared_size, tally
 
 FloatArray = NDArray[np.float64]
 KINDS = ("router", "random", "own_prediction", "fresh_draw", "null")
@@ -70,7 +70,7 @@ def controls(
 
     Source: derived. An excess over "own_prediction" speaks of this data, not of what training would reach.
     """
-    size = common_size(data) if n_distinct is None else n_distinct
+    size = compared_size(data, n_distinct)
     names = ("all",) if by is None else CLASSES
     kinds = _kinds(data, by, thresholds, [size], KINDS)
     found, counts, n_sequences = _compared(data, kinds, len(names))

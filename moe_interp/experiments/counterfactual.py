@@ -6,9 +6,9 @@ the realized next token with only this token's route at this layer changed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.experiments.counterfactual_data import counterfactual_dataset
+from moe_interp.experiments.counterfactual_data import CounterfactualPlan, counterfactual_dataset
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
 from moe_interp.experiments.memory import tokens_per_pass
-from moe_interp.experiments.naming import model_name
+from moe_interp.experiments.naming import model_name, weights_checksum
 from moe_interp.experiments.sequences import ScoredSequence, SequenceBatch, batches_of_sequences, read_sequences
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
@@ -42,38 +42,6 @@ from moe_interp.routes.score import router_logp
 from moe_interp.types import EMPTY
 
 SECOND = 16  # routes of the second draw: they class tokens and stand in for the standard route
-
-
-@dataclass(frozen=True)
-class CounterfactualPlan:
-    """What a run computes.
-
-    Attributes:
-        model, sequences: Name of the model, checksum of the sequences.
-        layers: MoE layers.
-        sampler: In words.
-        n_routes, n_second, n_random: Routes a token of the main draw, of the second one and of the uniform one.
-        seed: Seed of all draws.
-        method: How routes are scored.
-        batches: Indices of the sequences that run together.
-    """
-
-    model: str
-    sequences: str
-    layers: tuple[int, ...]
-    sampler: str
-    n_routes: int
-    n_second: int
-    n_random: int
-    seed: int
-    method: Method
-    batches: tuple[tuple[int, ...], ...]
-
-    def stream(self, name: str) -> int:
-        """The seed of one of the draws; the main draw's is the run's own."""
-        if name == "main":
-            return self.seed
-        return int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:8], "little") >> 1
 
 
 def counterfactual_routes(
@@ -122,14 +90,14 @@ def counterfactual_routes(
     route does to tokens after the next, and what routes at several layers do together.
     """
     read = read_sequences(moe.bridge, sequences)
-    labels = list(moe.layers) if layers is None else list(layers)
+    labels: list[Any] = [layers] if isinstance(layers, int) else list(moe.layers if layers is None else layers)
     chosen = tuple(sorted({decoder_layer(moe, layer) for layer in labels}))
-    if n_routes < 1 or not chosen:
-        given = f"n_routes={n_routes} and {len(chosen)} layers"
-        raise ConfigError(given, "at least one route a token, and a layer", "Raise n_routes, or name a layer.")
     sampler = GumbelTopK() if sampler is None else sampler
+    _check_options(n_routes, chosen, sampler, seed)
+    n_routes, seed = int(n_routes), int(seed)
     plan = CounterfactualPlan(
         model=model_name(moe),
+        weights=weights_checksum(moe),
         sequences=checksum([[s.id, s.tokens, s.is_scored] for s in read]),
         layers=chosen,
         sampler=repr(sampler),
@@ -138,7 +106,7 @@ def counterfactual_routes(
         n_random=n_routes if controls else 0,
         seed=seed,
         method=method,
-        batches=tuple(map(tuple, batches_of_sequences(read, _tokens_per_batch(moe, read, memory_budget)))),
+        batches=_batches(moe, read, memory_budget, store),
     )
     cells = None if store is None else CellStore(store, asdict(plan))
     run = _Run(moe, plan, sampler, read, cells, memory_budget)
@@ -279,6 +247,26 @@ def _controls(logp: Tensor, policy: Tensor, again: Tensor, n: int, n_second: int
         "logp_own": logp[:, :n, 1],
         "logp_own_second": own[:, :n_second],
     }
+
+
+def _check_options(n_routes: int, layers: Sequence[int], sampler: RouteSampler, seed: int) -> None:
+    if not isinstance(n_routes, Integral) or n_routes < 1 or not layers:
+        given = f"n_routes={n_routes!r} and {len(layers)} layers"
+        raise ConfigError(given, "at least one route a token, and a layer", "Raise n_routes, or name a layer.")
+    if isinstance(sampler, type) or not hasattr(sampler, "sample"):
+        raise ConfigError(f"sampler={sampler!r}", "a sampler, such as GumbelTopK()", "Make one, with its brackets.")
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed={seed!r}", "a whole number of 64 bits", "Choose a smaller seed.")
+
+
+def _batches(
+    moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None, store: str | Path | None
+) -> tuple[tuple[int, ...], ...]:
+    """Sequences that run together; without a budget as in the store, though another amount of memory be free now."""
+    kept = CellStore.plan_of(store).get("batches", []) if store is not None and memory_budget is None else []
+    if sorted(i for batch in kept for i in batch) != list(range(len(sequences))):
+        kept = batches_of_sequences(sequences, _tokens_per_batch(moe, sequences, memory_budget))
+    return tuple(map(tuple, kept))
 
 
 def _tokens_per_batch(moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +16,8 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.results.cells import Arrays
 
 if TYPE_CHECKING:
-    from moe_interp.experiments.counterfactual import CounterfactualPlan
     from moe_interp.experiments.sequences import ScoredSequence
+    from moe_interp.routes import Method
 
 CELL = ("token", "layer")
 AXES = {
@@ -39,6 +41,40 @@ CONTROLS = {
     "logp_own_standard": ("token",),
 }
 LABELS = ("sequence", "pos")
+
+
+@dataclass(frozen=True)
+class CounterfactualPlan:
+    """What a run computes.
+
+    Attributes:
+        model, weights: Name of the model, checksum of its parameters.
+        sequences: Checksum of the sequences.
+        layers: MoE layers.
+        sampler: In words.
+        n_routes, n_second, n_random: Routes a token of the main draw, of the second one and of the uniform one.
+        seed: Seed of all draws.
+        method: How routes are scored.
+        batches: Indices of the sequences that run together.
+    """
+
+    model: str
+    weights: str
+    sequences: str
+    layers: tuple[int, ...]
+    sampler: str
+    n_routes: int
+    n_second: int
+    n_random: int
+    seed: int
+    method: Method
+    batches: tuple[tuple[int, ...], ...]
+
+    def stream(self, name: str) -> int:
+        """The seed of one of the draws; the main draw's is the run's own."""
+        if name == "main":
+            return self.seed
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:8], "little") >> 1
 
 
 def counterfactual_dataset(

@@ -90,7 +90,7 @@ def grouped(
     data: xr.Dataset, codes: Codes, names: Sequence[Any], key: str, n_distinct: int | None = None
 ) -> pd.DataFrame:
     """The measures for groups ``codes[token, layer]`` (-1: in none); the columns of :func:`by_confidence`."""
-    size = common_size(data) if n_distinct is None else n_distinct
+    size = compared_size(data, n_distinct)
     values, rho, n_routes = _measures(data, size)
     is_short = (~np.isnan(data["logp"].values)).sum(-1) < size
     used = np.where(is_short, -1, codes)
@@ -125,6 +125,14 @@ def tally(cell: Codes, values: FloatArray, n_sequences: int, n_groups: int) -> F
     summed: FloatArray = np.zeros(n_sequences * n_groups)
     np.add.at(summed, cell[is_used], values[is_used])
     return summed.reshape(n_sequences, n_groups)
+
+
+def compared_size(data: xr.Dataset, n_distinct: int | None = None) -> int:
+    """How many routes to compare at: ``n_distinct``, refused where no cell has as many, or the common size."""
+    most = int((~np.isnan(data["logp"].values)).sum(-1).max())
+    if n_distinct is not None and n_distinct > most:
+        raise ConfigError(f"n_distinct={n_distinct}", f"at most the {most} that a token has", "Lower it.")
+    return common_size(data) if n_distinct is None else n_distinct
 
 
 def common_size(data: xr.Dataset) -> int:

@@ -112,6 +112,7 @@ class SequenceBatch:
 def _read(bridge: TransformerBridge, entry: Any, number: int) -> ScoredSequence:
     fields = _fields(entry, number)
     name = str(fields.get("id", number))
+    _check_text(name, repr(name), "id")
     if "prompt" in fields:
         prompt = _ids(bridge, fields["prompt"], name, is_start=True)
         tokens, start = prompt + _ids(bridge, fields["answer"], name, is_start=False), len(prompt)
@@ -155,6 +156,7 @@ def _fields(entry: Any, number: int) -> dict[str, Any]:
 
 def _ids(bridge: TransformerBridge, value: Any, name: str, is_start: bool) -> tuple[int, ...]:
     if isinstance(value, str):
+        _check_text(value, repr(name), "text")
         if bridge.tokenizer is None:
             raise DataError(f"sequence {name!r}: text, but the model has no tokenizer", "ids", "Give ids.")
         if is_start:
@@ -171,6 +173,13 @@ def _ids(bridge: TransformerBridge, value: Any, name: str, is_start: bool) -> tu
         expected = "a text, or a list of ids" + (f" below {vocabulary}" if vocabulary else "")
         raise DataError(f"sequence {name!r}: {found}", expected, "Tokenise it for this model.")
     return tuple(ids.tolist())
+
+
+def _check_text(text: str, name: str, what: str) -> None:
+    """Refuse what a result file cannot hold: half of a surrogate pair, and in an id the character NUL."""
+    odd = [c for c in text if "\ud800" <= c <= "\udfff" or (c == "\0" and what == "id")]
+    if odd:
+        raise DataError(f"sequence {name}: {what} with the character {odd[0]!r}", "whole characters", "Remove it.")
 
 
 def _flags(mask: Any, name: str, n_tokens: int) -> NDArray[np.bool_]:

@@ -41,6 +41,15 @@ class CellStore:
         with replacing(file) as out:
             out.write(wanted.encode())
 
+    @staticmethod
+    def plan_of(path: str | Path) -> dict[str, Any]:
+        """The plan that a folder's cells belong to; empty where there is none that can be read."""
+        try:
+            plan = json.loads((Path(path) / "plan.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return plan if isinstance(plan, dict) else {}
+
     def load(self, *key: Any) -> Arrays | None:
         """The arrays of a finished cell; None where it is still to do (or was cut off while being written)."""
         file = self._file(key)

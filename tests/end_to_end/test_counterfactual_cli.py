@@ -132,6 +132,13 @@ def test_lines_may_be_texts_or_ids_alone(tmp_path: Path) -> None:
     assert len(command.read_sequence_files([str(path), "demo"], first=1)) == 5
 
 
+def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "three\x85four\x0b", "five"]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (path := tmp_path / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert [one["text"] for one in command.read_sequence_files([str(path)])] == texts
+
+
 def test_a_single_short_sequence_without_controls_says_what_it_cannot_show(tmp_path: Path) -> None:
     path = sequences_file(tmp_path, ["x = 1"])
     done = runner.invoke(cli, arguments(path, tmp_path / "out", "--no-controls", "-R", "200", "--sampler", "all"))

@@ -143,6 +143,28 @@ def test_an_interrupted_run_goes_on_and_keeps_what_was_finished(
         run(moe, given, store=store, n_routes=6)
 
 
+def test_a_run_goes_on_with_other_memory_free_but_not_with_other_weights(
+    moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = "moe_interp.experiments.counterfactual.tokens_per_pass"
+    monkeypatch.setattr(free, lambda moe, width, budget: 14)
+    store = tmp_path / "cells"
+    first = run(moe, sequences(), store=store).data
+    monkeypatch.setattr(free, lambda moe, width, budget: 1000)
+    monkeypatch.setattr("moe_interp.experiments.counterfactual.BasePass", lambda *args: 1 / 0)
+    assert_equal(run(moe, sequences(), store=store).data, first, 0.0)  # nothing is computed again
+    with pytest.raises(ResultError, match="batches: "):
+        run(moe, sequences(), store=store, memory_budget=2**30)
+    tuned = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tiny.tiny_tokenizer()))
+    with torch.no_grad():
+        tuned.bridge.original_model.model.layers[1].mlp.gate.weight.mul_(1.001)
+    with pytest.raises(ResultError, match="weights: "):
+        run(tuned, sequences(), store=store)
+    half = attach(tiny.build_bridge(tiny.build_hf("olmoe", dtype=torch.bfloat16), "olmoe", tiny.tiny_tokenizer()))
+    with pytest.raises(ResultError, match="weights: "):
+        run(half, sequences(), store=store)
+
+
 def test_a_result_survives_its_file(moe: MoEHooks, tmp_path: Path) -> None:
     result = run(moe, sequences())
     loaded = mi.load_result(result.save(tmp_path / "routes.nc"))
@@ -238,6 +260,9 @@ def test_regret_is_exactly_where_the_last_router_was_turned_away_from_the_best_e
         ([{"id": "a", "text": "w3", "tokens": [3]}], r"fields \['id', 'text', 'tokens'\]"),
         ([{"id": "a", "tokens": [3, 4, 101]}], "sequence 'a': ids from 3 to 101"),
         ([[0.5, 1.0]], "sequence '0': list of shape"),
+        ([{"id": "a\0", "tokens": [3, 4]}, {"id": "a", "tokens": [3, 4]}], "id with the character"),
+        ([{"id": "\ud800", "tokens": [3, 4]}], "id with the character"),
+        ([{"id": "a", "text": "w3 \udc00"}], "sequence 'a': text with the character"),
     ],
 )
 def test_sequences_that_cannot_be_scored(moe: MoEHooks, given: Any, message: str) -> None:
@@ -248,6 +273,12 @@ def test_sequences_that_cannot_be_scored(moe: MoEHooks, given: Any, message: str
 def test_options_that_make_no_sense(moe: MoEHooks) -> None:
     with pytest.raises(ConfigError, match="n_routes=0"):
         run(moe, sequences(), n_routes=0)
+    with pytest.raises(ConfigError, match=r"n_routes=2\.5"):
+        run(moe, sequences(), n_routes=2.5)
+    with pytest.raises(ConfigError, match=r"a sampler, such as GumbelTopK\(\)"):
+        run(moe, sequences(), sampler=GumbelTopK)
+    with pytest.raises(ConfigError, match=r"seed=.*64 bits"):
+        run(moe, sequences(), seed=2**64)
     with pytest.raises(HookError, match="layer 9"):
         run(moe, sequences(), layers=[9])
     with pytest.raises(ConfigError, match="method='best'"):

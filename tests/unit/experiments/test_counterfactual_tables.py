@@ -277,6 +277,9 @@ def test_errors() -> None:
     result = CounterfactualResult(data)
     with pytest.raises(DataError, match=r"without controls.*class tokens by \"entropy\""):
         result.by_confidence()
+    for table in (result.by_layer, lambda n: result.controls(n_distinct=n)):
+        with pytest.raises(ConfigError, match=r"n_distinct=3\. Expected: at most the 2 that a token has"):
+            table(3)
     with pytest.raises(ConfigError, match="by='luck'"):
         result.by_confidence("luck")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="variable 'entropy': none"):
