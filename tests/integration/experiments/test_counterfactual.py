@@ -183,6 +183,7 @@ def test_few_routes_are_exhausted_and_controls_can_be_left_out(moe: MoEHooks) ->
     assert "logp_random" not in data
     best = run(moe, sequences(), n_routes=4, sampler=GumbelTopK(pool=3), layers=[2]).data
     assert (best["logp"].notnull().sum("route") == 2).all()  # three sets of two, less the standard one
+    assert (best["logp_random"].notnull().sum("random") == 4).all()  # uniform sets know of no pool
 
 
 def test_random_weights_have_a_gap_that_the_controls_bring_to_zero(moe: MoEHooks) -> None:

@@ -9,7 +9,7 @@ import xarray as xr
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.confidence import classes, confidence
-from moe_interp.experiments.counterfactual_data import token_type
+from moe_interp.experiments.counterfactual_data import CounterfactualPlan, token_type
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
 from moe_interp.experiments.counterfactual_tables import alignment, common_size, permutation_p, verdict
 from tests.unit.experiments.planted_counterfactual import dataset, exchangeable
@@ -210,6 +210,34 @@ def test_an_exhausted_token_lends_its_own_routes_to_the_fresh_draw() -> None:
     assert table.loc["router", "gap"] == pytest.approx(0.3)
     assert table.loc["null", "regret"] == 0
     assert "random" not in table.index
+
+
+def test_controls_class_each_item_without_itself_and_by_its_own_target() -> None:
+    second = np.log([[[0.95, 0.95, 0.1]]])
+    data = dataset(
+        np.log([[[0.5]]]),
+        np.log([0.5]),
+        logp_second=second,
+        router_logp_second=0 * second,
+        second_route=np.full((1, 1, 3), -1, np.int16),
+        logp_own=np.log([[[0.8]]]),
+        logp_own_standard=np.log([0.7]),
+        logp_own_second=np.log([[[0.2, 0.3, 0.1]]]),
+    )
+    table = CounterfactualResult(data).controls("resampled").set_index(["kind", "class"])["gap"]
+    # the others' mean p is .525, .525 and .95: the first two are in the middle, the last is confident
+    assert table["fresh_draw", "middle"] == pytest.approx(0.5 - 0.95)
+    assert table["fresh_draw", "confident"] == pytest.approx(0.5 - 0.1)
+    assert np.isnan(table["fresh_draw", "fragile"])
+    cells = CounterfactualResult(data).controls("resampled").set_index(["kind", "class"])["n_cells"]
+    assert cells["own_prediction"].to_dict() == {"fragile": 1, "middle": 0, "confident": 0}
+    assert cells["router"].to_dict() == {"fragile": 0, "middle": 1, "confident": 0}
+
+
+def test_every_draw_has_a_stream_of_its_own() -> None:
+    plan = CounterfactualPlan("", "", "", (0,), "", 1, 1, 1, 3, "auto", ((0,),))
+    assert plan.stream("main") == 3
+    assert len({plan.stream(name) for name in ("main", "second", "random", "own")}) == 4
 
 
 def test_regret_grows_with_routes_and_the_last_is_the_table() -> None:
