@@ -26,7 +26,7 @@ from moe_interp.experiments.items import (
     tokenize_items,
 )
 from moe_interp.experiments.memory import tokens_per_pass
-from moe_interp.experiments.naming import model_name
+from moe_interp.experiments.naming import model_name, weights_checksum
 from moe_interp.experiments.routing_stats import RoutingStats
 from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
 from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets
@@ -73,7 +73,8 @@ def isolate_experts(
         memory_budget: Bytes a forward pass may use; half of the free memory by default.
         seed: Seed of the random baseline.
         method: "prefix" computes a layer's prefix once; "naive" runs ``run_with_hooks`` one item and set at a time.
-        store: Folder for finished cells (layer x batch of items): an interrupted run goes on from there.
+        store: Folder for finished cells (layer x batch of items): an interrupted run goes on from there. Cells
+            of other weights, items or options are refused.
         progress: See :func:`moe_interp.progress.reporting`.
 
     Raises:
@@ -88,7 +89,7 @@ def isolate_experts(
     tokenized = tokenize_items(moe.bridge, checked)
     plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed)
     tokens = tokens_per_pass(moe, max(len(item) for item in tokenized), memory_budget)
-    batches = batches_of_like_length(tokenized, tokens)
+    batches = _batches(tokenized, tokens, memory_budget, store)
     cells = None if store is None else CellStore(store, asdict(plan) | {"batches": batches})
     scorer = NaiveScorer(moe, mode) if method == "naive" else PrefixScorer(moe, mode, tokens)
     finished: dict[tuple[int, int], Arrays] = {}
@@ -102,7 +103,7 @@ def isolate_experts(
     data.attrs |= {
         "n_layers": len(moe.bridge.blocks),
         "random_draws": random_draws,
-        "null_difference": scorer.null_difference or 0.0,
+        "null_difference": np.nan if scorer.null_difference is None else scorer.null_difference,
         "method": method,
     }
     return IsolationResult(data, config=asdict(plan), seeds=seed, data_checksum=plan.items)
@@ -139,6 +140,7 @@ def _plan(
     drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
     return IsolationPlan(
         model=model_name(moe),
+        weights=weights_checksum(moe),
         items=checksum([item.content for item in items]),
         mode=mode,
         layers=tuple(labels),
@@ -147,6 +149,16 @@ def _plan(
         mass=tuple(mass) if mode == "force" else ("natural",),
         baselines=tuple(baselines),
     )
+
+
+def _batches(
+    items: list[TokenizedItem], tokens: int, memory_budget: int | None, store: str | Path | None
+) -> list[list[int]]:
+    """Items that run together; without a budget as in the store, though another amount of memory be free now."""
+    kept = CellStore.plan_of(store).get("batches", []) if store is not None and memory_budget is None else []
+    if sorted(i for index in kept for i in index) == list(range(len(items))):
+        return [list(index) for index in kept]
+    return batches_of_like_length(items, tokens)
 
 
 def _draw(seed: int, layer: int, n_experts: int, size: int, draws: int) -> tuple[ExpertSet, ...]:

@@ -24,7 +24,7 @@ class IsolationPlan:
     """What an isolation run computes.
 
     Attributes:
-        model, items: Name of the model, checksum of the items.
+        model, weights, items: Name of the model, checksums of its weights and of the items.
         mode: "force" or "ablate".
         layers: MoE layers.
         sets: Sets of experts that stand alone, or are missing.
@@ -34,6 +34,7 @@ class IsolationPlan:
     """
 
     model: str
+    weights: str
     items: str
     mode: Mode
     layers: tuple[int, ...]

@@ -149,6 +149,22 @@ def test_an_interrupted_run_goes_on_from_its_finished_cells(tmp_path: Any, monke
         mi.isolate_experts(moe, items[:3], store=tmp_path, **QUIET)
 
 
+def test_finished_cells_serve_the_same_weights_only_and_whatever_memory_is_free(tmp_path: Path) -> None:
+    moe, items = attached("olmoe"), items_of(n=4)
+    one_by_one = 4 * (16 * 32 + 2 * (3 * 24 + 3 * 32) + 3 * 4 * 16) * 16
+    few: dict[str, Any] = {"experts": [0], "random_draws": 1, "store": tmp_path, **QUIET}
+    first = mi.isolate_experts(moe, items, memory_budget=one_by_one, **few)
+    n_cells = len(list(tmp_path.glob("[0-9]*.npz")))
+    again = mi.isolate_experts(moe, items, **few)
+    assert len(list(tmp_path.glob("[0-9]*.npz"))) == n_cells > len(moe.layers)  # several batches
+    assert largest_difference(first, again) == 0.0
+    assert np.isnan(again.data.attrs["null_difference"])  # nothing was run
+    with torch.no_grad():
+        next(moe.bridge.original_model.parameters()).mul_(1.01)
+    with pytest.raises(ResultError, match=r"cells of another run.*weights"):
+        mi.isolate_experts(moe, items, **few)
+
+
 def test_a_model_that_cannot_be_resumed_is_scored_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     moe, items = attached("olmoe"), items_of(n=2)
     exact = mi.isolate_experts(moe, items, experts=[1], **QUIET)
