@@ -85,6 +85,8 @@ def isolate_experts(
     What it does not show: how an expert works together with others; an expert alone gets tokens that it never had to
     serve alone.
     """
+    if method not in ("prefix", "naive"):
+        raise ConfigError(f"method={method!r}", "'prefix' or 'naive'", "Choose one of these.")
     checked = check_items(items)
     tokenized = tokenize_items(moe.bridge, checked)
     plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed)

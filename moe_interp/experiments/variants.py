@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +24,16 @@ def expert_sets(experts: Sequence[int | Sequence[int]] | None, n_experts: int) -
 
     Raises:
         RouteError: an id out of range, or an expert twice in a set.
-        ConfigError: no experts, an empty set, or one set twice.
+        ConfigError: no experts, what is no id, an empty set, or one set twice.
     """
     sets: list[ExpertSet] = []
-    for entry in range(n_experts) if experts is None else experts:
-        sets.append((entry,) if isinstance(entry, int) else tuple(int(e) for e in entry))
+    entry: Any
+    try:
+        for entry in range(n_experts) if experts is None else experts:
+            # numpy's and torch's integers too; index() refuses anything else
+            sets.append(tuple(map(index, entry)) if np.ndim(entry) else (index(entry),))
+    except TypeError as error:
+        raise ConfigError(f"experts={experts!r}", "expert ids, or tuples of them", "Correct the list.") from error
     if not sets or not all(sets) or len({frozenset(s) for s in sets}) < len(sets):
         raise ConfigError(f"experts={experts!r}", "different, non-empty sets of experts", "Correct the list.")
     for chosen in sets:

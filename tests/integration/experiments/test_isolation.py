@@ -17,6 +17,7 @@ from moe_interp.arch.modules import unwrap
 from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError, RouteError
 from moe_interp.experiments.expert_choice import best_experts, split_items
 from moe_interp.experiments.scoring import PrefixNotExactWarning, PrefixScorer
+from moe_interp.experiments.variants import expert_sets
 from tests import tiny
 
 NAMED = ("olmoe", "qwen3_moe", "gpt_oss", "deepseek_v2", "phimoe", "mixtral")
@@ -254,6 +255,9 @@ BAD: list[tuple[dict[str, Any], type[MoEInterpError], str]] = [
     ({"experts": []}, ConfigError, "sets of experts"),
     ({"experts": [(1, 1)]}, RouteError, "twice"),
     ({"experts": [(1, 2), (2, 1)]}, ConfigError, "sets of experts"),
+    ({"experts": [1.5]}, ConfigError, r"experts=\[1.5\]. Expected: expert ids"),
+    ({"experts": ["12"]}, ConfigError, r"experts=\['12'\]. Expected: expert ids"),
+    ({"method": "branch"}, ConfigError, "method='branch'"),
     ({"mode": "both"}, ConfigError, "mode"),
     ({"mass": ["two"]}, ConfigError, "mass"),
     ({"baselines": ["best"]}, ConfigError, "baselines"),
@@ -263,6 +267,12 @@ BAD: list[tuple[dict[str, Any], type[MoEInterpError], str]] = [
     ({"layers": [7]}, MoEInterpError, "layer 7"),
     ({"memory_budget": 1000}, ConfigError, "memory budget"),
 ]
+
+
+def test_ids_of_numpy_and_torch_are_ids() -> None:
+    given = [np.int64(3), torch.tensor(5), (np.int32(1), 2), torch.tensor([0, 7])]
+    assert expert_sets(given, 8) == [(3,), (5,), (1, 2), (0, 7)]  # type: ignore[arg-type]
+    assert expert_sets(np.arange(2), 8) == [(0,), (1,)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("options", "kind", "text"), BAD, ids=[text for _, _, text in BAD])
