@@ -240,7 +240,7 @@ class _Found:
         """A uniform draw of the distinct ``[token, candidate, slot]``, or all of them but the standard one."""
         there_are = (self.numbers[candidates].sum(dim=-1) != self.standard_code).sum(dim=-1)
         n = candidates.shape[1]
-        for rows in torch.arange(len(candidates), device=candidates.device).split(max(1, _DRAWS_AT_ONCE // n)):
+        for rows in torch.arange(len(candidates), device=candidates.device).split(max(1, _DRAWS_AT_ONCE // max(n, 1))):
             # one more than asked for, as the standard route may be among them
             order = keys.uniforms(rows, n, 0).topk(min(self.n_routes + 1, n), dim=-1).indices
             chosen = candidates[rows.unsqueeze(1), order if self.n_routes < n else torch.arange(n, device=rows.device)]

@@ -138,6 +138,14 @@ def test_alignment_equals_scipy_and_is_undefined_below_twenty_null_differences()
     assert table["alignment_undefined"].tolist() == pytest.approx([np.isnan(rho[:, 0]).mean(), 0])
 
 
+@pytest.mark.parametrize(("spread", "is_defined"), [(19.0, False), (21.0, True)])
+def test_twenty_null_differences_are_the_bound(spread: float, is_defined: bool) -> None:
+    null = np.full((4, 1), -1.0 + 1e-4)
+    logp = np.broadcast_to(null[..., None] + 1e-4 * spread * np.array([0.3, 0.6, 1.0]), (4, 1, 3))
+    rho, _ = alignment(dataset(logp, np.full(4, -1.0), np.broadcast_to([1.0, 2.0, 3.0], (4, 1, 3)), null=null))
+    assert (~np.isnan(rho) == is_defined).all()
+
+
 def test_routes_that_do_not_differ_have_no_alignment() -> None:
     data = dataset(np.full((8, 1, 4), -1.0), np.full(8, -1.0), np.random.default_rng(0).normal(size=(8, 1, 4)))
     row = CounterfactualResult(data).by_layer().iloc[0]

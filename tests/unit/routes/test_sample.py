@@ -152,6 +152,14 @@ def test_shut_experts_are_never_drawn() -> None:
     assert bool(sampled.is_exhausted.all())
 
 
+@pytest.mark.parametrize("sampler", [GumbelTopK(), UniformSubsets(), OneSwap(), AllSubsets()], ids=repr)
+def test_a_route_of_all_experts_has_no_other(sampler: RouteSampler) -> None:
+    logits = logits_of(n_experts=4)
+    sampled = sampler.sample(logits, logits.topk(4).indices, 5, keys_of())
+    assert sampled.n_distinct.unique().tolist() == [0]
+    assert bool(sampled.is_exhausted.all() & (sampled.indices == -1).all())
+
+
 def test_bad_samplers_are_refused() -> None:
     logits = logits_of()
     standard = logits.topk(3).indices
