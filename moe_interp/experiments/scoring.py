@@ -31,7 +31,7 @@ class PrefixNotExactWarning(UserWarning):
 class PrefixScorer:
     """Every layer starts from the residual stream before it, many sets of experts at a time.
 
-    The first batch is also resumed at every layer with nothing changed, where it fits two copies of it side by side.
+    The first batch is also resumed at every layer with nothing changed, at the first one in two stacked copies.
     ``null_difference`` is the largest distance of that to the plain pass, in nats; where it is more than rounding, or
     where the pass fails (infinite then), whole passes are run, and a warning says so.
 
@@ -104,15 +104,15 @@ class PrefixScorer:
 
     def _distance(self, natural: Tensor, layers: Sequence[int]) -> float:
         """The largest change of a prediction by resuming at each layer with nothing changed; infinite if it fails."""
-        copies, self._failure = min(2, self._per_pass()), ""
+        copies, self._failure = [min(2, self._per_pass()), *[1] * (len(layers) - 1)], ""
         try:
-            found = [self._run(layer, copies, []) - natural.repeat(copies) for layer in layers]
+            found = [self._run(layer, n, []) - natural.repeat(n) for layer, n in zip(layers, copies)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's layers miss that others before them have not handed on
             self._failure = f" ({type(error).__name__}: {error})"
             return float("inf")
-        return float(torch.stack(found).abs().max())
+        return float(torch.cat(found).abs().max())
 
 
 class NaiveScorer:
