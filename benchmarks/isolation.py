@@ -147,8 +147,8 @@ def main() -> None:
     budget = 256 * 2**20
     peak = peak_memory(lambda: engine(moe, tokens, cells, budget))  # first: later passes reuse what was freed
     ways: dict[str, Callable[[], torch.Tensor]] = {"one at a time": lambda: naive(moe, tokens, cells, 1)}
-    for rows in (4, 8):
-        if rows <= arguments.items:
+    for rows in (2, 4, 8):
+        if rows <= max(arguments.items, 2):
             ways[f"batches of {rows}"] = lambda rows=rows: naive(moe, tokens, cells, rows)
     ways["engine"] = lambda: engine(moe, tokens, cells, None)
     reference, best, rate = ways["one at a time"](), dict.fromkeys(ways, float("inf")), 0.0
