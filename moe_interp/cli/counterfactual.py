@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual import counterfactual_routes
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.jsonlines import read_json_lines
 from moe_interp.plots import confidence, layer_regret, regret_curve
 from moe_interp.report import counterfactual_page, write_page
 from moe_interp.results.tables import unselected
@@ -164,20 +164,10 @@ def group_table(result: CounterfactualResult) -> Any:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     expected = "a file of JSON lines, each a sequence"
-    try:
-        # at line feeds only: JSON strings may hold the other separators that splitlines() cuts at
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}", expected, "Check the path.") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: {error}", expected, "Correct the line.") from error
-        found.append({"id": f"{path.stem}-{number}"} | (record if isinstance(record, dict) else _bare(record)))
+    found = [
+        {"id": f"{path.stem}-{number}"} | (record if isinstance(record, dict) else _bare(record))
+        for number, record in read_json_lines(path, expected)
+    ]
     if not found:
         raise DataError(f"{path} without a sequence", expected, "Add lines, or name another file.")
     return found

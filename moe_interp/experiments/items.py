@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.errors import DataError
 from moe_interp.hooks.prefix import Reads
+from moe_interp.jsonlines import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,8 @@ def _fields(item: Any) -> Any:
 
 
 def _read(path: Path) -> list[Item]:
-    if not path.is_file():
-        raise DataError(f"{path}, which is not a file", "a JSON-lines file of items", "Check the path.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error}", "a JSON-lines file in UTF-8", "Convert the file.") from error
-    items = []
-    # at line feeds only: JSON strings may hold the other separators that splitlines() cuts at
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: {error.msg}", "one JSON object a line", "Mend the line."
-                ) from error
-            items.append(_item(fields, f"{path}, line {number}", number, path.name))
-    return items
+    lines = read_json_lines(path, "a JSON-lines file of items: one JSON object a line")
+    return [_item(fields, f"{path}, line {number}", number, path.name) for number, fields in lines]
 
 
 def _item(fields: Any, where: str, line: int | None = None, source: str | None = None) -> Item:

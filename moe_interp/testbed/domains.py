@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_interp.errors import ConfigError, DataError
+from moe_interp.jsonlines import read_json_lines
 
 Split = Literal["train", "validation", "items"]
 
@@ -183,14 +184,11 @@ def read_items(path: Path) -> tuple[Item, ...]:
     Raises:
         DataError: A line that is not JSON or lacks one of the four names.
     """
-    items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    items, expected = [], "a JSON object with id, domain, prompt, answer"
+    for number, record in read_json_lines(path, expected):
         try:
-            record = json.loads(line)
             core = {k: record.pop(k) for k in ("id", "domain", "prompt", "answer")}
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {number}: {error}", "a JSON object with id, domain, prompt, answer", "Fix the line."
-            ) from None
+        except (KeyError, AttributeError) as error:
+            raise DataError(f"{path}, line {number}: {error}", expected, "Fix the line.") from None
         items.append(Item(**core, fields=record))
     return tuple(items)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "moe_interp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "types", "progress"}
+BASE = {"errors", "types", "progress", "jsonlines"}
 NUMBERS = {"stats", "results"}
 TOWER = ["arch", "hooks", "interventions"]
 METHODS = {"patching", "routes", "traces"}
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
     "progress": {"errors", "types"},
+    "jsonlines": {"errors"},
     "stats": {"errors", "types"},
     "results": {"errors", "types", "stats"},
     "plots": {"errors", "types", "stats", "results"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_interp.errors import DataError
+from moe_interp.jsonlines import read_json_lines
 from moe_interp.testbed.domains import Domain, Item, split_of
 
 # Tests, generated tables and grammar files: long lists of numbers and names rather than code.
@@ -110,16 +110,14 @@ def read_documents(path: Path, name: str | None = None) -> dict[str, str]:
             if f.is_file() and not f.name.startswith(".")
         }
     elif path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        expected = "a JSON object with a 'text'"
+        for number, record in read_json_lines(path, expected):
             try:
-                record = json.loads(line)
                 if name is None or record.get("domain", name) == name:
-                    documents[f"{record.get('path', '')}#{number}"] = record["text"]
-            except (ValueError, KeyError, AttributeError):
+                    documents[f"{record.get('path', '')}#{number - 1}"] = record["text"]
+            except (KeyError, AttributeError):
                 raise DataError(
-                    f"{path}, line {number + 1} is {line[:40]!r}",
-                    "a JSON object with a 'text'",
-                    "Fix or drop the line.",
+                    f"{path}, line {number} is {str(record)[:40]}", expected, "Fix or drop the line."
                 ) from None
     if not documents:
         raise DataError(f"{path} holds no documents", "a .jsonl file or a folder of text files", "Check the path.")

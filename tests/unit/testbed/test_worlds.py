@@ -168,7 +168,7 @@ def test_reading_documents_of_a_file_and_a_folder(tmp_path):
     (tmp_path / "folder" / "b.txt").write_text("three")
     assert read_documents(tmp_path / "folder") == {"b.txt": "three"}
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\nnot json\n')
-    with pytest.raises(DataError, match=r"bad\.jsonl, line 2 is 'not json'"):
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: Expecting value"):
         read_documents(tmp_path / "bad.jsonl")
     with pytest.raises(DataError, match="holds no documents"):
         read_documents(tmp_path / "nowhere")
