@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.swap import swapped_forward
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # nats, between fused and hookable attention
 
@@ -28,7 +28,7 @@ def can_fuse(moe: MoEHooks) -> bool:
 
 @contextmanager
 def fused_attention(moe: MoEHooks) -> Iterator[None]:
-    """Inside the ``with``, attention runs as transformers' scaled dot product, in half the time.
+    """Inside the ``with``, attention runs as transformers' scaled dot product.
 
     TransformerLens computes attention step by step, so that its parts can be hooked. The two agree to rounding, except
     in models whose fused path leaves something out (a soft-cap, say): compare before use.
@@ -48,20 +48,6 @@ def fused_attention(moe: MoEHooks) -> Iterator[None]:
         finally:
             for key, config in configs.items():  # a whole before its parts, which it sets too
                 config._attn_implementation = before[key]
-
-
-@contextmanager
-def swapped_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another forward for a module inside the ``with``; its own again after, also after an exception."""
-    # in the instance's own dictionary, past the redirection of TransformerLens' components
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
 
 
 def _attentions(moe: MoEHooks) -> list[AttentionBridge]:

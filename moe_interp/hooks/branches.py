@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 
 _PLAIN_CACHES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # by name: the classes move between versions
@@ -221,12 +222,12 @@ class BranchRunner:
         base, layer = self.base, self.layer
         with ExitStack() as stack:
             if base.ends_in_head:
-                self._replace(stack, base.head, lambda hidden, *args, **kwargs: hidden)
+                stack.enter_context(swapped_forward(base.head, lambda hidden, *args, **kwargs: hidden))
             for block in base.blocks[:layer]:
-                self._replace(stack, block, lambda hidden, *args, **kwargs: hidden)
+                stack.enter_context(swapped_forward(block, lambda hidden, *args, **kwargs: hidden))
             children = dict(base.blocks[layer].named_children())
             for name, answer in base.answers[layer].items():
-                self._replace(stack, children[name], self._stub(answer, name == base.targets[layer]))
+                stack.enter_context(swapped_forward(children[name], self._stub(answer, name == base.targets[layer])))
             for index in range(layer, len(base.blocks)):
                 handle = base.blocks[index].register_forward_pre_hook(self._feeder(index), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -268,18 +269,6 @@ class BranchRunner:
         return self._unembed(states) if self.base.ends_in_head else states
 
     # -- what the modules are made to answer and to read ------------------------------------------------------------
-    def _replace(self, stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-        # in the instance's own dictionary, past the redirection of TransformerLens' components
-        before = module.__dict__.get("forward")
-        module.__dict__["forward"] = forward
-
-        def restore() -> None:
-            del module.__dict__["forward"]
-            if before is not None:
-                module.__dict__["forward"] = before
-
-        stack.callback(restore)
-
     def _stub(self, answer: Any, is_target: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             assert self.rows is not None

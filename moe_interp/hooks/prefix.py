@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from moe_interp.arch.modules import unwrap
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.attention import fused_attention, swapped_forward
+from moe_interp.hooks.attention import fused_attention
+from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 
 _NONE_LEFT = object()
