@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import pandas as pd
-import xarray as xr
 
 from moe_interp.experiments import controls
 from moe_interp.experiments import counterfactual_tables as tables
 from moe_interp.experiments.confidence import By
 from moe_interp.experiments.counterfactual_data import check_counterfactual
 from moe_interp.experiments.counterfactual_summary import summary_text
-from moe_interp.results import Manifest, Result
+from moe_interp.results import Result
 
 
 class CounterfactualResult(Result, kind="counterfactual"):
@@ -30,18 +26,7 @@ class CounterfactualResult(Result, kind="counterfactual"):
 
     main = "logp"
 
-    def __init__(
-        self,
-        data: xr.Dataset,
-        *,
-        config: Mapping[str, Any] | None = None,
-        seeds: Mapping[str, int] | int | None = None,
-        data_checksum: str | None = None,
-        manifest: Manifest | None = None,
-    ) -> None:
-        check_counterfactual(data)
-        super().__init__(data, config=config, seeds=seeds, data_checksum=data_checksum, manifest=manifest)
-        self._tables: dict[tuple[Any, ...], pd.DataFrame] = {}
+    check = staticmethod(check_counterfactual)
 
     def by_confidence(
         self,
@@ -52,19 +37,19 @@ class CounterfactualResult(Result, kind="counterfactual"):
     ) -> pd.DataFrame:
         """Gap, regret, positive rate, inclusion and alignment by class of confidence, with intervals:
         :func:`moe_interp.experiments.counterfactual_tables.by_confidence`."""
-        return self._table(tables.by_confidence, by, tuple(thresholds), layer, n_distinct)
+        return self.cached(tables.by_confidence, by, tuple(thresholds), layer, n_distinct)
 
     def by_layer(self, n_distinct: int | None = None) -> pd.DataFrame:
         """The same by layer: :func:`moe_interp.experiments.counterfactual_tables.by_layer`."""
-        return self._table(tables.by_layer, n_distinct)
+        return self.cached(tables.by_layer, n_distinct)
 
     def by_token_type(self, n_distinct: int | None = None) -> pd.DataFrame:
         """The same by kind of predicted token: :func:`moe_interp.experiments.counterfactual_tables.by_token_type`."""
-        return self._table(tables.by_token_type, n_distinct)
+        return self.cached(tables.by_token_type, n_distinct)
 
     def by_position(self, n_distinct: int | None = None) -> pd.DataFrame:
         """The same by position: :func:`moe_interp.experiments.counterfactual_tables.by_position`."""
-        return self._table(tables.by_position, n_distinct)
+        return self.cached(tables.by_position, n_distinct)
 
     def controls(
         self,
@@ -73,15 +58,15 @@ class CounterfactualResult(Result, kind="counterfactual"):
         n_distinct: int | None = None,
     ) -> pd.DataFrame:
         """Gap and regret beside their controls, and the excess: :func:`moe_interp.experiments.controls.controls`."""
-        return self._table(controls.controls, by, tuple(thresholds), n_distinct)
+        return self.cached(controls.controls, by, tuple(thresholds), n_distinct)
 
     def regret_curve(self) -> pd.DataFrame:
         """Regret against the number of routes: :func:`moe_interp.experiments.controls.regret_curve`."""
-        return self._table(controls.regret_curve)
+        return self.cached(controls.regret_curve)
 
     def token_table(self) -> pd.DataFrame:
         """One row a token and layer: :func:`moe_interp.experiments.counterfactual_tables.token_table`."""
-        return self._table(tables.token_table)
+        return self.cached(tables.token_table)
 
     def summary(self) -> str:
         """The run in plain words: what was scored, whether the published pattern is there, and the noise floor."""
@@ -89,10 +74,3 @@ class CounterfactualResult(Result, kind="counterfactual"):
 
     def __repr__(self) -> str:
         return super().summary()
-
-    def _table(self, compute: Callable[..., pd.DataFrame], *args: Any) -> pd.DataFrame:
-        """``compute(data, *args)``, kept; a copy, so that nobody changes what the next caller gets."""
-        key = (compute.__qualname__, *args)
-        if key not in self._tables:
-            self._tables[key] = compute(self.data, *args)
-        return self._tables[key].copy()

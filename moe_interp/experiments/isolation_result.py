@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import pandas as pd
 import xarray as xr
 
@@ -14,7 +11,7 @@ from moe_interp.experiments.findings import findings_table, summary_text
 from moe_interp.experiments.impact import dominance_table, layer_impact_table
 from moe_interp.experiments.isolation_data import check_isolation, items_by_domain
 from moe_interp.experiments.item_calibration import item_calibration_table
-from moe_interp.results import Manifest, Result
+from moe_interp.results import Result
 
 
 class IsolationResult(Result, kind="isolation"):
@@ -30,18 +27,7 @@ class IsolationResult(Result, kind="isolation"):
 
     main = "delta"
 
-    def __init__(
-        self,
-        data: xr.Dataset,
-        *,
-        config: Mapping[str, Any] | None = None,
-        seeds: Mapping[str, int] | int | None = None,
-        data_checksum: str | None = None,
-        manifest: Manifest | None = None,
-    ) -> None:
-        check_isolation(data)
-        super().__init__(data, config=config, seeds=seeds, data_checksum=data_checksum, manifest=manifest)
-        self._tables: dict[tuple[Any, ...], pd.DataFrame] = {}
+    check = staticmethod(check_isolation)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -57,24 +43,24 @@ class IsolationResult(Result, kind="isolation"):
         method: str = "bh",
     ) -> pd.DataFrame:
         """Experts that help or hurt a domain: :func:`moe_interp.experiments.specialization.specialization`."""
-        return self._table(specialization_tables.specialization, baseline, mass, alpha, score, method)
+        return self.cached(specialization_tables.specialization, baseline, mass, alpha, score, method)
 
     def mass_agreement(self, baseline: str = "natural", alpha: float = 0.05) -> pd.DataFrame:
         """Where the two masses disagree: :func:`moe_interp.experiments.specialization.mass_agreement`."""
-        return self._table(specialization_tables.mass_agreement, baseline, alpha)
+        return self.cached(specialization_tables.mass_agreement, baseline, alpha)
 
     def domain_effect(
         self, mass: str | None = None, alpha: float = 0.05, n_permutations: int = 9999, seed: int = 0
     ) -> pd.DataFrame:
         """Specialization between domains: :func:`moe_interp.experiments.specialization.domain_effect_table`."""
-        return self._table(specialization_tables.domain_effect_table, mass, alpha, n_permutations, seed)
+        return self.cached(specialization_tables.domain_effect_table, mass, alpha, n_permutations, seed)
 
     def calibration(self, mass: str | None = None) -> pd.DataFrame:
         """rho per domain and layer: :func:`moe_interp.experiments.calibration.calibration_table`.
 
         ``.attrs["domains"]`` holds the rows of :meth:`calibration_by_domain`.
         """
-        table = self._table(calibration_tables.calibration_table, mass)
+        table = self.cached(calibration_tables.calibration_table, mass)
         table.attrs["domains"] = self.calibration_by_domain(mass).to_dict("records")
         return table
 
@@ -85,23 +71,23 @@ class IsolationResult(Result, kind="isolation"):
         def compute(data: xr.Dataset, mass: str | None, positions: str, seed: int) -> pd.DataFrame:
             return calibration_tables.calibration_by_domain(data, mass, positions, seed=seed)
 
-        return self._table(compute, mass, positions, seed)
+        return self.cached(compute, mass, positions, seed)
 
     def item_calibration(self, mass: str | None = None, score: str = "mean") -> pd.DataFrame:
         """rho within each item: :func:`moe_interp.experiments.item_calibration.item_calibration_table`."""
-        return self._table(item_calibration_table, mass, score)
+        return self.cached(item_calibration_table, mass, score)
 
     def dominance(self, by_layer: bool = False) -> pd.DataFrame:
         """Share of the slots against even use: :func:`moe_interp.experiments.impact.dominance_table`."""
-        return self._table(dominance_table, by_layer)
+        return self.cached(dominance_table, by_layer)
 
     def layer_impact(self, baseline: str = "natural", mass: str | None = None) -> pd.DataFrame:
         """Worth of each layer's best expert: :func:`moe_interp.experiments.impact.layer_impact_table`."""
-        return self._table(layer_impact_table, baseline, mass)
+        return self.cached(layer_impact_table, baseline, mass)
 
     def calibration_points(self, mass: str | None = None) -> pd.DataFrame:
         """What calibration correlates: :func:`moe_interp.experiments.calibration.calibration_points`."""
-        return self._table(calibration_tables.calibration_points, mass)
+        return self.cached(calibration_tables.calibration_points, mass)
 
     def findings_table(self) -> pd.DataFrame:
         """Beside the published numbers: :func:`moe_interp.experiments.findings.findings_table`."""
@@ -113,10 +99,3 @@ class IsolationResult(Result, kind="isolation"):
 
     def __repr__(self) -> str:
         return super().summary()
-
-    def _table(self, compute: Callable[..., pd.DataFrame], *args: Any) -> pd.DataFrame:
-        """``compute(data, *args)``, kept; a copy, so that nobody changes what the next caller gets."""
-        key = (compute.__qualname__, *args)
-        if key not in self._tables:
-            self._tables[key] = compute(self.data, *args)
-        return self._tables[key].copy()

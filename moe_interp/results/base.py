@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -69,8 +69,21 @@ class Result:
         data_checksum: str | None = None,
         manifest: Manifest | None = None,
     ) -> None:
+        self.check(data)
         self.data = data
+        self._tables: dict[tuple[Any, ...], pd.DataFrame] = {}
         self.manifest = manifest or describe(self.kind, self.schema(), config, seeds, data_checksum)
+
+    @staticmethod
+    def check(data: xr.Dataset) -> None:
+        """Refuse a dataset that is not one of this kind; a subclass says what it needs."""
+
+    def cached(self, compute: Callable[..., pd.DataFrame], *args: Any) -> pd.DataFrame:
+        """``compute(data, *args)``, computed once; a copy, so that nobody changes what the next caller gets."""
+        key = (compute.__qualname__, *args)
+        if key not in self._tables:
+            self._tables[key] = compute(self.data, *args)
+        return self._tables[key].copy()
 
     @classmethod
     def schema(cls) -> str:
