@@ -10,6 +10,7 @@ weight 0.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from moe_interp.types import Indices, Logits, Weights
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RoutingRule:
+class RoutingRule(ABC):
     """How one family turns router logits into experts and weights.
 
     Attributes:
@@ -91,8 +92,8 @@ class RoutingRule:
     def _select(self, logits: Tensor) -> Tensor:
         return torch.topk(logits, self.top_k, dim=-1).indices
 
-    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor: ...
 
     def _cast(self, weights: Tensor, indices: Tensor) -> Tensor:
         weights = weights if self.dtype is None else weights.to(self.dtype)
@@ -172,8 +173,8 @@ class ScoreRule(RoutingRule):
         self._check_ids(indices)
         return self._weigh_scores(scores, indices)
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _scores(self, logits: Tensor) -> Tensor: ...
 
     def _select(self, logits: Tensor) -> Tensor:
         return self._top(self._scores(logits))
