@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Sequence
@@ -126,13 +127,17 @@ def _accelerator(mixed_precision: str) -> Accelerator:
     if mixed_precision not in PRECISIONS:
         raise ConfigError(f"mixed_precision {mixed_precision!r}", f"one of {', '.join(PRECISIONS)}", "Choose one.")
     try:
-        return Accelerator(mixed_precision=mixed_precision)
+        accelerator = Accelerator(mixed_precision=mixed_precision)
     except ValueError:  # accelerate's state is the process' own
         raise ConfigError(
             f"mixed_precision {mixed_precision!r} after a run with another",
             "one precision a process",
             "Start Python anew.",
         ) from None
+    if accelerator.num_processes > 1:
+        # before Python ends: a communication thread that is still alive then can abort the process
+        atexit.register(accelerator.end_training)
+    return accelerator
 
 
 def _save_model(trainer: Trainer, path: Path) -> None:

@@ -36,9 +36,9 @@ DOMAINS = (
 )
 
 
-def take_steps() -> list[dict[str, float]]:
+def take_steps(accelerator: Accelerator) -> list[dict[str, float]]:
     """Loss and auxiliary loss of three steps, on as many processes as there are."""
-    trainer = Trainer(CONFIG, DOMAINS, Accelerator(cpu=True))
+    trainer = Trainer(CONFIG, DOMAINS, accelerator)
     made = [trainer.train_step() for _ in range(CONFIG.steps)]
     return [{"loss": m["loss"], "auxiliary": m["auxiliary"], "load": m["loads"][0].tolist()} for m in made]
 
@@ -49,7 +49,7 @@ def test_the_global_loss_is_the_same_on_one_process_and_on_two(tmp_path):
     # two processes over gloo, which find each other on a free port
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
     started = subprocess.Popen([sys.executable, *launch], env=shared | {"PYTHONPATH": root}, cwd=root)
-    one = take_steps()
+    one = take_steps(Accelerator(cpu=True))
     assert started.wait(timeout=240) == 0
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert two[0] == two[1]
@@ -68,5 +68,8 @@ def test_micro_batches_that_do_not_divide_are_refused():
 
 
 if __name__ == "__main__":
-    steps = take_steps()
+    processes = Accelerator(cpu=True)
+    steps = take_steps(processes)
     (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(steps))
+    processes.wait_for_everyone()
+    processes.end_training()  # a communication thread that outlives Python's end can abort the process
