@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
@@ -48,6 +49,38 @@ def fused_attention(moe: MoEHooks) -> Iterator[None]:
         finally:
             for key, config in configs.items():  # a whole before its parts, which it sets too
                 config._attn_implementation = before[key]
+
+
+@contextmanager
+def queried_only_at(block: nn.Module, place: Tensor) -> Iterator[None]:
+    """Inside the ``with``, a block's queries and its attention's output are computed at some positions, else zero.
+
+    Keys and values stay whole, so what is computed equals a full pass there. For fused attention only: hooks inside
+    would see the zeros.
+
+    Args:
+        block: A TransformerLens block; one without attention stays as it is.
+        place: ``[read]`` positions in the flattened token matrix.
+    """
+    with ExitStack() as stack:
+        for attention in (m for m in block.modules() if isinstance(m, AttentionBridge)):
+            for name in ("q", "o"):
+                if (part := attention._modules.get(name)) is not None:
+                    linear = unwrap(part)
+                    stack.enter_context(swapped_forward(linear, _only_at(place, linear.forward)))
+        yield
+
+
+def _only_at(place: Tensor, native: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def forward(hidden: Tensor) -> Tensor:
+        found = native(hidden.reshape(-1, hidden.shape[-1])[place])
+        return (
+            found.new_zeros(hidden.shape[:-1].numel(), found.shape[-1])
+            .index_copy_(0, place, found)
+            .view(*hidden.shape[:-1], found.shape[-1])
+        )
+
+    return forward
 
 
 def _attentions(moe: MoEHooks) -> list[AttentionBridge]:

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.norms import bare_norms, native_norms
 from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 
@@ -61,6 +62,7 @@ class BasePass:
         self.arguments: dict[int, dict[str, Any]] = {}  # by layer, the keyword arguments it was called with
         self.answers: dict[int, dict[str, Any]] = {layer: {} for layer in layers}  # outputs of its first children
         self.returns: dict[int, type] = {}  # by layer, the kind of its output
+        self.norms = native_norms(moe)
         self.cache = RecordingCache(config=moe.bridge.original_model.config)
         model: Any = moe.bridge.original_model
         self.head: nn.Module = model.get_output_embeddings()
@@ -232,6 +234,7 @@ class BranchRunner:
                 handle = base.blocks[index].register_forward_pre_hook(self._feeder(index), with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(base.moe.bridge.hooks(fwd_hooks=self.hooks))
+            stack.enter_context(bare_norms(base.norms))
             self._stack = stack.pop_all()
         return self
 

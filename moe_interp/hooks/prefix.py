@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from moe_interp.arch.modules import unwrap
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.attention import fused_attention
+from moe_interp.hooks.attention import fused_attention, queried_only_at
+from moe_interp.hooks.norms import bare_norms, native_norms
 from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 
@@ -86,6 +87,7 @@ class PrefixRunner:
         self.layers: list[nn.Module] = [unwrap(block) for block in blocks]
         self.model: Any = moe.bridge.original_model
         self.fuses_attention = False
+        self._norms = native_norms(moe)
         self._returns_tuple: dict[int, bool] = {}
 
     def base(
@@ -142,13 +144,14 @@ class PrefixRunner:
             if trim_after is not None:
                 stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
+            stack.enter_context(bare_norms(self._norms))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.log_softmax(logits, dim=-1).gather(-1, reads.target.unsqueeze(-1)).squeeze(-1)
 
     @contextmanager
     def _trimmed_last_block(self, layer: int, place: Tensor) -> Iterator[None]:
-        """The last layer's experts run only where a prediction is read: nothing else of its output is used."""
+        """The last layer runs only where a prediction is read (keys and values aside): nothing else of it is used."""
         last = len(self.layers) - 1
         container: Any = self.moe.spec(last).container if last in self.moe.layers and last != layer else None
         if container is None or container is self.layers[last] or self.moe.hooks_active(last):
@@ -165,7 +168,10 @@ class PrefixRunner:
             full = torch.zeros_like(flat).index_copy(0, place, read.to(flat.dtype)).view(hidden.shape)
             return (full, *out[1:]) if isinstance(out, tuple) else full
 
-        with swapped_forward(container, trimmed):
+        with ExitStack() as stack:
+            stack.enter_context(swapped_forward(container, trimmed))
+            if self.fuses_attention:
+                stack.enter_context(queried_only_at(self.moe.bridge.blocks[last], place))
             yield
 
     def _recorder(
