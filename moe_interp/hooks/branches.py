@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.norms import bare_norms, native_norms
+from moe_interp.hooks.lean import LeanPasses
 from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 
@@ -62,7 +62,7 @@ class BasePass:
         self.arguments: dict[int, dict[str, Any]] = {}  # by layer, the keyword arguments it was called with
         self.answers: dict[int, dict[str, Any]] = {layer: {} for layer in layers}  # outputs of its first children
         self.returns: dict[int, type] = {}  # by layer, the kind of its output
-        self.norms = native_norms(moe)
+        self.lean = LeanPasses(moe)
         self.cache = RecordingCache(config=moe.bridge.original_model.config)
         model: Any = moe.bridge.original_model
         self.head: nn.Module = model.get_output_embeddings()
@@ -234,7 +234,7 @@ class BranchRunner:
                 handle = base.blocks[index].register_forward_pre_hook(self._feeder(index), with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(base.moe.bridge.hooks(fwd_hooks=self.hooks))
-            stack.enter_context(bare_norms(base.norms))
+            stack.enter_context(base.lean.norms())
             self._stack = stack.pop_all()
         return self
 
@@ -259,13 +259,14 @@ class BranchRunner:
         self.rows = _Rows(sequence, position, token, int(position.max()), block_out, {})
         # 4-D, so that the model does not make a mask of its own; the layers get theirs below
         no_mask = block_out.new_zeros(1, 1, 1, 1)
-        return base.moe.bridge.original_model(
-            input_ids=base.tokens.reshape(-1)[token],
-            attention_mask=no_mask,
-            position_ids=position,
-            past_key_values=BranchCache(base.cache.recorded, self.rows),
-            use_cache=True,
-        ).logits
+        with base.lean.experts(token):
+            return base.moe.bridge.original_model(
+                input_ids=base.tokens.reshape(-1)[token],
+                attention_mask=no_mask,
+                position_ids=position,
+                past_key_values=BranchCache(base.cache.recorded, self.rows),
+                use_cache=True,
+            ).logits
 
     def logits(self, states: Tensor) -> Tensor:
         """``[branch, width]`` of what a call gave to logits ``[branch, vocab]``."""

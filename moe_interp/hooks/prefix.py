@@ -19,7 +19,7 @@ from moe_interp.arch.modules import unwrap
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.attention import fused_attention, queried_only_at
-from moe_interp.hooks.norms import bare_norms, native_norms
+from moe_interp.hooks.lean import LeanPasses
 from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 
@@ -87,7 +87,7 @@ class PrefixRunner:
         self.layers: list[nn.Module] = [unwrap(block) for block in blocks]
         self.model: Any = moe.bridge.original_model
         self.fuses_attention = False
-        self._norms = native_norms(moe)
+        self._lean = LeanPasses(moe)
         self._returns_tuple: dict[int, bool] = {}
 
     def base(
@@ -144,7 +144,8 @@ class PrefixRunner:
             if trim_after is not None:
                 stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
-            stack.enter_context(bare_norms(self._norms))
+            stack.enter_context(self._lean.norms())
+            stack.enter_context(self._lean.experts(tokens))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.log_softmax(logits, dim=-1).gather(-1, reads.target.unsqueeze(-1)).squeeze(-1)

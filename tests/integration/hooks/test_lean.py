@@ -1,0 +1,86 @@
+"""Lean passes: the model's own modules, the same numbers, hooks still served, and everything as before afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import moe_interp as mi
+from moe_interp.hooks.attention import fused_attention, queried_only_at
+from moe_interp.hooks.lean import LOOP_FROM, LeanPasses
+from tests import tiny
+
+FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gemma4_text", "minimax_m2"]
+
+
+def attached(name: str, implementation: str = "eager") -> mi.MoEHooks:
+    bridge = tiny.build_bridge(tiny.build_hf(name), name)
+    tiny.set_experts_implementation(bridge, implementation)
+    return mi.attach(bridge)
+
+
+def logits(moe: mi.MoEHooks, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return moe.bridge.original_model(input_ids=tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_norms_give_the_same_bits_and_are_taken_back(name: str) -> None:
+    moe, tokens = attached(name), tiny.random_tokens(2, 12)
+    before = logits(moe, tokens)
+    lean = LeanPasses(moe)
+    with lean.norms():
+        assert torch.equal(logits(moe, tokens), before)
+    with pytest.raises(KeyboardInterrupt), lean.norms():
+        raise KeyboardInterrupt
+    assert not any("forward" in norm.__dict__ for norm in lean._norms)
+
+
+def test_a_hooked_norm_still_fires() -> None:
+    moe, tokens, seen = attached("olmoe"), tiny.random_tokens(2, 12), []
+    lean = LeanPasses(moe)
+    assert len(lean._norms) >= 2 * moe.bridge.cfg.n_layers
+    hooks: Any = [("blocks.1.ln2.hook_scale", lambda value, hook: seen.append(value.shape))]
+    with moe.bridge.hooks(fwd_hooks=hooks), lean.norms():
+        logits(moe, tokens)
+    assert seen == [(2, 12, 1)]
+
+
+def test_experts_loop_only_where_many_rows_come_to_each_and_nobody_chose_otherwise() -> None:
+    moe = attached("olmoe", "grouped_mm")
+    spec = moe.spec(moe.layers[0])
+    n_tokens = -(-LOOP_FROM * spec.n_experts // spec.top_k)
+    config, lean = spec.experts.config, LeanPasses(moe)
+    many, few = tiny.random_tokens(1, n_tokens), tiny.random_tokens(1, n_tokens - 1)
+    with lean.experts(few):
+        assert config._experts_implementation == "grouped_mm"
+    with lean.experts(many):
+        assert config._experts_implementation == "eager"
+    with pytest.raises(KeyboardInterrupt), lean.experts(many):
+        raise KeyboardInterrupt
+    assert config._experts_implementation == "grouped_mm"
+    config._experts_implementation = "batched_mm"
+    with lean.experts(many):
+        assert config._experts_implementation == "batched_mm"
+
+
+def test_looped_experts_agree_with_grouped_ones() -> None:
+    moe, tokens = attached("qwen3_moe", "grouped_mm"), tiny.random_tokens(4, 150)
+    before = logits(moe, tokens)
+    with LeanPasses(moe).experts(tokens):
+        torch.testing.assert_close(logits(moe, tokens), before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3_next", "afmoe"])
+def test_queries_at_some_positions_give_what_a_whole_pass_gives_there(name: str) -> None:
+    moe, tokens = attached(name), tiny.random_tokens(2, 12)
+    place = torch.tensor([3, 10, 17, 23])
+    with fused_attention(moe):
+        before = logits(moe, tokens).flatten(0, 1)
+        with queried_only_at(moe.bridge.blocks[-1], place):
+            after = logits(moe, tokens).flatten(0, 1)
+    torch.testing.assert_close(after[place], before[place], atol=1e-5, rtol=0)
+    other = torch.tensor([i for i in range(24) if i not in place.tolist()])
+    assert not torch.allclose(after[other], before[other], atol=1e-3)  # it does leave the others out
