@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def tokens_per_pass(moe: MoEHooks, width: int, memory_budget: int | None = None) -> int:
-    """Tokens that fit into a budget, from an estimate of a layer's activations (derived, on the high side).
+    """Tokens that fit into a budget, from an estimate of what one layer computes and all layers keep (derived).
 
     Args:
         moe: Attached hooks.
@@ -32,8 +32,9 @@ def tokens_per_pass(moe: MoEHooks, width: int, memory_budget: int | None = None)
     spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
     heads = int(getattr(cfg, "n_heads", 0) or 0)
     mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))
-    # residual, norms, projections and their temporaries; attention scores of one layer, three times; 4 bytes each
-    per_token = 4 * (16 * spec.d_model + mlp + 3 * heads * width)
+    kept = 4 * len(moe.bridge.blocks) * spec.d_model  # what precedes each layer's experts
+    # residual, norms, projections and their temporaries; attention scores of one layer in steps; 4 bytes each
+    per_token = 4 * (24 * spec.d_model + mlp + 6 * heads * width + kept)
     tokens = budget // per_token
     if tokens < width:
         raise ConfigError(
@@ -48,8 +49,8 @@ def tokens_per_pass(moe: MoEHooks, width: int, memory_budget: int | None = None)
 def reuse_freed_memory() -> None:
     """Let glibc keep freed temporaries for the next layer, up to half a GiB, instead of handing them back.
 
-    Otherwise every layer's temporaries may be new pages, whose first touch took up to a sixth of a run on a CPU. Holds
-    for the process; nothing happens where the C library is another one.
+    Otherwise every layer's temporaries may be new pages, which the system clears at their first touch. Holds for the
+    process; nothing happens where the C library is another one.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, size in ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**29)):

@@ -52,17 +52,20 @@ class Prefix:
     hidden: Tensor
     answers: dict[str, list[Any]]
 
-    def stacked(self, value: Any, copies: int) -> Any:
-        """A value of the pass, once a copy of its batch; None in the place of tensors without positions."""
+    def keep(self, name: str, answer: Any) -> None:
+        """Another answer of a child; None in the place of tensors without positions, such as attention patterns."""
 
-        def repeat(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            by_row = leaf.shape[:2] == self.hidden.shape[:2]
-            is_flat = leaf.shape[:1] == (self.hidden.shape[0] * self.hidden.shape[1],)
-            return leaf.repeat(copies, *[1] * (leaf.ndim - 1)) if by_row or is_flat else None
+        def by_position(leaf: Any) -> bool:
+            rows, width = self.hidden.shape[:2]
+            return leaf.shape[:2] == (rows, width) or leaf.shape[:1] == (rows * width,)
 
-        return tree_map(repeat, value)
+        kept = tree_map(lambda leaf: leaf if not isinstance(leaf, Tensor) or by_position(leaf) else None, answer)
+        self.answers.setdefault(name, []).append(kept)
+
+    @staticmethod
+    def stacked(value: Any, copies: int) -> Any:
+        """A value that is kept, once a copy of its batch."""
+        return tree_map(lambda v: v.repeat(copies, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) else v, value)
 
 
 class PrefixRunner:
@@ -204,7 +207,7 @@ class PrefixRunner:
         def keeper(name: str) -> Callable[..., None]:
             def keep(module: nn.Module, args: Any, output: Any) -> None:
                 if not reached:
-                    prefixes[index].answers.setdefault(name, []).append(output)
+                    prefixes[index].keep(name, output)
 
             return keep
 
