@@ -71,7 +71,9 @@ def engine(moe: mi.MoEHooks, tokens: torch.Tensor, cells: list[tuple[int, int]],
         for i, t in enumerate(tokens.tolist())
     ]
     items = tokenize_items(moe.bridge, check_items(raw))
-    scorer = PrefixScorer(moe, "force", tokens_per_pass(moe, TOKENS, budget))
+    kept = {"kept_layers": LAYERS, "kept_tokens": tokens.numel()}
+    fits = tokens_per_pass(moe, TOKENS, budget, **kept, reads_per_token=ANSWER / TOKENS)
+    scorer = PrefixScorer(moe, "force", fits)
     per_pass = max(1, scorer.tokens // TOKENS)
     found = []
     for start in range(0, len(items), per_pass):
@@ -168,7 +170,9 @@ def main() -> None:
                 shares.append(work / max(rate, matrix_rate(clock)) / seconds)
             # two float32 paths may route a token of no margin differently; that moves few reads
             assert ((scores[:, : len(tokens)] - reference).abs() > 2e-5).float().mean() < 1e-2, name
-    print(f"forced forwards: {LAYERS} layers x {arguments.experts} experts x {len(tokens)} items (engine: {len(every)})")
+    print(
+        f"forced forwards: {LAYERS} layers x {arguments.experts} experts x {len(tokens)} items (engine: {len(every)})"
+    )
     print(f"{arguments.threads} thread(s), {2 * rate / 1e9:.0f} GFLOP/s measured")
     for name, seconds in best.items():
         print(f"{name:>15}: {1 / seconds:8.1f} a second")

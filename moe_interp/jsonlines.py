@@ -20,17 +20,19 @@ def read_json_lines(path: Path, expected: str) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: No such file, not UTF-8, or a line that is not JSON (its number is named).
     """
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         raise DataError(f"{path}, which is not a file", expected, "Check the path.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: {error}", expected, "Check the path and its permissions.") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: {error}", f"{expected}, in UTF-8", "Convert the file.") from error
     # at line feeds only: JSON strings may hold the other separators that splitlines() cuts at
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: {error}", expected, "Correct the line.") from error
             yield number, value

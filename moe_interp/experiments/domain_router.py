@@ -14,7 +14,14 @@ from torch import Tensor
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.expert_choice import best_experts, split_items
 from moe_interp.experiments.isolation_result import IsolationResult
-from moe_interp.experiments.items import Item, ItemBatch, batches_of_like_length, check_items, tokenize_items
+from moe_interp.experiments.items import (
+    Item,
+    ItemBatch,
+    batches_of_like_length,
+    check_items,
+    reads_per_token,
+    tokenize_items,
+)
 from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks
@@ -151,7 +158,8 @@ def score_domain_router(
     routers = _routers(moe, checked, isolation_result, k, random_draws, mass, seed)
     tokenized = tokenize_items(moe.bridge, checked)
     scores = {name: np.zeros((2, len(checked))) for name in [*routers, *(["reference"] if reference else [])]}
-    tokens = tokens_per_pass(moe, max(len(item) for item in tokenized), memory_budget)
+    width, reads = max(len(item) for item in tokenized), reads_per_token(tokenized)
+    tokens = tokens_per_pass(moe, width, memory_budget, reads_per_token=reads)
     batches = batches_of_like_length(tokenized, tokens)
     runner, device = PrefixRunner(moe), next(moe.bridge.original_model.parameters()).device
     with reporting("scoring routers", progress) as report, torch.no_grad():

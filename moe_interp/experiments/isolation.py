@@ -23,6 +23,7 @@ from moe_interp.experiments.items import (
     TokenizedItem,
     batches_of_like_length,
     check_items,
+    reads_per_token,
     tokenize_items,
 )
 from moe_interp.experiments.memory import tokens_per_pass
@@ -90,7 +91,15 @@ def isolate_experts(
     checked = check_items(items)
     tokenized = tokenize_items(moe.bridge, checked)
     plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed)
-    tokens = tokens_per_pass(moe, max(len(item) for item in tokenized), memory_budget)
+    width = max(len(item) for item in tokenized)
+    tokens = tokens_per_pass(
+        moe,
+        width,
+        memory_budget,
+        kept_layers=len(plan.layers) if method == "prefix" else 0,
+        kept_tokens=len(tokenized) * width,
+        reads_per_token=reads_per_token(tokenized),
+    )
     batches = _batches(tokenized, tokens, memory_budget, store)
     cells = None if store is None else CellStore(store, asdict(plan) | {"batches": batches})
     scorer = NaiveScorer(moe, mode) if method == "naive" else PrefixScorer(moe, mode, tokens)

@@ -227,6 +227,11 @@ class ItemBatch:
         return cls(list(index), tokens.to(device), reads, prompts, lengths)
 
 
+def reads_per_token(items: Sequence[TokenizedItem]) -> float:
+    """The largest share of an item's tokens whose prediction is read."""
+    return max(len(item.answer) / len(item) for item in items)
+
+
 def batches_of_like_length(items: Sequence[TokenizedItem], tokens_per_batch: int) -> list[list[int]]:
     """Item indices, longest first, cut so that rows x width stays within the budget (at least one item each)."""
     order = sorted(range(len(items)), key=lambda i: (-len(items[i]), i))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
@@ -24,8 +25,11 @@ class LeanPasses:
 
     def __init__(self, moe: MoEHooks) -> None:
         specs = [moe.spec(layer) for layer in moe.layers]
-        self._norms = [m for m in moe.bridge.modules() if _is_native(m)]
-        self._configs = {id(c): c for spec in specs if (c := getattr(spec.experts, "config", None)) is not None}
+        self._norms: list[Any] = [m for m in moe.bridge.modules() if _is_native(m)]
+        # at lower precision the loop rounds its sum over slots more often than the grouped product
+        dtype = next(moe.bridge.original_model.parameters()).dtype
+        configs = [getattr(spec.experts, "config", None) for spec in specs] if dtype == torch.float32 else []
+        self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_experts_implementation")}
         self._experts_per_slot = min(spec.n_experts / spec.top_k for spec in specs)
 
     @contextmanager
@@ -43,7 +47,7 @@ class LeanPasses:
 
     @contextmanager
     def experts(self, tokens: Tensor) -> Iterator[None]:
-        """Inside the ``with``, experts run one after the other where that is faster; equal to rounding.
+        """Inside the ``with``, float32 experts run one after the other where that is faster; equal to rounding.
 
         transformers' grouped product walks through all rows for every step of an expert; its loop keeps an expert's
         rows in the processor's cache. An implementation that somebody chose stays.

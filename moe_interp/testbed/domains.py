@@ -188,7 +188,7 @@ def read_items(path: Path) -> tuple[Item, ...]:
     for number, record in read_json_lines(path, expected):
         try:
             core = {k: record.pop(k) for k in ("id", "domain", "prompt", "answer")}
-        except (KeyError, AttributeError) as error:
+        except (KeyError, AttributeError, TypeError) as error:
             raise DataError(f"{path}, line {number}: {error}", expected, "Fix the line.") from None
         items.append(Item(**core, fields=record))
     return tuple(items)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
@@ -135,9 +135,14 @@ def _accelerator(mixed_precision: str) -> Accelerator:
             "Start Python anew.",
         ) from None
     if accelerator.num_processes > 1:
-        # before Python ends: a communication thread that is still alive then can abort the process
-        atexit.register(accelerator.end_training)
+        atexit.unregister(_end_process_group)
+        atexit.register(_end_process_group)
     return accelerator
+
+
+def _end_process_group() -> None:
+    """Before Python ends: a communication thread that is still alive then can abort the process."""
+    PartialState().destroy_process_group()
 
 
 def _save_model(trainer: Trainer, path: Path) -> None:

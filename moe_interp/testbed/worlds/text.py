@@ -110,15 +110,12 @@ def read_documents(path: Path, name: str | None = None) -> dict[str, str]:
             if f.is_file() and not f.name.startswith(".")
         }
     elif path.is_file():
-        expected = "a JSON object with a 'text'"
+        expected = "a JSON object with a string 'text'"
         for number, record in read_json_lines(path, expected):
-            try:
-                if name is None or record.get("domain", name) == name:
-                    documents[f"{record.get('path', '')}#{number - 1}"] = record["text"]
-            except (KeyError, AttributeError):
-                raise DataError(
-                    f"{path}, line {number} is {str(record)[:40]}", expected, "Fix or drop the line."
-                ) from None
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise DataError(f"{path}, line {number} is {str(record)[:40]}", expected, "Fix or drop the line.")
+            if name is None or record.get("domain", name) == name:
+                documents[f"{record.get('path', '')}#{number - 1}"] = record["text"]
     if not documents:
         raise DataError(f"{path} holds no documents", "a .jsonl file or a folder of text files", "Check the path.")
     return documents

@@ -14,7 +14,7 @@ import torch
 
 import moe_interp as mi
 from moe_interp.arch.modules import unwrap
-from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError, RouteError
+from moe_interp.errors import AttachError, ConfigError, DataError, MoEInterpError, ResultError, RouteError
 from moe_interp.experiments.expert_choice import best_experts, split_items
 from moe_interp.experiments.scoring import PrefixNotExactWarning, PrefixScorer
 from moe_interp.experiments.variants import expert_sets
@@ -96,7 +96,7 @@ def test_batching_order_and_padding_change_nothing() -> None:
     moe, items = attached("deepseek_v2", torch.float64), items_of(n=7)
     with tiny.float64_casts():
         whole = mi.isolate_experts(moe, items, experts=[0, 1], random_draws=2, **QUIET)
-        smallest = 4 * (16 * 32 + 2 * (3 * 24 + 3 * 32) + 3 * 4 * 16) * 16  # about one sequence a pass
+        smallest = 115_000  # one sequence a pass
         pieces = mi.isolate_experts(moe, items[::-1], experts=[1, 0], random_draws=2, memory_budget=smallest, **QUIET)
     back = pieces.data.sel(item=whole.data.item, expert=whole.data.expert)
     for name in ("delta", "score", "routing_item", "share_item"):
@@ -150,9 +150,14 @@ def test_an_interrupted_run_goes_on_from_its_finished_cells(tmp_path: Any, monke
         mi.isolate_experts(moe, items[:3], store=tmp_path, **QUIET)
 
 
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(AttachError, match="an encoder-decoder"):
+        mi.isolate_experts(attached("switch_transformers"), items_of(), **QUIET)
+
+
 def test_finished_cells_serve_the_same_weights_only_and_whatever_memory_is_free(tmp_path: Path) -> None:
     moe, items = attached("olmoe"), items_of(n=4)
-    one_by_one = 4 * (16 * 32 + 2 * (3 * 24 + 3 * 32) + 3 * 4 * 16) * 16
+    one_by_one = 66_560
     few: dict[str, Any] = {"experts": [0], "random_draws": 1, "store": tmp_path, **QUIET}
     first = mi.isolate_experts(moe, items, memory_budget=one_by_one, **few)
     n_cells = len(list(tmp_path.glob("[0-9]*.npz")))

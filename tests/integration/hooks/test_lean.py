@@ -8,8 +8,12 @@ import pytest
 import torch
 
 import moe_interp as mi
+from moe_interp.arch.modules import unwrap
+from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
+from moe_interp.experiments.scoring import PrefixScorer
 from moe_interp.hooks.attention import fused_attention, queried_only_at
 from moe_interp.hooks.lean import LOOP_FROM, LeanPasses
+from moe_interp.hooks.prefix import Prefix
 from tests import tiny
 
 FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gemma4_text", "minimax_m2"]
@@ -84,3 +88,57 @@ def test_queries_at_some_positions_give_what_a_whole_pass_gives_there(name: str)
     torch.testing.assert_close(after[place], before[place], atol=1e-5, rtol=0)
     other = torch.tensor([i for i in range(24) if i not in place.tolist()])
     assert not torch.allclose(after[other], before[other], atol=1e-3)  # it does leave the others out
+
+
+def test_a_resumed_pass_is_lean_and_asks_for_the_reads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, asked, entered = attached("olmoe"), [], []
+    for name in ("norms", "experts"):
+        native = getattr(LeanPasses, name)
+        spy = lambda self, *args, native=native, name=name: entered.append(name) or native(self, *args)  # noqa: E731
+        monkeypatch.setattr(LeanPasses, name, spy)
+    rows = tiny.random_tokens(2, 12).tolist()
+    raw = [{"id": str(i), "domain": "d", "prompt": row[:-2], "answer": row[-2:]} for i, row in enumerate(rows)]
+    scorer = PrefixScorer(moe, "force", 256)
+    with torch.no_grad():
+        scorer.begin(ItemBatch.build([0, 1], tokenize_items(moe.bridge, check_items(raw)), "cpu"), [0], [])
+        query: Any = unwrap(moe.bridge.blocks[-1].attn.q)
+        native_query = query.forward
+        monkeypatch.setattr(query, "forward", lambda x: asked.append(x.shape[:-1].numel()) or native_query(x))
+        entered.clear()
+        scorer.sets(0, [(0,), (1,), (2,)], "one", torch.ones(1))  # type: ignore[list-item]
+    assert asked == [3 * 2 * 2]  # sets x items x answer tokens, instead of 72
+    assert entered == ["norms", "experts"]
+
+
+def test_branches_are_lean(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, entered = attached("olmoe"), []
+    for name in ("norms", "experts"):
+        native = getattr(LeanPasses, name)
+        spy = lambda self, *args, native=native, name=name: entered.append(name) or native(self, *args)  # noqa: E731
+        monkeypatch.setattr(LeanPasses, name, spy)
+    tokens = tiny.random_tokens(1, 6)
+    routes = torch.tensor([0, 1]).expand(1, 6, 1, 2)
+    mi.score_routes(moe, tokens, layer=moe.layers[0], routes=routes, method="branch")
+    assert entered == ["norms", "experts"]
+
+
+def test_low_precision_keeps_its_own_sum_over_slots() -> None:
+    bridge = tiny.build_bridge(tiny.build_hf("olmoe", dtype=torch.bfloat16), "olmoe")
+    tiny.set_experts_implementation(bridge, "grouped_mm")
+    moe = mi.attach(bridge)
+    with LeanPasses(moe).experts(tiny.random_tokens(8, 200)):
+        assert moe.spec(0).experts.config._experts_implementation == "grouped_mm"
+
+
+def test_a_prefix_keeps_what_has_positions_and_stacks_it() -> None:
+    prefix = Prefix(torch.zeros(2, 3, 4), {})
+    by_row, flat, pattern = torch.arange(12.0).view(2, 3, 2), torch.arange(6), torch.zeros(2, 5, 3, 3)
+    prefix.keep("attn", (by_row, pattern, "kind"))
+    prefix.keep("attn", flat)
+    first, second = prefix.answers["attn"]
+    assert first[0] is by_row
+    assert first[1:] == (None, "kind")
+    assert second is flat
+    stacked = prefix.stacked(first, 3)
+    assert torch.equal(stacked[0], torch.cat([by_row] * 3))
+    assert stacked[1:] == (None, "kind")

@@ -74,6 +74,9 @@ def test_items_survive_jsonl_and_damage_is_named_by_line(tmp_path):
     path.write_text(path.read_text() + '{"id": "d-2"}\n')
     with pytest.raises(DataError, match="line 3: 'domain'"):
         read_items(path)
+    path.write_text("[1]")
+    with pytest.raises(DataError, match=r"line 1: .* Expected: a JSON object"):
+        read_items(path)
 
 
 def test_a_generator_that_runs_dry_is_refused():

@@ -170,6 +170,10 @@ def test_reading_documents_of_a_file_and_a_folder(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\nnot json\n')
     with pytest.raises(DataError, match=r"bad\.jsonl, line 2: Expecting value"):
         read_documents(tmp_path / "bad.jsonl")
+    for line in ("[1]", "3", '{"text": 3}', '{"path": "a"}'):
+        (tmp_path / "bad.jsonl").write_text(line)
+        with pytest.raises(DataError, match=r"bad\.jsonl, line 1 is .* Expected: a JSON object with a string 'text'"):
+            read_documents(tmp_path / "bad.jsonl")
     with pytest.raises(DataError, match="holds no documents"):
         read_documents(tmp_path / "nowhere")
 
