@@ -262,9 +262,9 @@ def _check_options(n_routes: int, layers: Sequence[int], sampler: RouteSampler, 
 def _batches(
     moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None, store: str | Path | None
 ) -> tuple[tuple[int, ...], ...]:
-    """Sequences that run together; without a budget as in the store, though another amount of memory be free now."""
-    kept = CellStore.plan_of(store).get("batches", []) if store is not None and memory_budget is None else []
-    if sorted(i for batch in kept for i in batch) != list(range(len(sequences))):
+    """Sequences that run together; without a budget as in the store."""
+    kept = CellStore.batches_of(store, len(sequences)) if store is not None and memory_budget is None else None
+    if kept is None:
         kept = batches_of_sequences(sequences, _tokens_per_batch(moe, sequences, memory_budget))
     return tuple(map(tuple, kept))
 

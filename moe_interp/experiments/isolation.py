@@ -165,11 +165,9 @@ def _plan(
 def _batches(
     items: list[TokenizedItem], tokens: int, memory_budget: int | None, store: str | Path | None
 ) -> list[list[int]]:
-    """Items that run together; without a budget as in the store, though another amount of memory be free now."""
-    kept = CellStore.plan_of(store).get("batches", []) if store is not None and memory_budget is None else []
-    if sorted(i for index in kept for i in index) == list(range(len(items))):
-        return [list(index) for index in kept]
-    return batches_of_like_length(items, tokens)
+    """Items that run together; without a budget as in the store."""
+    kept = CellStore.batches_of(store, len(items)) if store is not None and memory_budget is None else None
+    return batches_of_like_length(items, tokens) if kept is None else kept
 
 
 def _draw(seed: int, layer: int, n_experts: int, size: int, draws: int) -> tuple[ExpertSet, ...]:

@@ -42,13 +42,17 @@ class CellStore:
             out.write(wanted.encode())
 
     @staticmethod
-    def plan_of(path: str | Path) -> dict[str, Any]:
-        """The plan that a folder's cells belong to; empty where there is none that can be read."""
+    def batches_of(path: str | Path, n: int) -> list[list[int]] | None:
+        """The plan's batches of ``n`` things, so that a run resumes whatever memory is free now; None if it has none.
+
+        Cells of another plan are refused later, when the store is opened.
+        """
         try:
-            plan = json.loads((Path(path) / "plan.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return plan if isinstance(plan, dict) else {}
+            batches = json.loads((Path(path) / "plan.json").read_text(encoding="utf-8"))["batches"]
+            is_whole = sorted(i for batch in batches for i in batch) == list(range(n))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return batches if is_whole else None
 
     def load(self, *key: Any) -> Arrays | None:
         """The arrays of a finished cell; None where it is still to do (or was cut off while being written)."""
