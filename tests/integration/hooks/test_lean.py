@@ -90,12 +90,24 @@ def test_queries_at_some_positions_give_what_a_whole_pass_gives_there(name: str)
     assert not torch.allclose(after[other], before[other], atol=1e-3)  # it does leave the others out
 
 
-def test_a_resumed_pass_is_lean_and_asks_for_the_reads_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    moe, asked, entered = attached("olmoe"), [], []
-    for name in ("norms", "experts"):
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which lean parts are entered, in order."""
+    found: list[str] = []
+
+    def watch(name: str) -> None:
         native = getattr(LeanPasses, name)
-        spy = lambda self, *args, native=native, name=name: entered.append(name) or native(self, *args)  # noqa: E731
-        monkeypatch.setattr(LeanPasses, name, spy)
+        monkeypatch.setattr(LeanPasses, name, lambda self, *args: found.append(name) or native(self, *args))
+
+    watch("norms")
+    watch("experts")
+    return found
+
+
+def test_a_resumed_pass_is_lean_and_asks_for_the_reads_only(
+    monkeypatch: pytest.MonkeyPatch, entered: list[str]
+) -> None:
+    moe, asked = attached("olmoe"), []
     rows = tiny.random_tokens(2, 12).tolist()
     raw = [{"id": str(i), "domain": "d", "prompt": row[:-2], "answer": row[-2:]} for i, row in enumerate(rows)]
     scorer = PrefixScorer(moe, "force", 256)
@@ -110,12 +122,8 @@ def test_a_resumed_pass_is_lean_and_asks_for_the_reads_only(monkeypatch: pytest.
     assert entered == ["norms", "experts"]
 
 
-def test_branches_are_lean(monkeypatch: pytest.MonkeyPatch) -> None:
-    moe, entered = attached("olmoe"), []
-    for name in ("norms", "experts"):
-        native = getattr(LeanPasses, name)
-        spy = lambda self, *args, native=native, name=name: entered.append(name) or native(self, *args)  # noqa: E731
-        monkeypatch.setattr(LeanPasses, name, spy)
+def test_branches_are_lean(entered: list[str]) -> None:
+    moe = attached("olmoe")
     tokens = tiny.random_tokens(1, 6)
     routes = torch.tensor([0, 1]).expand(1, 6, 1, 2)
     mi.score_routes(moe, tokens, layer=moe.layers[0], routes=routes, method="branch")
