@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_interp.arch.products import linear
+
 
 class ExpertFunctions(Protocol):
     """What a layer's experts compute, one expert at a time."""
@@ -25,8 +27,9 @@ class ExpertFunctions(Protocol):
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     if not transposed:
-        return torch.nn.functional.linear(rows, weight, bias)
-    return rows @ weight if bias is None else rows @ weight + bias
+        return linear(rows, weight, bias)
+    out = linear(rows, weight.t())
+    return out if bias is None else out + bias  # rounded in two steps, as those families do
 
 
 class StackedExperts:
@@ -61,11 +64,11 @@ class Llama4Experts:
         self.n_experts, self.d_expert = module.down_proj.shape[:2]
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        gate, up = (rows @ self.module.gate_up_proj[expert]).chunk(2, dim=-1)
+        gate, up = linear(rows, self.module.gate_up_proj[expert].t()).chunk(2, dim=-1)
         return up * self.module.act_fn(gate)
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
-        return hidden @ self.module.down_proj[expert]
+        return linear(hidden, self.module.down_proj[expert].t())
 
 
 class JetMoeExperts:
@@ -76,11 +79,11 @@ class JetMoeExperts:
         self.n_experts, self.d_expert = block.output_linear.num_experts, block.output_linear.input_size
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        gate, up = torch.nn.functional.linear(rows, self.block.input_linear.weight[expert]).chunk(2, dim=-1)
+        gate, up = linear(rows, self.block.input_linear.weight[expert]).chunk(2, dim=-1)
         return self.block.activation(gate) * up
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
-        return torch.nn.functional.linear(hidden, self.block.output_linear.weight[expert])
+        return linear(hidden, self.block.output_linear.weight[expert])
 
 
 class SwitchExperts:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_interp.arch.experts import ExpertFunctions
 from moe_interp.arch.modules import child
+from moe_interp.arch.products import linear
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.types import Layer
 
@@ -77,7 +78,7 @@ class MoESpec:
     def project(self) -> Callable[[Tensor], Tensor] | None:
         """The map from the experts' latent width to d_model, without its bias; None where experts write d_model."""
         weight = getattr(self._projection, "weight", None)
-        return None if weight is None else partial(torch.nn.functional.linear, weight=weight)
+        return None if weight is None else partial(linear, weight=weight)
 
     @property
     def project_bias(self) -> Tensor | None:

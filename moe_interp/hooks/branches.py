@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache
 
 from moe_interp.arch.modules import unwrap
+from moe_interp.arch.products import linear
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.lean import LeanPasses
 from moe_interp.hooks.swap import swapped_forward
@@ -234,7 +235,7 @@ class BranchRunner:
                 handle = base.blocks[index].register_forward_pre_hook(self._feeder(index), with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(base.moe.bridge.hooks(fwd_hooks=self.hooks))
-            stack.enter_context(base.lean.norms())
+            stack.enter_context(base.lean.modules())
             self._stack = stack.pop_all()
         return self
 
@@ -356,10 +357,10 @@ def _target(block: nn.Module, moe: MoEHooks, layer: int) -> str:
 
 
 def _unembedding(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    linear = unwrap(head)
+    native = unwrap(head)
     # TransformerLens gives a head without a bias one of zeros, which would be copied into every logit
-    if type(linear) is nn.Linear and linear.bias is not None and not bool(linear.bias.any()):
-        return partial(nn.functional.linear, weight=linear.weight)
+    if type(native) is nn.Linear and native.bias is not None and not bool(native.bias.any()):
+        return partial(linear, weight=native.weight)
     return head.forward
 
 

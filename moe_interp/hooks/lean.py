@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moe_interp.arch.experts import StackedExperts
+from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.swap import swapped_forward
 
-LOOP_FROM = 100  # rows an expert: from there on a CPU's loop over experts is faster than its grouped product
+LOOP = "moe_interp_loop"
+# from how many rows an expert, and multiplications, a processor's loop over experts is faster than its grouped product
+LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 100
+LOOP_FROM_WORK = 2**23
 
 
 class LeanPasses:
-    """Norms and experts of an attached model, for :meth:`norms` and :meth:`experts`.
+    """Norms, linear maps and experts of an attached model, for :meth:`modules` and :meth:`experts`.
 
     Args:
         moe: The attached hooks.
@@ -25,45 +32,81 @@ class LeanPasses:
 
     def __init__(self, moe: MoEHooks) -> None:
         specs = [moe.spec(layer) for layer in moe.layers]
+        model: nn.Module = moe.bridge.original_model
         self._norms: list[Any] = [m for m in moe.bridge.modules() if _is_native(m)]
+        self._linears = [m for m in model.modules() if type(m) is nn.Linear]
         # at lower precision the loop rounds its sum over slots more often than the grouped product
-        dtype = next(moe.bridge.original_model.parameters()).dtype
-        configs = [getattr(spec.experts, "config", None) for spec in specs] if dtype == torch.float32 else []
+        dtype = next(model.parameters()).dtype
+        stacked = [spec.experts for spec in specs if not getattr(spec.experts, "_is_expert_parallel", False)]
+        configs = [getattr(experts, "config", None) for experts in stacked] if dtype == torch.float32 else []
         self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_experts_implementation")}
-        self._experts_per_slot = min(spec.n_experts / spec.top_k for spec in specs)
+        self._rows_a_token = max(spec.top_k / spec.n_experts for spec in specs)
+        self._work_a_row = max(2 * spec.d_model * spec.d_expert for spec in specs)
 
     @contextmanager
-    def norms(self) -> Iterator[None]:
-        """Inside the ``with``, norms that nobody hooks are computed once, with the same bits.
+    def modules(self) -> Iterator[None]:
+        """Inside the ``with``, norms that nobody hooks are computed once, and linear maps by the faster library.
 
-        TransformerLens computes scale and normalized value for its hooks, and then calls the model's own module.
+        TransformerLens computes a norm's scale and normalized value for its hooks, and then calls the model's own
+        module: the bits are the same. Linear maps are equal to rounding.
         """
         with ExitStack() as stack:
             for norm in self._norms:
                 points = (norm.hook_in, norm.hook_scale, norm.hook_normalized, norm.hook_out)
                 if not any(point.has_hooks() for point in points):
                     stack.enter_context(swapped_forward(norm, _own_forward(norm.original_component)))
+            for native in self._linears:
+                if "forward" not in native.__dict__:
+                    stack.enter_context(swapped_forward(native, partial(_linear, native)))
             yield
 
     @contextmanager
     def experts(self, tokens: Tensor) -> Iterator[None]:
         """Inside the ``with``, float32 experts run one after the other where that is faster; equal to rounding.
 
-        transformers' grouped product walks through all rows for every step of an expert; its loop keeps an expert's
+        transformers' grouped product walks through all rows for every step of an expert; a loop keeps an expert's
         rows in the processor's cache. An implementation that somebody chose stays.
 
         Args:
             tokens: Of the pass, ``[batch, pos]``.
         """
-        loops = tokens.device.type == "cpu" and tokens.numel() >= LOOP_FROM * self._experts_per_slot
+        rows = tokens.numel() * self._rows_a_token
+        loops = tokens.device.type == "cpu" and rows >= LOOP_FROM_ROWS and rows * self._work_a_row >= LOOP_FROM_WORK
         chosen = [c for c in self._configs.values() if loops and c._experts_implementation == "grouped_mm"]
         try:
             for config in chosen:
-                config._experts_implementation = "eager"
+                config._experts_implementation = LOOP
             yield
         finally:
             for config in chosen:
                 config._experts_implementation = "grouped_mm"
+
+
+def looped_experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of a module's experts, one expert after the other.
+
+    Args:
+        module: Of transformers' stacked experts.
+        hidden: ``[token, d_in]``.
+        indices, weights: ``[token, slot]``.
+
+    Returns:
+        ``[token, d_out]``.
+    """
+    experts = StackedExperts(module)
+    order = indices.flatten().argsort(stable=True)
+    sizes = torch.bincount(indices.flatten(), minlength=experts.n_experts).tolist()
+    tokens = order.div(indices.shape[1], rounding_mode="floor")
+    rows, scales = hidden[tokens], weights.flatten()[order].unsqueeze(-1)
+    mixed = torch.zeros_like(hidden)
+    for expert, (part, of_part, scale) in enumerate(zip(rows.split(sizes), tokens.split(sizes), scales.split(sizes))):
+        if len(part):
+            out = experts.output(experts.hidden(part, expert), expert)
+            mixed.index_add_(0, of_part, (out * scale).to(mixed.dtype))
+    return mixed
+
+
+ALL_EXPERTS_FUNCTIONS.register(LOOP, looped_experts)
 
 
 def _is_native(module: nn.Module) -> bool:
@@ -75,3 +118,7 @@ def _own_forward(native: Any) -> Any:
         return native(hidden).to(hidden.dtype)
 
     return forward
+
+
+def _linear(native: nn.Linear, rows: Tensor) -> Tensor:
+    return linear(rows, native.weight, native.bias)

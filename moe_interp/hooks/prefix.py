@@ -147,7 +147,7 @@ class PrefixRunner:
             if trim_after is not None:
                 stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
-            stack.enter_context(self._lean.norms())
+            stack.enter_context(self._lean.modules())
             stack.enter_context(self._lean.experts(tokens))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moe_interp as mi
 from moe_interp.arch.modules import unwrap
 from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
 from moe_interp.experiments.scoring import PrefixScorer
 from moe_interp.hooks.attention import fused_attention, queried_only_at
-from moe_interp.hooks.lean import LOOP_FROM, LeanPasses
+from moe_interp.hooks import lean as lean_passes
+from moe_interp.hooks.lean import LOOP, LeanPasses
 from moe_interp.hooks.prefix import Prefix
+from moe_interp.hooks.swap import swapped_forward
 from tests import tiny
 
 FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gemma4_text", "minimax_m2"]
@@ -35,11 +38,11 @@ def test_norms_give_the_same_bits_and_are_taken_back(name: str) -> None:
     moe, tokens = attached(name), tiny.random_tokens(2, 12)
     before = logits(moe, tokens)
     lean = LeanPasses(moe)
-    with lean.norms():
-        assert torch.equal(logits(moe, tokens), before)
-    with pytest.raises(KeyboardInterrupt), lean.norms():
+    with lean.modules():
+        assert torch.equal(logits(moe, tokens), before)  # products this small stay with MKL
+    with pytest.raises(KeyboardInterrupt), lean.modules():
         raise KeyboardInterrupt
-    assert not any("forward" in norm.__dict__ for norm in lean._norms)
+    assert not any("forward" in module.__dict__ for module in [*lean._norms, *lean._linears])
 
 
 def test_a_hooked_norm_still_fires() -> None:
@@ -47,21 +50,33 @@ def test_a_hooked_norm_still_fires() -> None:
     lean = LeanPasses(moe)
     assert len(lean._norms) >= 2 * moe.bridge.cfg.n_layers
     hooks: Any = [("blocks.1.ln2.hook_scale", lambda value, hook: seen.append(value.shape))]
-    with moe.bridge.hooks(fwd_hooks=hooks), lean.norms():
+    with moe.bridge.hooks(fwd_hooks=hooks), lean.modules():
         logits(moe, tokens)
     assert seen == [(2, 12, 1)]
 
 
-def test_experts_loop_only_where_many_rows_come_to_each_and_nobody_chose_otherwise() -> None:
+def test_a_linear_map_with_a_forward_of_its_own_keeps_it() -> None:
+    moe, tokens, asked = attached("olmoe"), tiny.random_tokens(2, 12), []
+    query: Any = unwrap(moe.bridge.blocks[1].attn.q)
+    native = query.forward
+    with swapped_forward(query, lambda x: asked.append(x.shape) or native(x)), LeanPasses(moe).modules():
+        logits(moe, tokens)
+    assert len(asked) == 1
+
+
+def test_experts_loop_only_where_it_pays_and_nobody_chose_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = attached("olmoe", "grouped_mm")
     spec = moe.spec(moe.layers[0])
-    n_tokens = -(-LOOP_FROM * spec.n_experts // spec.top_k)
+    n_tokens = -(-lean_passes.LOOP_FROM_ROWS * spec.n_experts // spec.top_k)
     config, lean = spec.experts.config, LeanPasses(moe)
     many, few = tiny.random_tokens(1, n_tokens), tiny.random_tokens(1, n_tokens - 1)
+    with lean.experts(many):  # so narrow a model computes too little
+        assert config._experts_implementation == "grouped_mm"
+    monkeypatch.setattr(lean_passes, "LOOP_FROM_WORK", 0)
     with lean.experts(few):
         assert config._experts_implementation == "grouped_mm"
     with lean.experts(many):
-        assert config._experts_implementation == "eager"
+        assert config._experts_implementation == LOOP
     with pytest.raises(KeyboardInterrupt), lean.experts(many):
         raise KeyboardInterrupt
     assert config._experts_implementation == "grouped_mm"
@@ -70,11 +85,16 @@ def test_experts_loop_only_where_many_rows_come_to_each_and_nobody_chose_otherwi
         assert config._experts_implementation == "batched_mm"
 
 
-def test_looped_experts_agree_with_grouped_ones() -> None:
-    moe, tokens = attached("qwen3_moe", "grouped_mm"), tiny.random_tokens(4, 150)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3", "gemma4_text"])
+def test_looped_experts_agree_with_grouped_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, tokens = attached(name, "grouped_mm"), tiny.random_tokens(4, 150)
+    monkeypatch.setattr(lean_passes, "LOOP_FROM_WORK", 0)
+    loop, calls = lean_passes.looped_experts, []
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, LOOP, lambda *args: calls.append(len(args)) or loop(*args))
     before = logits(moe, tokens)
     with LeanPasses(moe).experts(tokens):
         torch.testing.assert_close(logits(moe, tokens), before, atol=1e-5, rtol=0)
+    assert len(calls) == len(moe.layers)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen3_next", "afmoe"])
@@ -99,7 +119,7 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         native = getattr(LeanPasses, name)
         monkeypatch.setattr(LeanPasses, name, lambda self, *args: found.append(name) or native(self, *args))
 
-    watch("norms")
+    watch("modules")
     watch("experts")
     return found
 
@@ -119,7 +139,7 @@ def test_a_resumed_pass_is_lean_and_asks_for_the_reads_only(
         entered.clear()
         scorer.sets(0, [(0,), (1,), (2,)], "one", torch.ones(1))  # type: ignore[list-item]
     assert asked == [3 * 2 * 2]  # sets x items x answer tokens, instead of 72
-    assert entered == ["norms", "experts"]
+    assert entered == ["modules", "experts"]
 
 
 def test_branches_are_lean(entered: list[str]) -> None:
@@ -127,13 +147,14 @@ def test_branches_are_lean(entered: list[str]) -> None:
     tokens = tiny.random_tokens(1, 6)
     routes = torch.tensor([0, 1]).expand(1, 6, 1, 2)
     mi.score_routes(moe, tokens, layer=moe.layers[0], routes=routes, method="branch")
-    assert entered == ["norms", "experts"]
+    assert entered == ["modules", "experts"]
 
 
-def test_low_precision_keeps_its_own_sum_over_slots() -> None:
+def test_low_precision_keeps_its_own_sum_over_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = tiny.build_bridge(tiny.build_hf("olmoe", dtype=torch.bfloat16), "olmoe")
     tiny.set_experts_implementation(bridge, "grouped_mm")
     moe = mi.attach(bridge)
+    monkeypatch.setattr(lean_passes, "LOOP_FROM_WORK", 0)
     with LeanPasses(moe).experts(tiny.random_tokens(8, 200)):
         assert moe.spec(0).experts.config._experts_implementation == "grouped_mm"
 

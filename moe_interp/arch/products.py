@@ -1,0 +1,49 @@
+"""Matrix products on a processor, by the faster of the two libraries that torch carries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_WORTH_IT = 2**20  # multiplications; a call costs some microseconds more
+_FEW_ROWS = 8
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, equal to rounding, for passes without gradients.
+
+    torch multiplies float32 with MKL, which leaves AVX-512 unused on processors of other makers than Intel; oneDNN uses
+    it. ``torch.backends.mkldnn.flags(enabled=False)`` switches it off.
+
+    Args:
+        rows: ``[..., d_in]``.
+        weight: ``[d_out, d_in]``.
+        bias: ``[d_out]``.
+    """
+    if _is_faster(rows, weight):
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return nn.functional.linear(rows, weight, bias)
+
+
+def _is_faster(rows: Tensor, weight: Tensor) -> bool:
+    return (
+        rows.dtype == weight.dtype == torch.float32
+        and rows.device.type == weight.device.type == "cpu"
+        and rows.numel() >= _FEW_ROWS * rows.shape[-1]
+        and rows.numel() * weight.shape[0] >= _WORTH_IT
+        and type(rows) in _PLAIN
+        and type(weight) in _PLAIN
+        and not torch.is_grad_enabled()
+        and HAS_WIDE_PRODUCTS
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+# what a machine has: judged once, so that one process computes alike throughout
+HAS_WIDE_PRODUCTS = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
