@@ -36,7 +36,7 @@ def _is_faster(rows: Tensor, weight: Tensor) -> bool:
         and type(weight) in _PLAIN
         and not torch.is_grad_enabled()
         and HAS_WIDE_PRODUCTS
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -12,8 +12,8 @@ import moe_interp as mi
 from moe_interp.arch.modules import unwrap
 from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
 from moe_interp.experiments.scoring import PrefixScorer
-from moe_interp.hooks.attention import fused_attention, queried_only_at
 from moe_interp.hooks import lean as lean_passes
+from moe_interp.hooks.attention import fused_attention, queried_only_at
 from moe_interp.hooks.lean import LOOP, LeanPasses
 from moe_interp.hooks.prefix import Prefix
 from moe_interp.hooks.swap import swapped_forward

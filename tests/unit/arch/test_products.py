@@ -47,6 +47,7 @@ def test_takes_the_wide_product_where_the_machine_has_one() -> None:
     assert wide_calls(call) == int(products.HAS_WIDE_PRODUCTS)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's, at any use of its switch
 def test_leaves_everything_else_to_torch() -> None:
     x, weight = torch.randn(64, 256), torch.randn(512, 256)
     trained = torch.nn.Parameter(torch.randn(512, 256))
