@@ -13,6 +13,7 @@ exact. The model's own modules run; what a module has answered in the base pass 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class BasePass:
         unembedded: list[tuple[Tensor, int]] = []
         # a mask without padding would only make the passes slower
         mask = None if attention_mask is None or bool(self.is_real.all()) else attention_mask
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
             stack.enter_context(moe.bridge.hooks(fwd_hooks=self._route_recorders()))
             for module, recorder in self._recorders():
                 stack.callback(module.register_forward_pre_hook(recorder, with_kwargs=True).remove)
@@ -187,6 +188,12 @@ class _Rows:
     gathered: dict[int, Any]  # by id of a recorded value, that value at the branches
 
 
+class _Running(threading.local):
+    """What runs in a thread."""
+
+    rows: _Rows | None = None
+
+
 class BranchCache(DynamicCache):
     """The base pass's keys and values before each row's branches, followed by the branches' own."""
 
@@ -209,15 +216,18 @@ class BranchCache(DynamicCache):
 class BranchRunner:
     """Runs branches of one layer; a context manager that leaves the model as it was, also after an exception.
 
+    Calls may run side by side, in a thread each, where no hooks are given.
+
     Args:
         base: The base pass.
         layer: The first layer at which the branches' routes differ.
         hooks: Further hooks for the layers above (routes of the branches there).
+        at_once: About how many branches a call will get: with many, experts run as :class:`LeanPasses` has them.
     """
 
-    def __init__(self, base: BasePass, layer: int, hooks: Hooks | None = None) -> None:
-        self.base, self.layer, self.hooks = base, layer, hooks or []
-        self.rows: _Rows | None = None
+    def __init__(self, base: BasePass, layer: int, hooks: Hooks | None = None, at_once: int = 1) -> None:
+        self.base, self.layer, self.hooks, self.at_once = base, layer, hooks or [], at_once
+        self._running = _Running()
         self._unembed = _unembedding(base.head)
         self._stack = ExitStack()
 
@@ -236,11 +246,11 @@ class BranchRunner:
                 stack.callback(handle.remove)
             stack.enter_context(base.moe.bridge.hooks(fwd_hooks=self.hooks))
             stack.enter_context(base.lean.modules())
+            stack.enter_context(base.lean.experts(self.at_once))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.rows = None
         self._stack.close()
 
     def __call__(self, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
@@ -257,17 +267,26 @@ class BranchRunner:
         """
         base = self.base
         token = sequence.unsqueeze(1) * base.tokens.shape[1] + position
-        self.rows = _Rows(sequence, position, token, int(position.max()), block_out, {})
+        rows = _Rows(sequence, position, token, int(position.max()), block_out, {})
+        self._running.rows = rows
         # 4-D, so that the model does not make a mask of its own; the layers get theirs below
         no_mask = block_out.new_zeros(1, 1, 1, 1)
-        with base.lean.experts(token):
+        try:
             return base.moe.bridge.original_model(
                 input_ids=base.tokens.reshape(-1)[token],
                 attention_mask=no_mask,
                 position_ids=position,
-                past_key_values=BranchCache(base.cache.recorded, self.rows),
+                past_key_values=BranchCache(base.cache.recorded, rows),
                 use_cache=True,
             ).logits
+        finally:
+            self._running.rows = None
+
+    @property
+    def rows(self) -> _Rows:
+        """The branches that run in this thread."""
+        assert self._running.rows is not None
+        return self._running.rows
 
     def logits(self, states: Tensor) -> Tensor:
         """``[branch, width]`` of what a call gave to logits ``[branch, vocab]``."""
@@ -276,7 +295,6 @@ class BranchRunner:
     # -- what the modules are made to answer and to read ------------------------------------------------------------
     def _stub(self, answer: Any, is_target: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            assert self.rows is not None
             gathered = self._at_branches(answer)
             if not is_target:
                 return gathered
@@ -304,7 +322,6 @@ class BranchRunner:
 
     def _index(self, value: Tensor) -> Tensor | None:
         """Where the branches are in a tensor of the base pass; None for one without a position axis."""
-        assert self.rows is not None
         batch, pos = self.base.tokens.shape
         if value.shape[:2] == (batch, pos) or value.shape[:1] == (batch * pos,):
             return self.rows.token
@@ -312,7 +329,6 @@ class BranchRunner:
 
     def _at_branches(self, value: Any) -> Any:
         """A value of the base pass, gathered at the branches; None in the place of tensors without positions."""
-        assert self.rows is not None
         if id(value) not in self.rows.gathered:
             self.rows.gathered[id(value)] = tree_map(self._gather, value)
         return self.rows.gathered[id(value)]
@@ -330,7 +346,6 @@ class BranchRunner:
     def _mask(self, base_mask: Tensor | None) -> Tensor:
         """``[row, 1, n, crop + n]``: a branch reads what its token read before its position, and itself."""
         rows = self.rows
-        assert rows is not None
         if id(base_mask) in rows.gathered:
             return rows.gathered[id(base_mask)]
         dtype, device = rows.block_out.dtype, rows.block_out.device

@@ -36,9 +36,10 @@ class LeanPasses:
         self._norms: list[Any] = [m for m in moe.bridge.modules() if _is_native(m)]
         self._linears = [m for m in model.modules() if type(m) is nn.Linear]
         # at lower precision the loop rounds its sum over slots more often than the grouped product
-        dtype = next(model.parameters()).dtype
+        weight = next(model.parameters())
+        is_apt = weight.dtype == torch.float32 and weight.device.type == "cpu"
         stacked = [spec.experts for spec in specs if not getattr(spec.experts, "_is_expert_parallel", False)]
-        configs = [getattr(experts, "config", None) for experts in stacked] if dtype == torch.float32 else []
+        configs = [getattr(experts, "config", None) for experts in stacked] if is_apt else []
         self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_experts_implementation")}
         self._rows_a_token = max(spec.top_k / spec.n_experts for spec in specs)
         self._work_a_row = max(2 * spec.d_model * spec.d_expert for spec in specs)
@@ -61,17 +62,17 @@ class LeanPasses:
             yield
 
     @contextmanager
-    def experts(self, tokens: Tensor) -> Iterator[None]:
+    def experts(self, n_tokens: int) -> Iterator[None]:
         """Inside the ``with``, float32 experts run one after the other where that is faster; equal to rounding.
 
         transformers' grouped product walks through all rows for every step of an expert; a loop keeps an expert's
         rows in the processor's cache. An implementation that somebody chose stays.
 
         Args:
-            tokens: Of the pass, ``[batch, pos]``.
+            n_tokens: How many a pass reads.
         """
-        rows = tokens.numel() * self._rows_a_token
-        loops = tokens.device.type == "cpu" and rows >= LOOP_FROM_ROWS and rows * self._work_a_row >= LOOP_FROM_WORK
+        rows = n_tokens * self._rows_a_token
+        loops = rows >= LOOP_FROM_ROWS and rows * self._work_a_row >= LOOP_FROM_WORK
         chosen = [c for c in self._configs.values() if loops and c._experts_implementation == "grouped_mm"]
         try:
             for config in chosen:

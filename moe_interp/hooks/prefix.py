@@ -148,7 +148,7 @@ class PrefixRunner:
                 stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
             stack.enter_context(self._lean.modules())
-            stack.enter_context(self._lean.experts(tokens))
+            stack.enter_context(self._lean.experts(tokens.numel()))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.log_softmax(logits, dim=-1).gather(-1, reads.target.unsqueeze(-1)).squeeze(-1)

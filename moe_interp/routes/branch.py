@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.hooks.workers import n_workers, side_by_side
 from moe_interp.routes.plan import Plan, score_dtype
 from moe_interp.routes.span import spanned_logits
 from moe_interp.types import EMPTY, Hooks
@@ -101,9 +102,11 @@ def branch_scores(
     first = min(routes)
     with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
     present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
-    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget)
+    workers = n_workers(base.moe) if len(routes) == 1 else 1
+    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget, workers)
+    at_once = min(plan.rows_at_once * plan.row_length, int(present.sum()))
     upper = _UpperRoutes(base, {layer: given for layer, given in with_null.items() if layer != first})
-    with torch.no_grad(), BranchRunner(base, first, upper.hooks) as run:
+    with torch.inference_mode(False), torch.no_grad(), BranchRunner(base, first, upper.hooks, at_once) as run:
         scorer = _Scorer(base, plan, upper, run, present.shape, targets)
         for tokens in plan.chunks(present.any(dim=-1)):
             of_chunk, route = present.flatten(0, 1)[tokens].nonzero().unbind(-1)
@@ -135,11 +138,13 @@ class _Scorer:
         self.flat = self.logp.view(-1, *self.logp.shape[2:])
 
     def score(self, branches: _Branches) -> None:
-        for sequence, chosen in self.plan.rows(branches.token):
-            is_bad = ~self._score_rows(branches, sequence, chosen).isfinite().all(dim=-1)
+        def score_group(group: tuple[Tensor, Tensor]) -> None:
+            is_bad = ~self._score_rows(branches, *group).isfinite().all(dim=-1)
             if bool(is_bad.any()):  # a branch that overflows spoils its row, although no other branch reads it
-                for alone in chosen[is_bad].unsqueeze(1).split(self.plan.rows_at_once):
+                for alone in group[1][is_bad].unsqueeze(1).split(self.plan.rows_at_once):
                     self._score_rows(branches, branches.token[alone[:, 0]] // self.plan.n_pos, alone)
+
+        side_by_side(score_group, self.plan.rows(branches.token), self.plan.workers)
 
     def score_by_span(self, branches: _Branches, tokens: Tensor) -> None:
         """At the last layer, with many routes: one unembedding a direction instead of one a route."""

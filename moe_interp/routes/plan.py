@@ -23,7 +23,7 @@ class _AtOnce(NamedTuple):
     logits_bytes: int
 
 
-_AT_ONCE = {"cpu": _AtOnce(1024, 3 * 2**24), "cuda": _AtOnce(16384, 2**29)}
+_AT_ONCE = {"cpu": _AtOnce(1536, 3 * 2**23), "cuda": _AtOnce(16384, 2**29)}
 
 
 class Plan:
@@ -31,6 +31,7 @@ class Plan:
 
     Attributes:
         row_length: Branches a row.
+        workers: Groups of rows that run side by side.
         tokens_at_once, rows_at_once, logits_at_once: How many are held together.
         rank: At the last layer with many routes, the directions that a token's final states span; else 0.
         spans_at_once: Tokens whose routes are unembedded by their span together.
@@ -39,7 +40,7 @@ class Plan:
         DataError: the budget does not hold a single row.
     """
 
-    def __init__(self, base: BasePass, layer: int, n_routes: int, memory_budget: int | None) -> None:
+    def __init__(self, base: BasePass, layer: int, n_routes: int, memory_budget: int | None, workers: int = 1) -> None:
         self.n_pos = base.tokens.shape[1]
         budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
@@ -52,8 +53,10 @@ class Plan:
             )
         at_once = _AT_ONCE.get(base.tokens.device.type, _AT_ONCE["cpu"])
         self.tokens_at_once = budget // 4 // token
-        self.rows_at_once = min(budget // 2 // row, max(at_once.branches // self.row_length, 1))
-        self.logits_at_once = min(budget // 4 // logits, max(at_once.logits_bytes // logits, 64))
+        self.workers = min(workers, budget // 2 // row, budget // 4 // logits)
+        share = budget // self.workers
+        self.rows_at_once = min(share // 2 // row, max(at_once.branches // self.row_length, 1))
+        self.logits_at_once = min(share // 4 // logits, max(at_once.logits_bytes // logits, 64))
         # what the routes of a token can span at the last layer: its experts' outputs, its residual, a norm's centring
         spec = base.moe.spec(layer)
         rank = min(spec.n_experts, n_routes * spec.top_k) + 3
@@ -85,8 +88,9 @@ class Plan:
         table = torch.where(table < 0, table[:, :1], table)
         by_end = (token[table] % self.n_pos).amax(dim=-1).argsort(stable=True)
         owner = sequence.repeat_interleave(rows_each)
-        # equal groups: a last small one would use the machine badly
-        n_groups = -(-len(table) // self.rows_at_once)
+        # equal groups, as many for each worker: a last small one would use the machine badly
+        rounds = -(-len(table) // (self.rows_at_once * self.workers))
+        n_groups = min(rounds * self.workers, len(table))
         yield from zip(owner[by_end].tensor_split(n_groups), table[by_end].tensor_split(n_groups))
 
     # upper estimates of what is held at once ------------------------------------------------------------------------

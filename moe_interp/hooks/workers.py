@@ -1,0 +1,70 @@
+"""Several passes of one model at once on a processor: a thread of Python each, with its part of the computing threads.
+
+One pass leaves the other cores idle while Python and small operations run; passes side by side do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from moe_interp.hooks.attach import MoEHooks
+
+_MOST = 4  # Python runs one thread at a time
+
+Item = TypeVar("Item")
+
+
+def n_workers(moe: MoEHooks) -> int:
+    """How many passes of a model may run at once; 1 where they would disturb each other.
+
+    Each would read what another has just left in the model: hooks (this library's and TransformerLens' forks of the
+    attention's input keep a running pass there) and weights that accelerate moves in and out. And what torch sets for
+    one thread only (autocast, modes that see every operation) would not reach the others.
+    """
+    model: Any = moe.bridge.original_model
+    forks = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+    alone = (
+        next(model.parameters()).device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(getattr(moe.bridge.cfg, fork, False) for fork in forks)
+        or any(point.has_hooks() for point in moe.bridge.hook_dict.values())
+        or any(hasattr(module, "_hf_hook") for module in model.modules())
+    )
+    return 1 if alone else min(torch.get_num_threads(), _MOST)
+
+
+def side_by_side(work: Callable[[Item], None], items: Iterable[Item], workers: int) -> None:
+    """Calls ``work`` with every item, so many at a time, without gradients; an error or an interruption ends them all.
+
+    Args:
+        work: What it writes must be its own.
+        items: Dealt out in their order.
+        workers: At most so many calls at once.
+    """
+    todo = list(items)
+    workers = min(workers, len(todo))
+    threads = torch.get_num_threads()
+    if workers <= 1:
+        with torch.no_grad():
+            for item in todo:
+                work(item)
+        return
+
+    def call(item: Item) -> None:
+        torch.set_num_threads(max(threads // workers, 1))
+        with torch.no_grad():
+            work(item)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="moe_interp")
+    try:
+        for call_done in [pool.submit(call, item) for item in todo]:
+            call_done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)

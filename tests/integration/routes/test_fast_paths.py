@@ -1,0 +1,166 @@
+"""What makes branches fast on real sizes, forced on every tiny family: passes side by side, wide products, loops."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_interp.arch import products
+from moe_interp.hooks import lean
+from moe_interp.hooks.workers import n_workers
+from moe_interp.routes import branch, plan, score_joint_routes, score_routes
+from tests import tiny
+from tests.integration.routes.helpers import (
+    DECODERS,
+    attached,
+    largest_difference,
+    padded_batch,
+    random_routes,
+    served_layers,
+)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> list[str]:
+    """Many small groups, every product wide, every expert looped; gives the threads that ran groups."""
+    monkeypatch.setattr(plan, "ROW_LENGTH", 4)
+    monkeypatch.setattr(plan, "_AT_ONCE", {"cpu": plan._AtOnce(4, 1)})
+    monkeypatch.setattr(products, "_WORTH_IT", 0)
+    monkeypatch.setattr(products, "_FEW_ROWS", 0)
+    monkeypatch.setattr(lean, "LOOP_FROM_ROWS", 0)
+    monkeypatch.setattr(lean, "LOOP_FROM_WORK", 0)
+    return []
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, moe: Any, seen: list[str]) -> None:
+    """Names of the threads that the model runs in."""
+    model: nn.Module = moe.bridge.original_model
+    native = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(threading.current_thread().name)
+        return native(*args, **kwargs)
+
+    monkeypatch.setitem(model.__dict__, "forward", forward)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_side_by_side_gives_the_bits_of_one_after_the_other(
+    name: str, forced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = attached(name)
+    tokens, mask = padded_batch()
+    watch(monkeypatch, moe, forced)
+    for layer in served_layers(name, moe)[:1]:
+        routes = random_routes(moe, layer, tokens)
+        together = score_routes(moe, tokens, layer, routes, attention_mask=mask, method="branch")
+        assert len({thread for thread in forced if thread.startswith("moe_interp")}) == 2
+        assert torch.get_num_threads() == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(branch, "n_workers", lambda moe: 1)
+            alone = score_routes(moe, tokens, layer, routes, attention_mask=mask, method="branch")
+        assert torch.equal(together.nan_to_num(), alone.nan_to_num())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_float32_with_wide_products_and_loops(name: str, forced: list[str]) -> None:
+    moe = attached(name)
+    tiny.set_experts_implementation(moe.bridge.original_model, "grouped_mm")
+    tokens, mask = padded_batch()
+    try:
+        for layer in served_layers(name, moe):
+            routes = random_routes(moe, layer, tokens)
+            options: dict[str, Any] = {"positions": [4, -2], "attention_mask": mask}
+            found = score_joint_routes(moe, tokens, {layer: routes}, method="branch", **options)
+            naive = score_routes(moe, tokens, layer, routes, method="naive", **options)
+            assert largest_difference(found.logp, naive) <= 2e-5
+            assert found.null_distance <= 2e-5
+    finally:
+        tiny.set_experts_implementation(moe.bridge.original_model, "eager")
+
+
+def test_joint_routes_run_alone(forced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their hooks keep what runs in the model."""
+    moe, (tokens, mask) = attached("olmoe"), padded_batch()
+    routes = {layer: random_routes(moe, layer, tokens) for layer in (0, 1)}
+    watch(monkeypatch, moe, forced)
+    score_joint_routes(moe, tokens, routes, attention_mask=mask, method="branch")
+    assert set(forced) == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_worker_leaves_model_and_threads_as_they_were(
+    error: type[BaseException], forced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe, (tokens, mask) = attached("olmoe"), padded_batch()
+    routes = random_routes(moe, 0, tokens)
+    whole = score_routes(moe, tokens, 0, routes, attention_mask=mask, method="branch")
+    before = {name: set(module.__dict__) for name, module in moe.bridge.original_model.named_modules()}
+    head: Any = moe.bridge.original_model.model.layers[-1].mlp
+    native, calls = head.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(threading.current_thread().name)
+        if len(calls) == 4:  # the plain forward is the first
+            raise error
+        return native(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(head.__dict__, "forward", forward)
+        with pytest.raises(error):
+            score_routes(moe, tokens, 0, routes, attention_mask=mask, method="branch")
+    assert len(calls) < 12  # what was begun is finished, and nothing more
+    assert torch.get_num_threads() == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moe_interp")]
+    assert before == {name: set(module.__dict__) for name, module in moe.bridge.original_model.named_modules()}
+    again = score_routes(moe, tokens, 0, routes, attention_mask=mask, method="branch")
+    assert torch.equal(again.nan_to_num(), whole.nan_to_num())
+
+
+def test_scores_within_inference_mode(forced: list[str]) -> None:
+    moe, (tokens, mask) = attached("olmoe"), padded_batch()
+    routes = random_routes(moe, 0, tokens)
+    outside = score_routes(moe, tokens, 0, routes, attention_mask=mask, method="branch")
+    with torch.inference_mode():
+        inside = score_routes(moe, tokens, 0, routes, attention_mask=mask, method="branch")
+    assert largest_difference(outside, inside) <= 1e-6
+
+
+def test_passes_share_a_model_only_where_they_cannot_disturb_each_other(two_threads: None) -> None:
+    moe = attached("olmoe")
+    assert n_workers(moe) == 2
+    with moe.bridge.hooks(fwd_hooks=[("blocks.0.hook_out", lambda value, hook: None)]):
+        assert n_workers(moe) == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert n_workers(moe) == 1
+    with torch.device("cpu"), tiny.float64_casts():  # such a mode belongs to one thread
+        assert n_workers(moe) == 1
+    with FlopCounterMode(display=False):
+        assert n_workers(moe) == 1
+    moe.bridge.cfg.use_attn_in = True
+    try:
+        assert n_workers(moe) == 1
+    finally:
+        moe.bridge.cfg.use_attn_in = False
+    part = moe.bridge.original_model.model.norm
+    part._hf_hook = object()  # what accelerate leaves on a module that it moves in and out
+    try:
+        assert n_workers(moe) == 1
+    finally:
+        del part._hf_hook
+    torch.set_num_threads(1)
+    assert n_workers(moe) == 1
