@@ -21,9 +21,24 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``[d_out, d_in]``.
         bias: ``[d_out]``.
     """
-    if _is_faster(rows, weight):
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return nn.functional.linear(rows, weight, bias)
+    if not _is_faster(rows, weight):
+        return nn.functional.linear(rows, weight, bias)
+    flat = rows.reshape(-1, rows.shape[-1])
+    if missing := padded(len(flat)) - len(flat):
+        flat = nn.functional.pad(flat, (0, 0, 0, missing))
+    out = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
+    return (out[:-missing] if missing else out).view(*rows.shape[:-1], -1)
+
+
+def padded(n_rows: int) -> int:
+    """The next number of rows that products come in: at most an eighth more.
+
+    oneDNN compiles code for every number of rows, and keeps it: .3 ms and .6 MiB each.
+    """
+    if not _is_wide():
+        return n_rows
+    step = max(1 << max(n_rows.bit_length() - 4, 0), _FEW_ROWS)
+    return -(-n_rows // step) * step
 
 
 def _is_faster(rows: Tensor, weight: Tensor) -> bool:
@@ -35,10 +50,13 @@ def _is_faster(rows: Tensor, weight: Tensor) -> bool:
         and type(rows) in _PLAIN
         and type(weight) in _PLAIN
         and not torch.is_grad_enabled()
-        and HAS_WIDE_PRODUCTS
-        and bool(torch.backends.mkldnn.enabled)
+        and _is_wide()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_wide() -> bool:
+    return HAS_WIDE_PRODUCTS and bool(torch.backends.mkldnn.enabled)
 
 
 # what a machine has: judged once, so that one process computes alike throughout

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge.generalized_components import NormalizationBr
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.arch.experts import StackedExperts
-from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear
+from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear, padded
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.swap import swapped_forward
 
@@ -96,14 +96,18 @@ def looped_experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor
     """
     experts = StackedExperts(module)
     order = indices.flatten().argsort(stable=True)
-    sizes = torch.bincount(indices.flatten(), minlength=experts.n_experts).tolist()
     tokens = order.div(indices.shape[1], rounding_mode="floor")
-    rows, scales = hidden[tokens], weights.flatten()[order].unsqueeze(-1)
-    mixed = torch.zeros_like(hidden)
-    for expert, (part, of_part, scale) in enumerate(zip(rows.split(sizes), tokens.split(sizes), scales.split(sizes))):
-        if len(part):
-            out = experts.output(experts.hidden(part, expert), expert)
-            mixed.index_add_(0, of_part, (out * scale).to(mixed.dtype))
+    scales = weights.flatten()[order].unsqueeze(-1)
+    sizes = torch.bincount(indices.flatten(), minlength=experts.n_experts).tolist()
+    mixed, start = torch.zeros_like(hidden), 0
+    for expert, size in enumerate(sizes):
+        if size:
+            here = slice(start, start + size)
+            # a product pads its rows: here it costs no copy
+            rows = torch.nn.functional.pad(tokens[here], (0, padded(size) - size))
+            out = experts.output(experts.hidden(hidden[rows], expert), expert)[:size]
+            mixed.index_add_(0, tokens[here], (out * scales[here]).to(mixed.dtype))
+            start += size
     return mixed
 
 

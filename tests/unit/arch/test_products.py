@@ -65,3 +65,12 @@ def test_leaves_everything_else_to_torch() -> None:
                 linear(x, weight)
 
     assert wide_calls(calls) == 0
+
+
+def test_rows_are_padded_to_few_sizes() -> None:
+    if not products.HAS_WIDE_PRODUCTS:
+        assert products.padded(101) == 101
+        return
+    sizes = {n: products.padded(n) for n in range(1, 4097)}
+    assert all(n <= size <= max(n * 9 / 8, n + 7) for n, size in sizes.items())
+    assert len(set(sizes.values())) <= 72
