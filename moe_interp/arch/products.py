@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 _WORTH_IT = 2**20  # multiplications; a call costs some microseconds more
 _FEW_ROWS = 8
+_STEP = 16
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -31,13 +32,13 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def padded(n_rows: int) -> int:
-    """The next number of rows that products come in: at most an eighth more.
+    """The next number of rows that products come in: the next of 16, from 256 on at most an eighth more.
 
     oneDNN compiles code for every number of rows, and keeps it: .3 ms and .6 MiB each.
     """
     if not _is_wide():
         return n_rows
-    step = max(1 << max(n_rows.bit_length() - 4, 0), _FEW_ROWS)
+    step = max(1 << max(n_rows.bit_length() - 4, 0), _STEP)
     return -(-n_rows // step) * step
 
 

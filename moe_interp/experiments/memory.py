@@ -9,10 +9,13 @@ import sys
 import psutil
 import torch
 
+from moe_interp.arch.products import HAS_WIDE_PRODUCTS
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 
 CPU_TOKENS = 2048  # larger passes fall out of a CPU's caches
+
+_COMPILED = 5 * 2**24  # code that oneDNN compiles for products and keeps: 40 MiB were seen, and what they fragment
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -41,6 +44,8 @@ def tokens_per_pass(
     """
     parameter = next(moe.bridge.original_model.parameters())
     budget = memory_budget if memory_budget is not None else _free_bytes(parameter.device) // 2
+    if HAS_WIDE_PRODUCTS and parameter.device.type == "cpu" and parameter.dtype == torch.float32:
+        budget -= min(budget // 3, _COMPILED)
     spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
     heads = int(getattr(cfg, "n_heads", 0) or 0)
     mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))

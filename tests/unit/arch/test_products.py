@@ -72,5 +72,5 @@ def test_rows_are_padded_to_few_sizes() -> None:
         assert products.padded(101) == 101
         return
     sizes = {n: products.padded(n) for n in range(1, 4097)}
-    assert all(n <= size <= max(n * 9 / 8, n + 7) for n, size in sizes.items())
-    assert len(set(sizes.values())) <= 72
+    assert all(n <= size <= max(n * 9 / 8, n + 15) for n, size in sizes.items())
+    assert len(set(sizes.values())) <= 48

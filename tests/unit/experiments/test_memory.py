@@ -6,6 +6,7 @@ import pytest
 
 import moe_interp as mi
 from moe_interp.errors import ConfigError
+from moe_interp.experiments import memory
 from moe_interp.experiments.memory import CPU_TOKENS, tokens_per_pass
 from tests import tiny
 
@@ -15,19 +16,22 @@ def moe() -> mi.MoEHooks:
     return mi.attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
 
 
-def test_more_to_hold_leaves_fewer_tokens(moe: mi.MoEHooks) -> None:
-    budget = 2**23
-    plain = tokens_per_pass(moe, 10, budget)
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_more_to_hold_leaves_fewer_tokens(moe: mi.MoEHooks, is_wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = 2**23
+    monkeypatch.setattr(memory, "HAS_WIDE_PRODUCTS", is_wide)
+    budget = given * 2 // 3 if is_wide else given  # a third for compiled code
+    plain = tokens_per_pass(moe, 10, given)
     vocabulary, width = moe.bridge.cfg.d_vocab, moe.spec(0).d_model
     assert 10 < plain < CPU_TOKENS
     per_token = budget / plain
     # logits and their log-probabilities, 4 bytes each, for every token
-    read = tokens_per_pass(moe, 10, budget, reads_per_token=1.0)
+    read = tokens_per_pass(moe, 10, given, reads_per_token=1.0)
     assert read == pytest.approx(budget / (per_token + 8 * vocabulary), rel=0.02)
     # four tensors of the residual's width in each of three layers: for every token, or for the few there are
-    every = tokens_per_pass(moe, 10, budget, kept_layers=3, kept_tokens=10**9)
+    every = tokens_per_pass(moe, 10, given, kept_layers=3, kept_tokens=10**9)
     assert every == pytest.approx(budget / (per_token + 48 * width), rel=0.02)
-    few = tokens_per_pass(moe, 10, budget, kept_layers=3, kept_tokens=20)
+    few = tokens_per_pass(moe, 10, given, kept_layers=3, kept_tokens=20)
     assert few == pytest.approx((budget - 20 * 48 * width) / per_token, rel=0.02)
     assert every < few <= plain
 
