@@ -44,8 +44,6 @@ def tokens_per_pass(
     """
     parameter = next(moe.bridge.original_model.parameters())
     budget = memory_budget if memory_budget is not None else _free_bytes(parameter.device) // 2
-    if HAS_WIDE_PRODUCTS and parameter.device.type == "cpu" and parameter.dtype == torch.float32:
-        budget -= min(budget // 3, _COMPILED)
     spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
     heads = int(getattr(cfg, "n_heads", 0) or 0)
     mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))
@@ -54,15 +52,19 @@ def tokens_per_pass(
     # residual, norms, projections and their temporaries; attention scores of one layer in steps
     per_token = size * (24 * spec.d_model + mlp + 6 * heads * width + logits)
     kept = size * 4 * kept_layers * spec.d_model  # the input, the norms' and the attention's answers
-    tokens = budget // (per_token + kept)
-    if tokens > kept_tokens:
-        tokens = (budget - kept * kept_tokens) // per_token
-    if tokens < width:
+
+    def fitting(available: int) -> int:
+        tokens = available // (per_token + kept)
+        return tokens if tokens <= kept_tokens else (available - kept * kept_tokens) // per_token
+
+    if fitting(budget) < width:
         raise ConfigError(
             f"a memory budget of {budget / 2**20:.3f} MiB",
             f"at least {(per_token + kept) * width / 2**20:.3f} MiB for one sequence of {width} tokens",
             "Raise memory_budget, or leave the longest items out.",
         )
+    is_wide = HAS_WIDE_PRODUCTS and parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    tokens = max(fitting(budget - min(budget // 3, _COMPILED) if is_wide else budget), width)
     limit = CPU_TOKENS if parameter.device.type == "cpu" else 256 * CPU_TOKENS
     return int(min(tokens, max(limit, width)))
 
