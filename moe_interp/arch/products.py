@@ -10,19 +10,25 @@ _FEW_ROWS = 8
 _STEP = 16
 _PLAIN = (Tensor, nn.Parameter)
 
+COMPILED_BYTES = 128 * 2**20
+"""At most so much is set aside for the code that oneDNN compiles: some .65 MiB a shape, of which a model has many."""
+
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, equal to rounding, for passes without gradients.
 
     torch multiplies float32 with MKL, which leaves AVX-512 unused on processors of other makers than Intel; oneDNN uses
-    it. ``torch.backends.mkldnn.flags(enabled=False)`` switches it off.
+    it. ``torch.backends.mkldnn.flags(enabled=False)`` switches it off (torch then warns of TF32, to no effect).
 
     Args:
         rows: ``[..., d_in]``.
         weight: ``[d_out, d_in]``.
         bias: ``[d_out]``.
+
+    Returns:
+        ``[..., d_out]``.
     """
-    if not _is_faster(rows, weight):
+    if not (_is_faster(rows, weight) and _is_plain(bias, weight)):
         return nn.functional.linear(rows, weight, bias)
     flat = rows.reshape(-1, rows.shape[-1])
     if missing := padded(len(flat)) - len(flat):
@@ -32,9 +38,10 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def padded(n_rows: int) -> int:
-    """The next number of rows that products come in: the next of 16, from 256 on at most an eighth more.
+    """The number of rows that a product of ``n_rows`` is done with: the next multiple of 16, from 256 on coarser.
 
-    oneDNN compiles code for every number of rows, and keeps it: .3 ms and .6 MiB each.
+    At most an eighth more, from 256 on. oneDNN compiles code for every number of rows and every shape of weights, and
+    keeps it: see :data:`COMPILED_BYTES`.
     """
     if not _is_wide():
         return n_rows
@@ -50,10 +57,24 @@ def _is_faster(rows: Tensor, weight: Tensor) -> bool:
         and rows.numel() * weight.shape[0] >= _WORTH_IT
         and type(rows) in _PLAIN
         and type(weight) in _PLAIN
+        and weight.layout == torch.strided
         and not torch.is_grad_enabled()
         and _is_wide()
         and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0  # counters of operations know torch's own product only
     )
+
+
+def _is_plain(bias: Tensor | None, weight: Tensor) -> bool:
+    return bias is None or (
+        type(bias) in _PLAIN and bias.dtype == weight.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    )
+
+
+def without_compiled(budget: int, parameter: Tensor) -> int:
+    """What is left of a memory budget beside compiled code, for a model with such parameters; two thirds at least."""
+    is_served = _is_wide() and parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    return budget - min(budget // 3, COMPILED_BYTES) if is_served else budget
 
 
 def _is_wide() -> bool:

@@ -9,13 +9,11 @@ import sys
 import psutil
 import torch
 
-from moe_interp.arch.products import HAS_WIDE_PRODUCTS
+from moe_interp.arch.products import without_compiled
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 
 CPU_TOKENS = 2048  # larger passes fall out of a CPU's caches
-
-_COMPILED = 5 * 2**24  # code that oneDNN compiles for products and keeps: 40 MiB were seen, and what they fragment
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -63,8 +61,7 @@ def tokens_per_pass(
             f"at least {(per_token + kept) * width / 2**20:.3f} MiB for one sequence of {width} tokens",
             "Raise memory_budget, or leave the longest items out.",
         )
-    is_wide = HAS_WIDE_PRODUCTS and parameter.device.type == "cpu" and parameter.dtype == torch.float32
-    tokens = max(fitting(budget - min(budget // 3, _COMPILED) if is_wide else budget), width)
+    tokens = max(fitting(without_compiled(budget, parameter)), width)
     limit = CPU_TOKENS if parameter.device.type == "cpu" else 256 * CPU_TOKENS
     return int(min(tokens, max(limit, width)))
 

@@ -71,6 +71,7 @@ class BasePass:
         unembedded: list[tuple[Tensor, int]] = []
         # a mask without padding would only make the passes slower
         mask = None if attention_mask is None or bool(self.is_real.all()) else attention_mask
+        # inference mode is one thread's, and another may not write its tensors
         with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
             stack.enter_context(moe.bridge.hooks(fwd_hooks=self._route_recorders()))
             for module, recorder in self._recorders():
@@ -92,6 +93,8 @@ class BasePass:
             return f"layer {layer} carries several residual streams"
         if any(kind is tuple for kind in self.returns.values()):
             return "layers hand on more than the residual stream"
+        if any(parameter.is_meta for parameter in self.moe.bridge.original_model.parameters()):
+            return "weights are kept elsewhere until a module is called"
         config: Any = self.moe.bridge.original_model.config
         attention = getattr(config.get_text_config(), "_attn_implementation", None)
         if attention not in (None, "eager", "sdpa") and layer + 1 < len(self.blocks):

@@ -42,7 +42,7 @@ class LeanPasses:
         configs = [getattr(experts, "config", None) for experts in stacked] if is_apt else []
         self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_experts_implementation")}
         self._rows_a_token = max(spec.top_k / spec.n_experts for spec in specs)
-        self._work_a_row = max(2 * spec.d_model * spec.d_expert for spec in specs)
+        self._work_a_row = max(3 * spec.d_model * spec.d_expert for spec in specs)
 
     @contextmanager
     def modules(self) -> Iterator[None]:
@@ -125,5 +125,5 @@ def _own_forward(native: Any) -> Any:
     return forward
 
 
-def _linear(native: nn.Linear, rows: Tensor) -> Tensor:
-    return linear(rows, native.weight, native.bias)
+def _linear(native: nn.Linear, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+    return linear(input, native.weight, native.bias)

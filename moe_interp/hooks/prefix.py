@@ -137,17 +137,17 @@ class PrefixRunner:
     def _read(self, tokens: Tensor, reads: Reads, hooks: Hooks, trim_after: int | None) -> Tensor:
         place = reads.row * tokens.shape[1] + reads.column
         head: Any = unwrap(self.model.get_output_embeddings())
-        native_head = head.forward
-
-        def read_only(hidden: Tensor) -> Tensor:
-            return native_head(hidden.reshape(-1, hidden.shape[-1])[place].unsqueeze(0))
-
         with ExitStack() as stack:
+            stack.enter_context(self._lean.modules())
+            native_head = head.forward
+
+            def read_only(hidden: Tensor) -> Tensor:
+                return native_head(hidden.reshape(-1, hidden.shape[-1])[place].unsqueeze(0))
+
             stack.enter_context(swapped_forward(head, read_only))
             if trim_after is not None:
                 stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
-            stack.enter_context(self._lean.modules())
             stack.enter_context(self._lean.experts(tokens.numel()))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()

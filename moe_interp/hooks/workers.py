@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from moe_interp.hooks.attach import MoEHooks
 
 _MOST = 4  # Python runs one thread at a time
+_HOOKS_THAT_SHARE = ("transformer_lens", "moe_interp")
 
 Item = TypeVar("Item")
 
@@ -21,9 +24,9 @@ Item = TypeVar("Item")
 def n_workers(moe: MoEHooks) -> int:
     """How many passes of a model may run at once; 1 where they would disturb each other.
 
-    Each would read what another has just left in the model: hooks (this library's and TransformerLens' forks of the
-    attention's input keep a running pass there) and weights that accelerate moves in and out. And what torch sets for
-    one thread only (autocast, modes that see every operation) would not reach the others.
+    Each would read what another has just left in the model: somebody's hooks (TransformerLens' forks of the attention's
+    input keep a running pass there) and weights that accelerate moves in and out. And what torch sets for one thread
+    only (autocast, modes that see every operation) would not reach the others.
     """
     model: Any = moe.bridge.original_model
     forks = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
@@ -33,8 +36,8 @@ def n_workers(moe: MoEHooks) -> int:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
         or any(getattr(moe.bridge.cfg, fork, False) for fork in forks)
+        or any(_is_watched(module) for module in model.modules())
         or any(point.has_hooks() for point in moe.bridge.hook_dict.values())
-        or any(hasattr(module, "_hf_hook") for module in model.modules())
     )
     return 1 if alone else min(torch.get_num_threads(), _MOST)
 
@@ -49,22 +52,40 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item], workers: i
     """
     todo = list(items)
     workers = min(workers, len(todo))
-    threads = torch.get_num_threads()
     if workers <= 1:
         with torch.no_grad():
             for item in todo:
                 work(item)
         return
+    threads = torch.get_num_threads()
+    met = Barrier(workers + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread takes the default at its first question: later would undo the next line
+        torch.set_num_threads(max(threads // workers, 1))
+        met.wait()
 
     def call(item: Item) -> None:
-        torch.set_num_threads(max(threads // workers, 1))
         with torch.no_grad():
             work(item)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="moe_interp")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="moe_interp", initializer=begin)
     try:
-        for call_done in [pool.submit(call, item) for item in todo]:
-            call_done.result()
+        calls = [pool.submit(call, item) for item in todo]
+        try:
+            met.wait()
+        finally:
+            torch.set_num_threads(threads)  # also the default of threads to come, which the workers have just changed
+        for one in calls:
+            one.result()
     finally:
+        met.abort()  # an interruption before all have met
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody else's hook is on a module."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return hasattr(module, "_hf_hook") or any(
+        not str(getattr(hook, "__module__", "")).startswith(_HOOKS_THAT_SHARE) for hook in hooks
+    )

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_interp.arch.products import without_compiled
 from moe_interp.errors import DataError
 from moe_interp.hooks.branches import BasePass
 from moe_interp.routes.span import pays
 
 ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
 _DEFAULT_BUDGET = 2**30
+_WORKER_BYTES = 2**25
 
 
 class _AtOnce(NamedTuple):
@@ -23,7 +25,7 @@ class _AtOnce(NamedTuple):
     logits_bytes: int
 
 
-_AT_ONCE = {"cpu": _AtOnce(1536, 3 * 2**23), "cuda": _AtOnce(16384, 2**29)}
+_AT_ONCE = {"cpu": _AtOnce(1536, 3 * 2**24), "cuda": _AtOnce(16384, 2**29)}
 
 
 class Plan:
@@ -53,7 +55,10 @@ class Plan:
             )
         at_once = _AT_ONCE.get(base.tokens.device.type, _AT_ONCE["cpu"])
         self.tokens_at_once = budget // 4 // token
-        self.workers = min(workers, budget // 2 // row, budget // 4 // logits)
+        weight = next(base.moe.bridge.original_model.parameters())
+        budget = max(without_compiled(budget, weight), 4 * max(token, row, logits))
+        # a thread also keeps what it has freed: little ones would together exceed the budget
+        self.workers = min(workers, budget // 2 // row, budget // 4 // logits, max(budget // _WORKER_BYTES, 1))
         share = budget // self.workers
         self.rows_at_once = min(share // 2 // row, max(at_once.branches // self.row_length, 1))
         self.logits_at_once = min(share // 4 // logits, max(at_once.logits_bytes // logits, 64))

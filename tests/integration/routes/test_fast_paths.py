@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import moe_interp as mi
 from moe_interp.arch import products
 from moe_interp.hooks import lean
-from moe_interp.hooks.workers import n_workers
-from moe_interp.routes import branch, plan, score_joint_routes, score_routes
+from moe_interp.hooks.branches import BasePass
+from moe_interp.hooks.workers import n_workers, side_by_side
+from moe_interp.routes import SlowRoutesWarning, branch, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,
@@ -32,6 +36,12 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+def default_threads() -> int:
+    """How many computing threads a new thread of Python gets."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
 
 
 @pytest.fixture
@@ -69,7 +79,7 @@ def test_side_by_side_gives_the_bits_of_one_after_the_other(
         routes = random_routes(moe, layer, tokens)
         together = score_routes(moe, tokens, layer, routes, attention_mask=mask, method="branch")
         assert len({thread for thread in forced if thread.startswith("moe_interp")}) == 2
-        assert torch.get_num_threads() == 2
+        assert default_threads() == 2
         with monkeypatch.context() as patch:
             patch.setattr(branch, "n_workers", lambda moe: 1)
             alone = score_routes(moe, tokens, layer, routes, attention_mask=mask, method="branch")
@@ -124,7 +134,7 @@ def test_an_interrupted_worker_leaves_model_and_threads_as_they_were(
         with pytest.raises(error):
             score_routes(moe, tokens, 0, routes, attention_mask=mask, method="branch")
     assert len(calls) < 12  # what was begun is finished, and nothing more
-    assert torch.get_num_threads() == 2
+    assert default_threads() == 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("moe_interp")]
     assert before == {name: set(module.__dict__) for name, module in moe.bridge.original_model.named_modules()}
     again = score_routes(moe, tokens, 0, routes, attention_mask=mask, method="branch")
@@ -157,10 +167,49 @@ def test_passes_share_a_model_only_where_they_cannot_disturb_each_other(two_thre
     finally:
         moe.bridge.cfg.use_attn_in = False
     part = moe.bridge.original_model.model.norm
+    handle = part.register_forward_hook(lambda module, args, output: None)
+    assert n_workers(moe) == 1
+    handle.remove()
     part._hf_hook = object()  # what accelerate leaves on a module that it moves in and out
     try:
         assert n_workers(moe) == 1
     finally:
         del part._hf_hook
-    torch.set_num_threads(1)
-    assert n_workers(moe) == 1
+    for threads, workers in ((1, 1), (3, 3), (8, 4)):
+        torch.set_num_threads(threads)
+        assert n_workers(moe) == workers
+
+
+def test_workers_share_cores_and_the_default_stays(two_threads: None) -> None:
+    seen: list[tuple[int, int]] = []
+    torch.set_num_threads(8)
+    side_by_side(lambda item: seen.append((torch.get_num_threads(), default_threads())), range(6), 3)
+    assert seen == [(2, 8)] * 6
+    assert default_threads() == torch.get_num_threads() == 8
+
+
+def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, tokens = attached("olmoe"), tiny.random_tokens(1, 40)
+    monkeypatch.setattr(plan, "_AT_ONCE", {"cpu": plan._AtOnce(10**9, 10**9)})
+    monkeypatch.setattr(plan, "_WORKER_BYTES", 1)
+    base = BasePass(moe, tokens, [0])
+    alone, both = (plan.Plan(base, 0, 40, 2**25, workers) for workers in (1, 2))
+    assert (alone.workers, both.workers) == (1, 2)
+    assert alone.rows_at_once // 2 == both.rows_at_once > 0
+    assert alone.logits_at_once // 2 == both.logits_at_once > 0
+    groups = list(both.rows(torch.arange(39).repeat(40)))
+    assert len(groups) % 2 == 0
+    assert all(len(sequence) <= both.rows_at_once for sequence, _ in groups)
+    monkeypatch.setattr(plan, "_WORKER_BYTES", 2**30)
+    assert plan.Plan(base, 0, 40, 2**25, 2).workers == 1
+
+
+def test_offloaded_weights_are_scored_slowly_and_rightly(recwarn: pytest.WarningsRecorder) -> None:
+    tokens = tiny.random_tokens(1, 6)
+    here = mi.attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    routes = random_routes(here, 0, tokens)
+    naive = score_routes(here, tokens, 0, routes, positions=[3], method="naive")
+    cpu_offload(here.bridge.original_model, torch.device("cpu"))
+    found = score_routes(here, tokens, 0, routes, positions=[3])
+    assert largest_difference(found, naive) <= 2e-5
+    assert any(issubclass(w.category, SlowRoutesWarning) and "elsewhere" in str(w.message) for w in recwarn)

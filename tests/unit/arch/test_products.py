@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_interp.arch import products
 from moe_interp.arch.products import linear
@@ -59,6 +60,12 @@ def test_leaves_everything_else_to_torch() -> None:
             linear(x.bfloat16(), weight.bfloat16())
             linear(x[:4], weight)  # too little to pay
             linear(x[:0], weight)
+            for bias in (torch.randn(1024)[::2], torch.randn(1).expand(512), torch.randn(1)):
+                assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+            linear(x, weight.to_sparse_csr())
+            with FlopCounterMode(display=False) as counter:
+                linear(x, weight)
+            assert counter.get_total_flops() == 2 * x.numel() * len(weight)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert linear(x, weight).dtype == torch.bfloat16
             with torch.backends.mkldnn.flags(enabled=False):
