@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 from typing import Any, TypeVar
 
 import torch
@@ -63,7 +64,8 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item], workers: i
     def begin() -> None:
         torch.get_num_threads()  # a thread takes the default at its first question: later would undo the next line
         torch.set_num_threads(max(threads // workers, 1))
-        met.wait()
+        with suppress(BrokenBarrierError):
+            met.wait()
 
     def call(item: Item) -> None:
         with torch.no_grad():

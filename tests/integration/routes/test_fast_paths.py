@@ -183,11 +183,14 @@ def test_passes_share_a_model_only_where_they_cannot_disturb_each_other(two_thre
         assert n_workers(moe) == workers
 
 
-def test_workers_share_cores_and_the_default_stays(two_threads: None) -> None:
+def test_workers_share_cores_and_the_default_stays(two_threads: None, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[tuple[int, int]] = []
     torch.set_num_threads(8)
     side_by_side(lambda item: seen.append((torch.get_num_threads(), default_threads())), range(6), 3)
     assert seen == [(2, 8)] * 6
+    for _ in range(50):  # so short that a worker may come when all is done
+        side_by_side(lambda item: None, range(3), 3)
+    assert not caplog.records
     assert default_threads() == torch.get_num_threads() == 8
 
 
