@@ -48,7 +48,8 @@ def test_takes_the_wide_product_where_the_machine_has_one() -> None:
     assert wide_calls(call) == int(products.HAS_WIDE_PRODUCTS)
 
 
-@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's, at any use of its switch
+# torch's own, at any use of its switch, and at a process's first sparse tensor
+@pytest.mark.filterwarnings("ignore:TF32 acceleration", "ignore:Sparse CSR tensor support")
 def test_leaves_everything_else_to_torch() -> None:
     x, weight = torch.randn(64, 256), torch.randn(512, 256)
     trained = torch.nn.Parameter(torch.randn(512, 256))
