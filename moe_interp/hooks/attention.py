@@ -28,11 +28,14 @@ def can_fuse(moe: MoEHooks) -> bool:
 
 
 @contextmanager
-def fused_attention(moe: MoEHooks) -> Iterator[None]:
-    """Inside the ``with``, attention runs as transformers' scaled dot product.
+def native_attention(moe: MoEHooks, implementation: str = "sdpa") -> Iterator[None]:
+    """Inside the ``with``, attention runs as transformers' own, by default as its scaled dot product.
 
     TransformerLens computes attention step by step, so that its parts can be hooked. The two agree to rounding, except
-    in models whose fused path leaves something out (a soft-cap, say): compare before use.
+    in models where the implementation leaves something out (a soft-cap, say): compare before use.
+
+    Args:
+        implementation: A name in transformers' table of attention functions.
     """
     model: Any = moe.bridge.original_model
     configs: dict[int, Any] = {}
@@ -44,7 +47,7 @@ def fused_attention(moe: MoEHooks) -> Iterator[None]:
             stack.enter_context(swapped_forward(attention, unwrap(attention).forward))
         try:
             for config in configs.values():
-                config._attn_implementation = "sdpa"
+                config._attn_implementation = implementation
             yield
         finally:
             for key, config in configs.items():  # a whole before its parts, which it sets too

@@ -16,8 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,11 +26,16 @@ from transformers import DynamicCache
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.arch.products import linear
+from moe_interp.hooks import shared_attention
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attention import native_attention
 from moe_interp.hooks.lean import LeanPasses
+from moe_interp.hooks.shared_attention import Rows, SharedCache, UnknownAttention
 from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 
+_TRIED = 16  # branches
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5}  # of the largest logit
 _PLAIN_CACHES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # by name: the classes move between versions
 
 
@@ -64,6 +68,7 @@ class BasePass:
         self.arguments: dict[int, dict[str, Any]] = {}  # by layer, the keyword arguments it was called with
         self.answers: dict[int, dict[str, Any]] = {layer: {} for layer in layers}  # outputs of its first children
         self.returns: dict[int, type] = {}  # by layer, the kind of its output
+        self._hides: dict[int, bool] = {}  # by id of a recorded mask
         self.lean = LeanPasses(moe)
         self.cache = RecordingCache(config=moe.bridge.original_model.config)
         model: Any = moe.bridge.original_model
@@ -112,6 +117,42 @@ class BasePass:
         """The output of the layer's experts' block, ``[token, d_model]``."""
         out = _first(self.answers[layer][self.targets[layer]])
         return out.reshape(-1, out.shape[-1])
+
+    def windowed(self, mask: Tensor | None) -> Tensor | None:
+        """A recorded attention mask; None where it only says that real tokens read all earlier ones."""
+        if mask is None:
+            return None
+        if id(mask) not in self._hides:
+            n_pos = mask.shape[-1]
+            earlier = torch.ones(n_pos, n_pos, dtype=torch.bool, device=mask.device).tril()
+            is_read = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0) | ~earlier
+            self._hides[id(mask)] = not bool((is_read.all(dim=-1) | ~self.is_real).all())
+        return mask if self._hides[id(mask)] else None
+
+    @cached_property
+    def shares_keys(self) -> bool:
+        """Whether branches may read their sequence's keys without copies: tried on a few, beside rows with copies.
+
+        Not where attention is more than a softmax over keys, is no function in transformers' table, or has other keys
+        than those that TransformerLens' own steps, which the base pass took, have put in the cache.
+        """
+        layer = min(self.layers)
+        sequence, position = self.is_real.nonzero().unbind(-1)
+        some = torch.linspace(0, len(sequence) - 1, _TRIED, device=sequence.device).long()
+        sequence, position = sequence[some], position[some].unsqueeze(1)
+        token = sequence.unsqueeze(1) * self.tokens.shape[1] + position
+        plain = self.logits.flatten(0, 1)[token[:, 0]]
+        errors = []
+        try:
+            for shares_keys in (False, True):
+                with torch.no_grad(), BranchRunner(self, layer, shares_keys=shares_keys) as run:
+                    states = run(sequence, position, self.block_out(layer)[token])
+                    errors.append((run.logits(states[:, 0]) - plain).abs().amax(dim=-1).sort().values)
+        except (UnknownAttention, RuntimeError):  # a model that reads the mask or the keys in a way of its own
+            return False
+        # of the largest, one may be a near-tie of a later router
+        allowed = max(3 * float(errors[0][-2]), _ROUNDING.get(plain.dtype, 0.0) * float(plain.abs().max()))
+        return float(errors[1][-2]) <= allowed
 
     # -- recording --------------------------------------------------------------------------------------------------
     def _route_recorders(self) -> Hooks:
@@ -179,28 +220,16 @@ class RecordingCache(DynamicCache):
         return None
 
 
-@dataclass
-class _Rows:
-    """The branches that are running: ``[row, n]`` positions in ``[row]`` sequences."""
-
-    sequence: Tensor
-    position: Tensor
-    token: Tensor  # [row, n], index into the flattened [batch, pos]
-    crop: int  # keys before this position are all that any branch reads
-    block_out: Tensor  # [row, n, d_model]
-    gathered: dict[int, Any]  # by id of a recorded value, that value at the branches
-
-
 class _Running(threading.local):
     """What runs in a thread."""
 
-    rows: _Rows | None = None
+    rows: Rows | None = None
 
 
 class BranchCache(DynamicCache):
     """The base pass's keys and values before each row's branches, followed by the branches' own."""
 
-    def __init__(self, recorded: dict[int, tuple[Tensor, Tensor]], rows: _Rows) -> None:
+    def __init__(self, recorded: dict[int, tuple[Tensor, Tensor]], rows: Rows) -> None:
         super().__init__()
         self.recorded, self.rows = recorded, rows
 
@@ -226,10 +255,19 @@ class BranchRunner:
         layer: The first layer at which the branches' routes differ.
         hooks: Further hooks for the layers above (routes of the branches there).
         at_once: About how many branches a call will get: with many, experts run as :class:`LeanPasses` has them.
+        shares_keys: Whether branches read their sequence's keys without a copy; by default where that is exact.
     """
 
-    def __init__(self, base: BasePass, layer: int, hooks: Hooks | None = None, at_once: int = 1) -> None:
+    def __init__(
+        self,
+        base: BasePass,
+        layer: int,
+        hooks: Hooks | None = None,
+        at_once: int = 1,
+        shares_keys: bool | None = None,
+    ) -> None:
         self.base, self.layer, self.hooks, self.at_once = base, layer, hooks or [], at_once
+        self.shares_keys = base.shares_keys if shares_keys is None else shares_keys
         self._running = _Running()
         self._unembed = _unembedding(base.head)
         self._stack = ExitStack()
@@ -237,6 +275,8 @@ class BranchRunner:
     def __enter__(self) -> BranchRunner:
         base, layer = self.base, self.layer
         with ExitStack() as stack:
+            if self.shares_keys:  # before the attention of the first layer gets its recorded answer
+                stack.enter_context(native_attention(base.moe, shared_attention.NAME))
             if base.ends_in_head:
                 stack.enter_context(swapped_forward(base.head, lambda hidden, *args, **kwargs: hidden))
             for block in base.blocks[:layer]:
@@ -270,7 +310,8 @@ class BranchRunner:
         """
         base = self.base
         token = sequence.unsqueeze(1) * base.tokens.shape[1] + position
-        rows = _Rows(sequence, position, token, int(position.max()), block_out, {})
+        rows = Rows(sequence, position, token, int(position.max()), block_out)
+        cache = SharedCache if self.shares_keys else BranchCache
         self._running.rows = rows
         # 4-D, so that the model does not make a mask of its own; the layers get theirs below
         no_mask = block_out.new_zeros(1, 1, 1, 1)
@@ -279,14 +320,14 @@ class BranchRunner:
                 input_ids=base.tokens.reshape(-1)[token],
                 attention_mask=no_mask,
                 position_ids=position,
-                past_key_values=BranchCache(base.cache.recorded, rows),
+                past_key_values=cache(base.cache.recorded, rows),
                 use_cache=True,
             ).logits
         finally:
             self._running.rows = None
 
     @property
-    def rows(self) -> _Rows:
+    def rows(self) -> Rows:
         """The branches that run in this thread."""
         assert self._running.rows is not None
         return self._running.rows
@@ -315,7 +356,9 @@ class BranchRunner:
             recorded = self.base.arguments[index]
             fed = {name: self._at_branches(value) for name, value in recorded.items() if self._is_positional(value)}
             if "attention_mask" in recorded:
-                fed["attention_mask"] = self._mask(recorded["attention_mask"])
+                mask = recorded["attention_mask"]
+                # over shared keys, attention finds in the base pass's own mask what its rows read
+                fed["attention_mask"] = self.base.windowed(mask) if self.shares_keys else self._mask(mask)
             return args, {**kwargs, **fed}
 
         return feed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.generalized_components import NormalizationBr
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.arch.experts import StackedExperts
+from moe_interp.arch.norms import rms_norm
 from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear, padded
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.swap import swapped_forward
@@ -38,6 +39,7 @@ class LeanPasses:
         # at lower precision the loop rounds its sum over slots more often than the grouped product
         weight = next(model.parameters())
         is_apt = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        self._short = {id(m): rms_norm(m.original_component) for m in self._norms} if is_apt else {}
         stacked = [spec.experts for spec in specs if not getattr(spec.experts, "_is_expert_parallel", False)]
         configs = [getattr(experts, "config", None) for experts in stacked] if is_apt else []
         self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_experts_implementation")}
@@ -49,13 +51,14 @@ class LeanPasses:
         """Inside the ``with``, norms that nobody hooks are computed once, and linear maps by the faster library.
 
         TransformerLens computes a norm's scale and normalized value for its hooks, and then calls the model's own
-        module: the bits are the same. Linear maps are equal to rounding.
+        module. Norms in fewer passes and linear maps are equal to it to rounding.
         """
         with ExitStack() as stack:
             for norm in self._norms:
                 points = (norm.hook_in, norm.hook_scale, norm.hook_normalized, norm.hook_out)
                 if not any(point.has_hooks() for point in points):
-                    stack.enter_context(swapped_forward(norm, _own_forward(norm.original_component)))
+                    own = _own_forward(norm.original_component, self._short.get(id(norm)))
+                    stack.enter_context(swapped_forward(norm, own))
             for native in self._linears:
                 if "forward" not in native.__dict__:
                     stack.enter_context(swapped_forward(native, partial(_linear, native)))
@@ -97,18 +100,20 @@ def looped_experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor
     experts = StackedExperts(module)
     order = indices.flatten().argsort(stable=True)
     tokens = order.div(indices.shape[1], rounding_mode="floor")
-    scales = weights.flatten()[order].unsqueeze(-1)
     sizes = torch.bincount(indices.flatten(), minlength=experts.n_experts).tolist()
-    mixed, start = torch.zeros_like(hidden), 0
+    outputs, start = [], 0
     for expert, size in enumerate(sizes):
         if size:
-            here = slice(start, start + size)
             # a product pads its rows: here it costs no copy
-            rows = torch.nn.functional.pad(tokens[here], (0, padded(size) - size))
-            out = experts.output(experts.hidden(hidden[rows], expert), expert)[:size]
-            mixed.index_add_(0, tokens[here], (out * scales[here]).to(mixed.dtype))
+            rows = torch.nn.functional.pad(tokens[start : start + size], (0, padded(size) - size))
+            outputs.append(experts.output(experts.hidden(hidden.index_select(0, rows), expert), expert)[:size])
             start += size
-    return mixed
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    # shape: (token * slot, d_out), sorted by expert -> (token, d_out)
+    return torch.nn.functional.embedding_bag(
+        place.view(indices.shape), torch.cat(outputs), per_sample_weights=weights.to(hidden.dtype), mode="sum"
+    )
 
 
 ALL_EXPERTS_FUNCTIONS.register(LOOP, looped_experts)
@@ -118,9 +123,11 @@ def _is_native(module: nn.Module) -> bool:
     return isinstance(module, NormalizationBridge) and module.use_native_layernorm_autograd
 
 
-def _own_forward(native: Any) -> Any:
+def _own_forward(native: Any, short: Callable[[Tensor], Tensor] | None) -> Any:
     def forward(hidden: Tensor, **kwargs: Any) -> Tensor:
-        return native(hidden).to(hidden.dtype)
+        if short is None or hidden.dtype != torch.float32 or torch.is_grad_enabled():
+            return native(hidden).to(hidden.dtype)
+        return short(hidden)
 
     return forward
 

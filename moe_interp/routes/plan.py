@@ -96,7 +96,9 @@ class Plan:
         # equal groups, as many for each worker: a last small one would use the machine badly
         rounds = -(-len(table) // (self.rows_at_once * self.workers))
         n_groups = min(rounds * self.workers, len(table))
-        yield from zip(owner[by_end].tensor_split(n_groups), table[by_end].tensor_split(n_groups))
+        for group in by_end.tensor_split(n_groups):
+            together = group[owner[group].argsort(stable=True)]  # rows of one sequence read the same keys
+            yield owner[together], table[together]
 
     # upper estimates of what is held at once ------------------------------------------------------------------------
     def _token_bytes(self, base: BasePass, layer: int, n_routes: int) -> int:

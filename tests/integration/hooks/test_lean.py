@@ -13,7 +13,7 @@ from moe_interp.arch.modules import unwrap
 from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
 from moe_interp.experiments.scoring import PrefixScorer
 from moe_interp.hooks import lean as lean_passes
-from moe_interp.hooks.attention import fused_attention, queried_only_at
+from moe_interp.hooks.attention import native_attention, queried_only_at
 from moe_interp.hooks.lean import LOOP, LeanPasses
 from moe_interp.hooks.prefix import Prefix
 from moe_interp.hooks.swap import swapped_forward
@@ -100,7 +100,7 @@ def test_looped_experts_agree_with_grouped_ones(name: str, monkeypatch: pytest.M
 def test_queries_at_some_positions_give_what_a_whole_pass_gives_there(name: str) -> None:
     moe, tokens = attached(name), tiny.random_tokens(2, 12)
     place = torch.tensor([3, 10, 17, 23])
-    with fused_attention(moe):
+    with native_attention(moe):
         before = logits(moe, tokens).flatten(0, 1)
         with queried_only_at(moe.bridge.blocks[-1], place):
             after = logits(moe, tokens).flatten(0, 1)
