@@ -10,8 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import moe as transformers_moe
 
 from moe_interp.arch.products import linear
+
+# what transformers gives an experts class that has no gate of its own: act(gate) * up
+_PLAIN_GATE = getattr(transformers_moe, "_default_apply_gate", object())
 
 
 class ExpertFunctions(Protocol):
@@ -44,11 +48,17 @@ class StackedExperts:
         self.down_bias = getattr(module, "down_proj_bias", None)
         self.n_experts = self.up.shape[0]
         self.d_expert = module.down_proj.shape[1 if module.is_transposed else 2]
+        self.gates_plainly = getattr(type(module), "_apply_gate", None) is _PLAIN_GATE
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
         bias = None if self.up_bias is None else self.up_bias[expert]
         projected = _linear(rows, self.up[expert], bias, self.module.is_transposed)
-        return self.module._apply_gate(projected) if self.module.has_gate else self.module.act_fn(projected)
+        if not self.module.has_gate:
+            return self.module.act_fn(projected)
+        if self.gates_plainly and not torch.is_grad_enabled():
+            gate, up = projected.chunk(2, dim=-1)
+            return self.module.act_fn(gate).mul_(up)  # in place, and the same bits
+        return self.module._apply_gate(projected)
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
         bias = None if self.down_bias is None else self.down_bias[expert]

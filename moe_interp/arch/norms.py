@@ -25,8 +25,14 @@ def rms_norm(native: Any) -> Callable[[Tensor], Tensor] | None:
         A function of rows ``[..., d]``; None where the module computes something else.
     """
     weight, eps = getattr(native, "weight", None), getattr(native, "variance_epsilon", getattr(native, "eps", None))
-    is_simple = isinstance(weight, Tensor) and weight.ndim == 1 and [*native.parameters()] == [weight]
-    if not is_simple or weight.dtype != torch.float32 or not isinstance(eps, float):
+    if (
+        not isinstance(weight, Tensor)
+        or weight.dtype != torch.float32
+        or weight.ndim != 1
+        or not isinstance(eps, float)
+    ):
+        return None
+    if len([*native.parameters()]) > 1:
         return None
     draw = torch.Generator().manual_seed(0)
     rows = torch.randn(len(_TRIED_SIZES), len(weight), generator=draw).to(weight.device)

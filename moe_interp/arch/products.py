@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +20,9 @@ COMPILED_BYTES = 128 * 2**20
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, equal to rounding, for passes without gradients.
 
-    torch multiplies float32 with MKL, which leaves AVX-512 unused on processors of other makers than Intel; oneDNN uses
-    it. ``torch.backends.mkldnn.flags(enabled=False)`` switches it off (torch then warns of TF32, to no effect).
+    torch multiplies float32 with MKL, which leaves AVX-512 unused on processors of other makers than Intel. There
+    oneDNN, which uses it, is taken; on Intel's, MKL is as fast, without compiling or padding.
+    ``torch.backends.mkldnn.flags(enabled=False)`` switches it off (torch then warns of TF32, to no effect).
 
     Args:
         rows: ``[..., d_in]``.
@@ -51,7 +55,8 @@ def padded(n_rows: int) -> int:
 
 def _is_faster(rows: Tensor, weight: Tensor) -> bool:
     return (
-        rows.dtype == weight.dtype == torch.float32
+        _is_wide()
+        and rows.dtype == weight.dtype == torch.float32
         and rows.device.type == weight.device.type == "cpu"
         and rows.numel() >= _FEW_ROWS * rows.shape[-1]
         and rows.numel() * weight.shape[0] >= _WORTH_IT
@@ -59,7 +64,6 @@ def _is_faster(rows: Tensor, weight: Tensor) -> bool:
         and type(weight) in _PLAIN
         and weight.layout == torch.strided
         and not torch.is_grad_enabled()
-        and _is_wide()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0  # counters of operations know torch's own product only
     )
@@ -81,9 +85,18 @@ def _is_wide() -> bool:
     return HAS_WIDE_PRODUCTS and bool(torch.backends.mkldnn.enabled)
 
 
+def _is_intel() -> bool:
+    """By the maker's name in the system's list of processors, where it has one."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "GenuineIntel" in platform.processor()
+
+
 # what a machine has: judged once, so that one process computes alike throughout
-HAS_WIDE_PRODUCTS = (
+CAN_BE_WIDE = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+HAS_WIDE_PRODUCTS = CAN_BE_WIDE and not _is_intel()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 
 import psutil
 import torch
@@ -14,8 +12,6 @@ from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 
 CPU_TOKENS = 2048  # larger passes fall out of a CPU's caches
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def tokens_per_pass(
@@ -64,17 +60,6 @@ def tokens_per_pass(
     tokens = max(fitting(without_compiled(budget, parameter)), width)
     limit = CPU_TOKENS if parameter.device.type == "cpu" else 256 * CPU_TOKENS
     return int(min(tokens, max(limit, width)))
-
-
-def reuse_freed_memory() -> None:
-    """Let glibc keep freed temporaries for the next layer, up to half a GiB, instead of handing them back.
-
-    Otherwise every layer's temporaries may be new pages, which the system clears at their first touch. Holds for the
-    process; nothing happens where the C library is another one.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, size in ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**29)):
-            libc.mallopt(option, size)
 
 
 def _free_bytes(device: torch.device) -> int:

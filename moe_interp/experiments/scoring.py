@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_interp.experiments.items import ItemBatch
-from moe_interp.experiments.memory import reuse_freed_memory
 from moe_interp.experiments.variants import ExpertSet, Mode, ablated_rows, forced_rows
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.attention import TOLERANCE, can_fuse
+from moe_interp.hooks.heap import reuse_freed_memory
 from moe_interp.hooks.prefix import PrefixRunner, Reads
 from moe_interp.interventions import ablate_experts, force_experts, uniform_routing
 from moe_interp.interventions.force import Mass

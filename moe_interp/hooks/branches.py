@@ -134,9 +134,12 @@ class BasePass:
         """Whether branches may read their sequence's keys without copies: tried on a few, beside rows with copies.
 
         Not where attention is more than a softmax over keys, is no function in transformers' table, or has other keys
-        than those that TransformerLens' own steps, which the base pass took, have put in the cache.
+        than those that TransformerLens' own steps, which the base pass took, have put in the cache; nor at half
+        precision, where another order of the same steps would be further from the base pass.
         """
-        layer = min(self.layers)
+        layer = min((layer for layer in self.layers if self.refusal(layer) is None), default=None)
+        if layer is None or self.logits.dtype not in _ROUNDING:
+            return False
         sequence, position = self.is_real.nonzero().unbind(-1)
         some = torch.linspace(0, len(sequence) - 1, _TRIED, device=sequence.device).long()
         sequence, position = sequence[some], position[some].unsqueeze(1)
@@ -151,7 +154,7 @@ class BasePass:
         except (UnknownAttention, RuntimeError):  # a model that reads the mask or the keys in a way of its own
             return False
         # of the largest, one may be a near-tie of a later router
-        allowed = max(3 * float(errors[0][-2]), _ROUNDING.get(plain.dtype, 0.0) * float(plain.abs().max()))
+        allowed = max(3 * float(errors[0][-2]), _ROUNDING[plain.dtype] * float(plain.abs().max()))
         return float(errors[1][-2]) <= allowed
 
     # -- recording --------------------------------------------------------------------------------------------------
@@ -255,7 +258,9 @@ class BranchRunner:
         layer: The first layer at which the branches' routes differ.
         hooks: Further hooks for the layers above (routes of the branches there).
         at_once: About how many branches a call will get: with many, experts run as :class:`LeanPasses` has them.
-        shares_keys: Whether branches read their sequence's keys without a copy; by default where that is exact.
+        shares_keys: Whether branches read their sequence's keys without a copy, which cannot be differentiated; by
+            default where that is exact.
+        scores_at_once: How many attention scores to hold together over shared keys; one row's at least.
     """
 
     def __init__(
@@ -265,7 +270,9 @@ class BranchRunner:
         hooks: Hooks | None = None,
         at_once: int = 1,
         shares_keys: bool | None = None,
+        scores_at_once: int = 2**18,
     ) -> None:
+        self.scores_at_once = scores_at_once
         self.base, self.layer, self.hooks, self.at_once = base, layer, hooks or [], at_once
         self.shares_keys = base.shares_keys if shares_keys is None else shares_keys
         self._running = _Running()
@@ -310,7 +317,7 @@ class BranchRunner:
         """
         base = self.base
         token = sequence.unsqueeze(1) * base.tokens.shape[1] + position
-        rows = Rows(sequence, position, token, int(position.max()), block_out)
+        rows = Rows(sequence, position, token, int(position.max()), block_out, self.scores_at_once)
         cache = SharedCache if self.shares_keys else BranchCache
         self._running.rows = rows
         # 4-D, so that the model does not make a mask of its own; the layers get theirs below

@@ -20,7 +20,7 @@ from moe_interp.hooks.swap import swapped_forward
 
 LOOP = "moe_interp_loop"
 # from how many rows an expert, and multiplications, a processor's loop over experts is faster than its grouped product
-LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 100
+LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 48
 LOOP_FROM_WORK = 2**23
 
 

@@ -22,9 +22,6 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 NAME = "moe_interp_branches"
-# scores held at a time: what stays in a processor's cache; what keeps another device busy
-_SCORES_AT_ONCE = {"cpu": 2**18}
-_SCORES_ELSEWHERE = 2**26
 
 
 class UnknownAttention(Exception):
@@ -49,6 +46,7 @@ class Rows:
         token: ``[row, n]``, index into the flattened ``[batch, pos]``.
         crop: Keys before this position are all that any branch reads.
         block_out: ``[row, n, d_model]``, the output of their layer's experts' block.
+        scores_at_once: How many attention scores to hold together, one row's at least.
         gathered: By id of a recorded value, that value at the branches.
         pieces: By number of heads, the pieces that attention takes one after the other.
         masks: By id of a recorded mask and piece, what is added to the scores of its last keys.
@@ -59,6 +57,7 @@ class Rows:
     token: Tensor
     crop: int
     block_out: Tensor
+    scores_at_once: int
     gathered: dict[int, Any] = field(default_factory=dict)
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     masks: dict[tuple[int, Piece], Tensor] = field(default_factory=dict)
@@ -118,22 +117,23 @@ def branch_attention(
         UnknownAttention: a soft-cap, a bias by position, or keys of another form than the recorded ones.
     """
     rows, earlier = _now.rows, _now.earlier
+    _now.rows = _now.earlier = None
     if rows is None or earlier is None or dropout or any(others.get(name) is not None for name in _BEYOND):
         raise UnknownAttention(f"{sorted(others)}, dropout {dropout}")
     keys, values = earlier
     if keys.shape[1::2] != key.shape[1::2] or values.shape[1::2] != value.shape[1::2]:
         raise UnknownAttention(f"keys {tuple(key.shape)} beside recorded ones {tuple(keys.shape)}")
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
     for piece in _pieces(rows, query.shape[1]):
         here = slice(piece.start, piece.stop)
         before = keys[piece.sequence, :, : piece.crop], values[piece.sequence, :, : piece.crop]
         mask = _mask(rows, piece, attention_mask)
-        parts.append(_attend(query[here], before, (key[here], value[here]), mask, s_aux))
+        parts.append(_attend(query[here], before, (key[here], value[here]), mask, scale, s_aux))
     return torch.cat(parts), None
 
 
-_BEYOND = ("softcap", "position_bias", "head_mask")
+_BEYOND = ("softcap", "position_bias")
 AttentionInterface.register(NAME, branch_attention)
 
 
@@ -142,20 +142,21 @@ def _attend(
     before: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
     mask: Tensor,
+    scale: float,
     sinks: Tensor | None,
 ) -> Tensor:
     """Of the rows of a piece, ``[row, n, head, d_value]``.
 
     Args:
-        query: ``[row, head, n, d]``, scaled.
+        query: ``[row, head, n, d]``.
         before: Keys and values ``[kv_head, crop, d]``.
         own: Keys and values ``[row, kv_head, n, d]``.
         mask: ``[row * n, width]``, added to the scores of the last ``width`` keys.
+        scale: Of the scores.
         sinks: ``[head]``.
     """
     n_rows, n_heads, n, _ = query.shape
     n_kv = before[0].shape[0]
-    dtype = torch.float32 if query.dtype.itemsize < 4 else query.dtype
 
     def by_head(values: Tensor) -> Tensor:
         # shape: (row, kv_head * group, n, d) -> (kv_head, group, row * n, d); the group of keys is 1
@@ -163,23 +164,23 @@ def _attend(
         return grouped.reshape(n_kv, grouped.shape[1], n_rows * n, -1)
 
     q, own_k, own_v = by_head(query), by_head(own[0]), by_head(own[1])
-    scores = torch.bmm(q.flatten(1, 2), before[0].transpose(1, 2)).to(dtype).view(*q.shape[:3], -1)
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q.flatten(1, 2), before[0].transpose(1, 2), beta=0, alpha=scale)
+    scores = scores.view(*q.shape[:3], -1)
     scores[..., scores.shape[-1] - mask.shape[1] :] += mask
-    own_scores = (q * own_k).sum(dim=-1, keepdim=True).to(dtype)
-    # the maximum cancels: no gradient passes through it
-    most = torch.maximum(scores.detach().amax(dim=-1, keepdim=True), own_scores.detach())
+    own_scores = (q * own_k).sum(dim=-1, keepdim=True) * scale
+    most = torch.maximum(scores.amax(dim=-1, keepdim=True), own_scores)
     if sinks is not None:
-        sink_scores = sinks.to(dtype).view(n_kv, -1, 1, 1)
-        most = torch.maximum(most, sink_scores.detach())
+        sink_scores = sinks.view(n_kv, -1, 1, 1)
+        most = torch.maximum(most, sink_scores)
     # a share that vanishes beside the largest is not made smaller than any number: processors are slow at those
-    least = 1 + math.log(torch.finfo(dtype).tiny)
+    least = 1 + math.log(torch.finfo(query.dtype).tiny)
     shares, own_share = scores.sub_(most).clamp_(min=least).exp_(), (own_scores - most).clamp(min=least).exp()
     total = shares.sum(dim=-1, keepdim=True) + own_share
     if sinks is not None:
-        total = total + (sink_scores - most).exp()
+        total += (sink_scores - most).exp()
     own_out = own_share * own_v
-    read = torch.bmm(shares.flatten(1, 2).to(query.dtype), before[1]).view(own_out.shape)
-    out = ((read + own_out) / total).to(query.dtype)
+    read = torch.bmm(shares.flatten(1, 2), before[1]).view(own_out.shape)
+    out = own_out.add_(read).div_(total)
     # shape: (kv_head, group, row * n, d) -> (row, n, head, d)
     return out.view(n_heads, n_rows, n, -1).permute(1, 2, 0, 3)
 
@@ -194,7 +195,7 @@ def _cut(rows: Rows, n_heads: int) -> Iterator[Piece]:
     """Rows in their order, as many of one sequence at a time as their scores fit."""
     low, end = rows.position.amin(dim=-1).tolist(), rows.position.amax(dim=-1).tolist()
     sequence, n = rows.sequence.tolist(), rows.position.shape[1]
-    most = _SCORES_AT_ONCE.get(rows.position.device.type, _SCORES_ELSEWHERE) // (n_heads * n)
+    most = rows.scores_at_once // (n_heads * n)
     start = 0
     for i in range(1, len(end) + 1):
         fits = i < len(end) and sequence[i] == sequence[start] and (i + 1 - start) * max(end[start : i + 1]) <= most
@@ -213,9 +214,10 @@ def _mask(rows: Rows, piece: Piece, base_mask: Tensor | None) -> Tensor:
         is_hidden = torch.arange(low, piece.crop, device=position.device) >= position
         mask = torch.zeros(is_hidden.shape, dtype=rows.block_out.dtype, device=position.device)
         if base_mask is not None:
-            of_sequence = base_mask[piece.sequence if len(base_mask) > 1 else 0, 0, :, : piece.crop][position[:, 0]]
-            mask, is_hidden = (
-                (mask, is_hidden | ~of_sequence) if of_sequence.dtype == torch.bool else (of_sequence, is_hidden)
-            )
+            here = base_mask[piece.sequence if len(base_mask) > 1 else 0, 0, :, : piece.crop][position[:, 0]]
+            if here.dtype == torch.bool:
+                is_hidden |= ~here
+            else:
+                mask = here
         rows.masks[id(base_mask), piece] = mask.masked_fill(is_hidden, torch.finfo(mask.dtype).min)
     return rows.masks[id(base_mask), piece]

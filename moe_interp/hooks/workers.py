@@ -29,6 +29,8 @@ def n_workers(moe: MoEHooks) -> int:
     input keep a running pass there) and weights that accelerate moves in and out. And what torch sets for one thread
     only (autocast, modes that see every operation) would not reach the others.
     """
+    if torch.get_num_threads() == 1:
+        return 1
     model: Any = moe.bridge.original_model
     forks = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
     alone = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.hooks.heap import reuse_freed_memory
 from moe_interp.hooks.workers import n_workers, side_by_side
 from moe_interp.routes.plan import Plan, score_dtype
 from moe_interp.routes.span import spanned_logits
@@ -99,6 +100,7 @@ def branch_scores(
     Returns:
         Log-probabilities of the routes ``[batch, pos, route, target]`` and of the null route ``[batch, pos, target]``.
     """
+    reuse_freed_memory()
     first = min(routes)
     with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
     present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
@@ -106,7 +108,8 @@ def branch_scores(
     plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget, workers)
     at_once = min(plan.rows_at_once * plan.row_length, int(present.sum()))
     upper = _UpperRoutes(base, {layer: given for layer, given in with_null.items() if layer != first})
-    with torch.inference_mode(False), torch.no_grad(), BranchRunner(base, first, upper.hooks, at_once) as run:
+    runner = BranchRunner(base, first, upper.hooks, at_once, scores_at_once=plan.scores_at_once)
+    with torch.inference_mode(False), torch.no_grad(), runner as run:
         scorer = _Scorer(base, plan, upper, run, present.shape, targets)
         for tokens in plan.chunks(present.any(dim=-1)):
             of_chunk, route = present.flatten(0, 1)[tokens].nonzero().unbind(-1)

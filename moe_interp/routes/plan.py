@@ -16,6 +16,7 @@ from moe_interp.routes.span import pays
 ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
 _DEFAULT_BUDGET = 2**30
 _WORKER_BYTES = 2**25
+_SCORE_BYTES = 3 * 4  # an attention score, what it is made of, and its share
 
 
 class _AtOnce(NamedTuple):
@@ -23,9 +24,10 @@ class _AtOnce(NamedTuple):
 
     branches: int
     logits_bytes: int
+    scores: int
 
 
-_AT_ONCE = {"cpu": _AtOnce(1536, 3 * 2**24), "cuda": _AtOnce(16384, 2**29)}
+_AT_ONCE = {"cpu": _AtOnce(1536, 3 * 2**24, 2**18), "cuda": _AtOnce(16384, 2**29, 2**26)}
 
 
 class Plan:
@@ -35,32 +37,54 @@ class Plan:
         row_length: Branches a row.
         workers: Groups of rows that run side by side.
         tokens_at_once, rows_at_once, logits_at_once: How many are held together.
+        scores_at_once: Attention scores held together over shared keys.
         rank: At the last layer with many routes, the directions that a token's final states span; else 0.
         spans_at_once: Tokens whose routes are unembedded by their span together.
+
+    Args:
+        base, layer, n_routes: What is scored.
+        memory_budget: In bytes.
+        workers: Groups that may run side by side.
+        shares_keys: Whether the branches will read their keys without copies; by default where that is exact.
 
     Raises:
         DataError: the budget does not hold a single row.
     """
 
-    def __init__(self, base: BasePass, layer: int, n_routes: int, memory_budget: int | None, workers: int = 1) -> None:
+    def __init__(
+        self,
+        base: BasePass,
+        layer: int,
+        n_routes: int,
+        memory_budget: int | None,
+        workers: int = 1,
+        shares_keys: bool | None = None,
+    ) -> None:
         self.n_pos = base.tokens.shape[1]
+        self.shares_keys = base.shares_keys if shares_keys is None else shares_keys
         budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
         token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
-        if 4 * max(token, row, logits) > budget:
+        score, one_row = _SCORE_BYTES * self.shares_keys, _attention(base)[0] * self.row_length * self.n_pos
+        least = 4 * max(token, row + score * one_row, logits)
+        if least > budget:
             raise DataError(
                 f"a memory budget of {budget} bytes",
-                f"at least {4 * max(token, row, logits)} bytes for this model and sequences of {self.n_pos} tokens",
+                f"at least {least} bytes for this model and sequences of {self.n_pos} tokens",
                 "Raise memory_budget, or score shorter sequences.",
             )
         at_once = _AT_ONCE.get(base.tokens.device.type, _AT_ONCE["cpu"])
         self.tokens_at_once = budget // 4 // token
         weight = next(base.moe.bridge.original_model.parameters())
-        budget = max(without_compiled(budget, weight), 4 * max(token, row, logits))
+        budget = max(without_compiled(budget, weight), least)
         # a thread also keeps what it has freed: little ones would together exceed the budget
-        self.workers = min(workers, budget // 2 // row, budget // 4 // logits, max(budget // _WORKER_BYTES, 1))
+        self.workers = min(
+            workers, budget // 2 // (row + score * one_row), budget // 4 // logits, max(budget // _WORKER_BYTES, 1)
+        )
         share = budget // self.workers
-        self.rows_at_once = min(share // 2 // row, max(at_once.branches // self.row_length, 1))
+        self.scores_at_once = max(one_row, min(at_once.scores, share // 8 // _SCORE_BYTES))
+        rows = (share // 2 - score * self.scores_at_once) // row
+        self.rows_at_once = max(1, min(rows, at_once.branches // self.row_length))
         self.logits_at_once = min(share // 4 // logits, max(at_once.logits_bytes // logits, 64))
         # what the routes of a token can span at the last layer: its experts' outputs, its residual, a norm's centring
         spec = base.moe.spec(layer)
@@ -108,15 +132,23 @@ class Plan:
         return (spec.n_experts * (width + spec.d_expert) + 4 * n_routes * spec.d_model) * base.logits.element_size()
 
     def _row_bytes(self, base: BasePass, layer: int) -> int:
-        """A row's residuals and expert rows, its keys and values (copied, and once a head), and attention scores."""
+        """A row's residuals, expert rows, queries, keys and values; without shared keys also copies and scores."""
         spec, size = base.moe.spec(layer), base.logits.element_size()
-        model: Any = base.moe.bridge.original_model
-        heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 1))
-        branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model)) * size
+        heads, widest = _attention(base)
+        branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model) + 2 * heads * widest) * size
         branch += 0 if base.ends_in_head else _logits_bytes(base)
+        if self.shares_keys:
+            return self.row_length * branch
         cached = [(k.shape[1] + heads) * (k.shape[-1] + v.shape[-1]) for k, v in base.cache.recorded.values()]
         scores = heads * self.row_length * (2 * size + 8)
         return self.row_length * branch + (self.n_pos + self.row_length) * (scores + max(cached, default=0) * size)
+
+
+def _attention(base: BasePass) -> tuple[int, int]:
+    """The number of query heads, and the widest key and value of one together."""
+    model: Any = base.moe.bridge.original_model
+    heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 1))
+    return heads, max((k.shape[-1] + v.shape[-1] for k, v in base.cache.recorded.values()), default=0)
 
 
 def _logits_bytes(base: BasePass) -> int:

@@ -152,8 +152,9 @@ def own_gradients(
     block_out = base.block_out(first)
     gradients = {layer: torch.zeros_like(block_out, dtype=_at_least_float(block_out)) for layer in layers}
     targets = base.tokens.roll(-1, dims=1).reshape(-1)
-    plan = Plan(base, first, 1, memory_budget)
-    with torch.enable_grad(), BranchRunner(base, first) as run, _Recorder(base, above) as recorded:
+    # with copies of the keys, whose attention can be differentiated
+    plan = Plan(base, first, 1, memory_budget, shares_keys=False)
+    with torch.enable_grad(), BranchRunner(base, first, shares_keys=False) as run, _Recorder(base, above) as recorded:
         for sequence, token in _rows(plan, wanted, len(base.blocks) - first):
             leaf = block_out[token].detach().requires_grad_()
             states = run(sequence, token % plan.n_pos, leaf)

@@ -22,8 +22,8 @@ from tests import tiny
 FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gemma4_text", "minimax_m2"]
 
 
-def attached(name: str, implementation: str = "eager") -> mi.MoEHooks:
-    bridge = tiny.build_bridge(tiny.build_hf(name), name)
+def attached(name: str, implementation: str = "eager", dtype: torch.dtype = torch.float32) -> mi.MoEHooks:
+    bridge = tiny.build_bridge(tiny.build_hf(name, dtype=dtype), name)
     tiny.set_experts_implementation(bridge, implementation)
     return mi.attach(bridge)
 
@@ -33,13 +33,16 @@ def logits(moe: mi.MoEHooks, tokens: torch.Tensor) -> torch.Tensor:
         return moe.bridge.original_model(input_ids=tokens, use_cache=False).logits
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_norms_give_the_same_bits_and_are_taken_back(name: str) -> None:
-    moe, tokens = attached(name), tiny.random_tokens(2, 12)
+def test_norms_are_equal_and_are_taken_back(name: str, dtype: torch.dtype) -> None:
+    moe, tokens = attached(name, dtype=dtype), tiny.random_tokens(2, 12)
     before = logits(moe, tokens)
     lean = LeanPasses(moe)
     with lean.modules():
-        assert torch.equal(logits(moe, tokens), before)  # products this small stay with MKL
+        found = logits(moe, tokens)
+    # float32 norms take fewer steps; products this small stay as they are
+    assert float((found - before).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.0)
     with pytest.raises(KeyboardInterrupt), lean.modules():
         raise KeyboardInterrupt
     assert not any("forward" in module.__dict__ for module in [*lean._norms, *lean._linears])
@@ -146,7 +149,8 @@ def test_branches_are_lean(entered: list[str]) -> None:
     tokens = tiny.random_tokens(1, 6)
     routes = torch.tensor([0, 1]).expand(1, 6, 1, 2)
     mi.score_routes(moe, tokens, layer=moe.layers[0], routes=routes, method="branch")
-    assert entered == ["modules", "experts"]
+    # the trial of shared keys, with them and without, then the branches
+    assert entered == ["modules", "experts"] * 3
 
 
 def test_low_precision_keeps_its_own_sum_over_slots(monkeypatch: pytest.MonkeyPatch) -> None:

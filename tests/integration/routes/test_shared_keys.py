@@ -1,0 +1,145 @@
+"""Attention over shared keys: what it serves, what it refuses, and the numbers of rows with copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from moe_interp.hooks import shared_attention
+from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.hooks.shared_attention import NAME, UnknownAttention, branch_attention
+from moe_interp.routes import plan, score_joint_routes, score_routes
+from tests import tiny
+from tests.integration.routes.helpers import (
+    DECODERS,
+    attached,
+    largest_difference,
+    padded_batch,
+    precision,
+    random_routes,
+    served_layers,
+)
+
+WITH_COPIES = {"jetmoe"}  # its keys are repeated behind the cache
+SERVED = [name for name in DECODERS if served_layers(name, attached(name))]
+
+
+def scored(moe: MoEHooks, layer: int, routes: Tensor, **options: Any) -> Any:
+    tokens, mask = padded_batch()
+    return score_joint_routes(moe, tokens, {layer: routes}, attention_mask=mask, method="branch", **options)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_both_ways_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = attached(name, torch.float64)
+    tokens, mask = padded_batch()
+    layer = served_layers(name, moe)[0]
+    routes = random_routes(moe, layer, tokens)
+    with precision(torch.float64):
+        assert BasePass(moe, tokens, [layer], mask).shares_keys == (name not in WITH_COPIES)
+        shared = scored(moe, layer, routes)
+        monkeypatch.setattr(BasePass, "shares_keys", False)
+        copied = scored(moe, layer, routes)
+    assert largest_difference(shared.logp, copied.logp) <= 1e-10
+    assert copied.null_distance <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "deepseek_v3"])
+def test_pieces_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row at a time, and as many as there are: sinks, groups of heads, and values narrower than keys."""
+    moe = attached(name, torch.float64)
+    tokens, _ = padded_batch()
+    routes = random_routes(moe, moe.layers[0], tokens, n_routes=6)
+    found = []
+    monkeypatch.setattr(plan, "ROW_LENGTH", 4)
+    with precision(torch.float64):
+        for scores in (1, 500, 10**9):
+            monkeypatch.setattr(plan, "_AT_ONCE", {"cpu": plan._AtOnce(1536, 2**24, scores)})
+            found.append(scored(moe, moe.layers[0], routes).logp)
+    assert largest_difference(found[0], found[2]) <= 1e-12
+    assert largest_difference(found[1], found[2]) <= 1e-12
+
+
+def test_scores_far_apart() -> None:
+    """Nearly all of a token's attention on one key: the shares of the others are smaller than any number."""
+    hf = tiny.build_hf("mixtral", dtype=torch.float32)
+    with torch.no_grad():
+        for block in hf.model.layers:
+            block.self_attn.q_proj.weight.mul_(300.0)
+    moe = attach(tiny.build_bridge(hf, "mixtral"))
+    tokens, mask = padded_batch()
+    base = BasePass(moe, tokens, [0], mask)
+    assert base.shares_keys
+    routes = random_routes(moe, 0, tokens)
+    branches = score_routes(moe, tokens, 0, routes, [5, -2], attention_mask=mask, method="branch")
+    naive = score_routes(moe, tokens, 0, routes, [5, -2], attention_mask=mask, method="naive")
+    assert largest_difference(branches, naive) <= 1e-4
+    assert not bool(branches[0, 5].isnan().any())
+
+
+def test_half_precision_keeps_the_base_pass_s_own_steps() -> None:
+    moe = attached("olmoe", torch.bfloat16)
+    assert not BasePass(moe, padded_batch()[0], [0], padded_batch()[1]).shares_keys
+
+
+@pytest.mark.parametrize("fault", ["scale", "own", "soft-cap", "shape"])
+def test_an_attention_that_comes_out_otherwise_is_not_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        if fault == "scale":
+            options["scaling"] = 2 * options["scaling"]
+        if fault == "own":
+            value = value * 0.5
+        if fault == "soft-cap":
+            options["softcap"] = 30.0
+        if fault == "shape":
+            key = key[..., :-1]
+        return branch_attention(module, query, key, value, mask, **options)
+
+    moe, (tokens, mask) = attached("olmoe"), padded_batch()
+    routes = random_routes(moe, 0, tokens)
+    expected = scored(moe, 0, routes).logp
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, faulty)
+    assert not BasePass(moe, tokens, [0], mask).shares_keys
+    assert largest_difference(scored(moe, 0, routes).logp, expected) <= 2e-5
+
+
+def test_the_attention_of_no_branch_says_so() -> None:
+    one = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(UnknownAttention):
+        branch_attention(None, one, one, one, None)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_gives_the_model_its_attention_back(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe, (tokens, mask) = attached("olmoe"), padded_batch()
+    base = BasePass(moe, tokens, [0], mask)
+    assert base.shares_keys
+    config: Any = moe.bridge.original_model.config
+
+    def fail(*args: Any) -> Tensor:
+        assert config._attn_implementation == NAME
+        raise error
+
+    monkeypatch.setattr(shared_attention, "_attend", fail)
+    position = torch.tensor([[3]])
+    with pytest.raises(error), BranchRunner(base, 0) as run:
+        run(torch.tensor([0]), position, base.block_out(0)[position])
+    assert config._attn_implementation == "eager"
+    assert "forward" not in moe.bridge.blocks[1].attn.__dict__
+    assert shared_attention._now.earlier is None
+
+
+def test_a_mask_that_only_says_what_is_earlier_is_left_out() -> None:
+    moe, (tokens, mask) = attached("olmoe"), padded_batch()
+    padded = BasePass(moe, tokens, [0], mask)
+    right = BasePass(moe, tokens[[0, 2]], [0], mask[[0, 2]])
+    assert padded.windowed(padded.arguments[1]["attention_mask"]) is not None  # padding on the left is hidden
+    assert right.windowed(right.arguments[1]["attention_mask"]) is None  # on the right nothing real reads it
+    assert padded.windowed(None) is None
