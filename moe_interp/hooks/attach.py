@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError, ConfigError, HookError
-from moe_interp.hooks.layer import OpenLayer, Pass
+from moe_interp.hooks.layer import OpenLayer, Pass, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
 from moe_interp.hooks.opening import PastLength, close_layer, describe_layer, find_layers, open_layer
 from moe_interp.hooks.verify import Verification, verify
@@ -75,7 +75,7 @@ class MoEHooks:
                 f"one of {', '.join(opened.points)}",
                 "See moe_interp.support_table() for what each family can serve.",
             )
-        return f"{self._blocks[layer]}.hook_{name}"
+        return f"{self._blocks[plain_label(layer)]}.hook_{name}"
 
     def hook_names(self, layer: Layer | None = None) -> list[str]:
         """Full names of all hook points, of one layer or of all, in the order they fire."""
@@ -102,7 +102,9 @@ class MoEHooks:
 
         Raises:
             HookError: no attached layer has such a hook.
+            AttachError: the hooks were detached, so that nothing would be cached.
         """
+        check_attached(self)
         wanted = set()
         for name in names or HOOK_NAMES:
             found = {self.hook_name(name, label) for label in layers or self.layers if name in self.hooks(label)}
@@ -152,7 +154,8 @@ class MoEHooks:
             label = (stack, int(index)) if stack else int(label)
         if isinstance(label, list):
             label = tuple(label)
-        if isinstance(label, int) and label < 0 and -label <= len(self.layers):
+        label = plain_label(label)
+        if type(label) is int and label < 0 and -label <= len(self.layers):
             return self.layers[label]
         self._open(label)
         return label
@@ -198,12 +201,7 @@ class MoEHooks:
         self.bridge.__dict__[_MARK] = self
 
     def _unmount(self) -> None:
-        if not self.is_attached:
-            raise AttachError(
-                "a model that these hooks are no longer attached to",
-                "an attached model",
-                "Call moe_interp.attach(bridge) to attach anew.",
-            )
+        check_attached(self)
         for layer, opened in self._opened.items():
             close_layer(opened)
             block = self.bridge.get_submodule(self._blocks[layer])
@@ -231,8 +229,11 @@ class MoEHooks:
         )
 
     def _open(self, layer: Layer) -> OpenLayer:
+        label = plain_label(layer)
         try:
-            return self._opened[layer]
+            if isinstance(label, (bool, float)):  # True and 1.0 equal the label 1, and are not meant
+                raise KeyError(label)
+            return self._opened[label]
         except (KeyError, TypeError):
             raise HookError(
                 f"layer {layer!r}, which {describe_layer(self.bridge, layer)}",
@@ -272,13 +273,33 @@ def attached(bridge: TransformerBridge) -> MoEHooks | None:
     return bridge.__dict__.get(_MARK)
 
 
+def check_attached(moe: Any) -> None:
+    """Refuse what is not a bridge's attached hooks.
+
+    Raises:
+        AttachError: a bridge or something else in place of its hooks, or hooks that were detached.
+    """
+    if not isinstance(moe, MoEHooks):
+        raise AttachError(
+            f"a {type(moe).__name__} in place of its hooks" if isinstance(moe, TransformerBridge) else f"moe={moe!r}",
+            "what moe_interp.attach(bridge) returns",
+            "Pass that; moe_interp.attached(bridge) gives it of a bridge that is attached.",
+        )
+    if not moe.is_attached:
+        raise AttachError(
+            "a model that these hooks are no longer attached to",
+            "an attached model",
+            "Call moe_interp.attach(bridge) to attach anew.",
+        )
+
+
 def _choose(bridge: TransformerBridge, layers: Any, found: list[Layer]) -> list[Layer]:
     """The labels among those found that the user names, in the order of the model."""
     remedy = "Leave `layers` out to attach to all of them."
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "shape", None) == ():
         raise AttachError(f"layers={layers!r}", f"a sequence of layers among {found}", remedy)
     chosen = set()
-    for label in layers:
+    for label in map(plain_label, layers):
         # True and 1.0 equal the label 1, and are not meant
         same = [known for known in found if known == label and not isinstance(label, (bool, float))]
         if not same:

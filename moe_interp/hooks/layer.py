@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -115,6 +116,13 @@ class OpenLayer:
         )
 
 
+def plain_label(label: Any) -> Any:
+    """A layer's label as the plain number it is: also numpy's integers, and arrays and tensors of one integer."""
+    if getattr(label, "shape", None) == () and hasattr(label, "item"):
+        label = label.item()
+    return int(label) if isinstance(label, Integral) and not isinstance(label, bool) else label
+
+
 def check_route(indices: Tensor, n_experts: int, where: str) -> None:
     """Refuse ids out of range and experts that a token uses twice."""
     out = (indices >= n_experts) | (indices < -1)
@@ -125,16 +133,23 @@ def check_route(indices: Tensor, n_experts: int, where: str) -> None:
     if bool(out.any()):
         place = out.nonzero()[0].tolist()
         raise RouteError(
-            f"expert id {int(indices[tuple(place)])} at {where}, token {place[:-1]}",
+            f"expert id {int(indices[tuple(place)])} at {where}{_token(place[:-1], ', ')}",
             f"ids from 0 to {n_experts - 1}, or -1 for an empty slot",
             "Correct the id; the model was left as it was.",
         )
     place = twice.nonzero()[0].tolist()
     raise RouteError(
-        f"expert {int(ordered[..., 1:][tuple(place)])} twice in the route of token {place[:-1]} at {where}",
+        f"expert {int(ordered[..., 1:][tuple(place)])} twice in the route{_token(place[:-1], ' of ')} at {where}",
         "each expert at most once a token",
         "Remove the duplicate; scale the expert's weight if it should count twice. The model was left as it was.",
     )
+
+
+def _token(place: list[int], before: str) -> str:
+    """Whose route it is, in words: of indices ``[slot]`` nobody's own, of ``[pos, slot]`` a position's, and so on."""
+    axes = ("sequence", "position", "route") if len(place) > 1 else ("position",)
+    named = ", ".join(f"{axis} {i}" for axis, i in zip(axes, place))
+    return before + named if named else ""
 
 
 def pack_left(indices: Tensor) -> Tensor:

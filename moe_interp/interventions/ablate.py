@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import checked_experts
 from moe_interp.interventions.streams import layer_labels
 from moe_interp.interventions.where import Positions, Where
@@ -48,6 +48,7 @@ def ablate_experts(
         RouteError: an id out of range, or an expert twice.
         ConfigError: an unknown mode, no experts, or fewer experts left than the router needs.
     """
+    check_attached(moe)
     spec = moe.spec(layer)
     gone = checked_experts(moe, layer, experts, "ablate_experts")
     if mode not in get_args(Ablation):

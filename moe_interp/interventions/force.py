@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, RouteError
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.layer import check_route
 from moe_interp.interventions.where import Positions, Where, pack_routes
 from moe_interp.interventions.writing import RouteWriter
@@ -45,6 +45,7 @@ def force_experts(
         RouteError: an id out of range, or an expert twice.
         ConfigError: another mass, no experts, or weights that do not fit.
     """
+    check_attached(moe)
     check_mass(mass)
     ids = checked_experts(moe, layer, experts, "force_experts")
     fixed = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).reshape(-1)
@@ -79,6 +80,7 @@ def set_routes(
     Raises:
         RouteError: an id out of range, an expert twice, or weights of another shape.
     """
+    check_attached(moe)
     routes = torch.as_tensor(indices)
     if routes.is_floating_point() or routes.ndim not in (1, 2, 3):
         raise RouteError(

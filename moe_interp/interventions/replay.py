@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import RouteError
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.where import Positions, Where, pack_routes
 from moe_interp.interventions.writing import RouteWriter
 from moe_interp.types import Hooks, Layer
@@ -46,6 +46,7 @@ def replay_routes(
     Raises:
         RouteError: nothing recorded at a layer, routes of another model, or (when it runs) a token outside the trace.
     """
+    check_attached(moe)
     from_cache = not hasattr(trace, "expert_indices")
     where = Where(moe, positions, attention_mask)
     recorded = _of_cache(moe, trace, layers) if from_cache else _of_trace(moe, trace, layers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
 from moe_interp.interventions.streams import layer_labels
 from moe_interp.interventions.where import Positions, Where
@@ -35,6 +35,7 @@ def uniform_routing(
         mass: The total weight.
         positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
     """
+    check_attached(moe)
     check_mass(mass)
     where = Where(moe, positions, attention_mask)
     return [hook for layer in _layers(moe, layers) for hook in _uniform(moe, layer, mass, where)]
@@ -58,6 +59,7 @@ def random_routing(
         seed: Seed of the draw.
         positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
     """
+    check_attached(moe)
     where = Where(moe, positions, attention_mask)
 
     def draw(layer: Layer) -> Hooks:
@@ -91,6 +93,7 @@ def bias_router(
     Raises:
         ConfigError: a bias of another width, or one that is NaN.
     """
+    check_attached(moe)
     added, n_experts = torch.as_tensor(bias, dtype=torch.float64), moe.spec(layer).n_experts
     if added.shape != (n_experts,) or bool(torch.isnan(added).any()):
         raise ConfigError(

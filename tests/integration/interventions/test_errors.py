@@ -47,7 +47,7 @@ REFUSED: list[tuple[Build, type[MoEInterpError], str]] = [
     (lambda moe: uniform_routing(moe, mass="all"), ConfigError, r"mass='all'"),
     (lambda moe: set_routes(moe, 1, [0, 9]), RouteError, r"expert id 9 at set_routes.*-1 for an empty slot"),
     (lambda moe: set_routes(moe, 1, [0, -2]), RouteError, r"expert id -2 at set_routes"),
-    (lambda moe: set_routes(moe, 1, [[4, 4]]), RouteError, r"expert 4 twice in the route of token \[0\] at set_routes"),
+    (lambda moe: set_routes(moe, 1, [[4, 4]]), RouteError, r"expert 4 twice in the route of position 0 at set_routes"),
     (lambda moe: set_routes(moe, 1, [0.0, 1.0]), RouteError, r"dtype torch.float32.*integers \[slot\], \[pos, slot\]"),
     (lambda moe: set_routes(moe, 1, torch.zeros(1, 1, 1, 1).long()), RouteError, r"shape \(1, 1, 1, 1\).*Pass expert"),
     (

@@ -91,11 +91,11 @@ def test_a_pass_folds_tokens_into_batch_and_position() -> None:
 
 def test_routes_by_hand() -> None:
     check_route(tensor([[[0, 3], [1, -1], [-1, -1]]]), 4, "here")
-    with pytest.raises(RouteError, match=r"^expert id 4 at here, token \[0, 1\]\. Expected: ids from 0 to 3"):
+    with pytest.raises(RouteError, match=r"^expert id 4 at here, sequence 0, position 1\. Expected: ids from 0 to 3"):
         check_route(tensor([[[0, 3], [4, 1]]]), 4, "here")
     with pytest.raises(RouteError, match=r"^expert id -2 at here"):
         check_route(tensor([[[0, -2]]]), 4, "here")
-    with pytest.raises(RouteError, match=r"^expert 2 twice in the route of token \[1, 0\] at here"):
+    with pytest.raises(RouteError, match=r"^expert 2 twice in the route of sequence 1, position 0 at here"):
         check_route(tensor([[[2, 1, -1]], [[2, 0, 2]]]), 4, "here")
 
 
