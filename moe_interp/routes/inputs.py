@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, DataError, RouteError
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.branches import BasePass
-from moe_interp.hooks.layer import check_route
+from moe_interp.hooks.layer import check_route, plain_label
 from moe_interp.routes.branch import LayerRoutes, ruled_routes
 from moe_interp.types import Layer
 
+Tokens = Tensor | str | Sequence[str]
 
-def check_tokens(moe: MoEHooks, tokens: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+
+def check_tokens(moe: MoEHooks, tokens: Tokens, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Token ids and their mask as ``[batch, pos]`` on the model's device, refused where the model cannot read them.
 
+    A text, or several, become the ids that ``bridge.to_tokens`` makes of them, and a mask of what it pads.
+
     Raises:
-        DataError: no integer ids, ids outside of the vocabulary, a mask of another shape, or sequences beyond the
-            context.
+        AttachError: hooks that were detached, or something else in their place.
+        DataError: no integer ids, ids outside of the vocabulary, a mask of another shape, text without a tokenizer, or
+            sequences beyond the context.
     """
-    expected = "integer ids [batch, pos], and a mask of that shape if any"
+    check_attached(moe)
+    expected = "integer ids [batch, pos], and a mask of that shape if any; or texts alone"
     remedy = "Tokenise the text and pad it to one width."
     device = moe.bridge.cfg.device
+    if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and any(isinstance(text, str) for text in tokens)):
+        if attention_mask is not None or not all(isinstance(text, str) for text in tokens):
+            raise DataError("texts with an attention mask, or among other things", expected, remedy)
+        tokens, attention_mask = _tokenised(moe, [tokens] if isinstance(tokens, str) else list(tokens))
     try:
         ids = torch.as_tensor(tokens).to(device)
         mask = None if attention_mask is None else torch.as_tensor(attention_mask).to(device)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"tokens or a mask that make no tensor ({error})", expected, remedy) from error
     ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
     if ids.ndim != 2 or not ids.numel() or not _is_integer(ids) or (mask is not None and mask.shape != ids.shape):
@@ -47,6 +57,22 @@ def check_tokens(moe: MoEHooks, tokens: Tensor, attention_mask: Tensor | None = 
     return ids.long(), mask
 
 
+def _tokenised(moe: MoEHooks, texts: list[str]) -> tuple[Tensor, Tensor | None]:
+    """Ids of texts and the mask of their padding, on the side that ``to_tokens`` pads; None where there is none.
+
+    One by one: in a batch, padding cannot be told from a text's own tokens where they share an id.
+    """
+    if moe.bridge.tokenizer is None:
+        raise DataError("text, but the model has no tokenizer", "integer ids [batch, pos]", "Pass ids.")
+    rows = [moe.bridge.to_tokens(text, truncate=False)[0].long() for text in texts]
+    width, at_end = max(map(len, rows)), getattr(moe.bridge.tokenizer, "padding_side", "right") != "left"
+    ids, mask = rows[0].new_zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, own in enumerate(rows):
+        place = slice(0, len(own)) if at_end else slice(width - len(own), width)
+        ids[row, place], mask[row, place] = own, 1
+    return ids, None if bool(mask.all()) else mask
+
+
 def _check_ids(ids: Tensor, vocabulary: int) -> None:
     is_out = (ids < 0) | (ids >= vocabulary)
     if bool(is_out.any()):
@@ -62,27 +88,13 @@ def scorable(base: BasePass, positions: Sequence[int] | Tensor | None = None) ->
     """``[batch, pos]`` bool: real tokens with a real next token, among the positions asked.
 
     Raises:
-        DataError: there is none, or positions that are neither integers nor a mask of the tokens.
+        DataError: there is none, positions that no sequence reaches, or that are neither integers nor a mask.
     """
     real = base.is_real
     wanted = torch.zeros_like(real)
     wanted[:, :-1] = real[:, :-1] & real[:, 1:]
     if positions is not None:
-        asked = torch.as_tensor(positions, device=real.device)
-        asked = asked.long() if not asked.numel() else asked
-        is_mask = asked.dtype == torch.bool
-        if (asked.shape != real.shape) if is_mask else (asked.ndim != 1 or not _is_integer(asked)):
-            raise DataError(
-                f"positions of shape {tuple(asked.shape)} and dtype {asked.dtype}",
-                f"a list of integers, or bool of shape {tuple(real.shape)}",
-                "Give the same positions for all sequences, or a mask of the tokens.",
-            )
-        if is_mask:
-            wanted &= asked
-        else:
-            index, length = real.long().cumsum(dim=1) - 1, real.long().sum(dim=1, keepdim=True)
-            asked = torch.where(asked < 0, asked + length, asked.expand(len(real), -1))
-            wanted &= (index.unsqueeze(-1) == asked.unsqueeze(1)).any(dim=-1)
+        wanted &= _asked(real, positions)
     if not bool(wanted.any()):
         raise DataError(
             f"no token to score among {int(real.sum())} real tokens"
@@ -91,6 +103,33 @@ def scorable(base: BasePass, positions: Sequence[int] | Tensor | None = None) ->
             "Pass longer sequences, or other positions.",
         )
     return wanted
+
+
+def _asked(real: Tensor, positions: Any) -> Tensor:
+    """``[batch, pos]`` bool: the tokens at these positions, which count the real tokens, or from a mask."""
+    expected = f"a list of integers, or bool of shape {tuple(real.shape)}"
+    try:
+        asked = torch.as_tensor(positions, device=real.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"positions={positions!r}", expected, "Leave positions out to score every token.") from None
+    asked = asked.long() if not asked.numel() else asked
+    is_mask = asked.dtype == torch.bool
+    if (asked.shape != real.shape) if is_mask else (asked.ndim != 1 or not _is_integer(asked)):
+        raise DataError(
+            f"positions of shape {tuple(asked.shape)} and dtype {asked.dtype}",
+            expected,
+            "Give the same positions for all sequences, or a mask of the tokens.",
+        )
+    if is_mask:
+        return asked
+    index, length = real.long().cumsum(dim=1) - 1, real.long().sum(dim=1, keepdim=True)
+    longest = int(length.max())
+    beyond = [at for at in asked.tolist() if not -longest <= at < longest]
+    if beyond:
+        given = f"positions {beyond[:5]}, which no sequence has"
+        raise DataError(given, f"positions from {-longest} to {longest - 1}", "Leave them out.")
+    asked = torch.where(asked < 0, asked + length, asked.expand(len(real), -1))
+    return (index.unsqueeze(-1) == asked.unsqueeze(1)).any(dim=-1)
 
 
 def check_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | None = None) -> LayerRoutes:
@@ -102,19 +141,18 @@ def check_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | 
         DataError: no route.
     """
     spec, (batch, pos) = base.moe.spec(layer), base.tokens.shape
-    given = torch.as_tensor(indices).to(base.tokens.device)
+    given = as_routes(indices, "routes").to(base.tokens.device)
     if given.ndim == 4 and given.shape[2] == 0:
         raise DataError("no route to score", "at least one route a token", "Sample routes first.")
-    expected = f"integers of shape [{batch}, {pos}, route, {spec.top_k}]"
-    if not _is_integer(given) or given.ndim != 4 or given.shape[:2] != (batch, pos) or given.shape[3] != spec.top_k:
+    if remedy := _misfit(given, batch, pos, spec.top_k):
         raise RouteError(
             f"routes of shape {tuple(given.shape)} and dtype {given.dtype}",
-            f"{expected}: an equal number of experts",
-            "Fill routes of fewer experts with -1.",
+            f"integers of shape [{batch}, {pos}, route, {spec.top_k}]: an equal number of experts",
+            remedy,
         )
     given = given.long()
     check_route(given, spec.n_experts, f"layer {layer}")
-    fixed = None if weights is None else torch.as_tensor(weights).to(base.tokens.device)
+    fixed = None if weights is None else as_routes(weights, "weights").to(base.tokens.device)
     if fixed is not None and (fixed.shape != given.shape or not bool(fixed.isfinite().all())):
         raise RouteError(
             f"weights of shape {tuple(fixed.shape)}" + ("" if fixed.shape != given.shape else " that are not finite"),
@@ -124,7 +162,56 @@ def check_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | 
     return ruled_routes(base, layer, given, fixed)
 
 
+def _misfit(routes: Tensor, batch: int, pos: int, slots: int) -> str | None:
+    """What to do about routes that do not fit the tokens; None where they do."""
+    if routes.ndim == 3 and routes.shape[:2] == (batch, pos):
+        return "Give one route a token as routes.unsqueeze(2)."
+    if routes.ndim == 3 and batch == 1 and routes.shape[0] == pos:
+        return "Give the routes of one sequence as routes.unsqueeze(0)."
+    if routes.ndim != 4:
+        return "Give each token of each sequence its own routes."
+    if not _is_integer(routes):
+        return "Pass expert ids as integers."
+    if routes.shape[:2] != (batch, pos):
+        return "Give routes at every position, also where none is scored (of -1 there, say)."
+    if routes.shape[3] < slots:
+        return "Fill routes of fewer experts with -1."
+    return f"Leave experts out: a token of this layer uses {slots}." if routes.shape[3] > slots else None
+
+
+def as_routes(values: Any, name: str) -> Tensor:
+    """Routes or weights as a tensor.
+
+    Raises:
+        RouteError: they make none.
+    """
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = f"{name} of type {type(values).__name__} that make no tensor ({error})"
+        raise RouteError(given, "a tensor [batch, pos, route, slot]", f"Pass {name} of one shape.") from None
+
+
+def check_budget(memory_budget: Any) -> int | None:
+    """A memory budget in bytes; None for the default.
+
+    Raises:
+        ConfigError: no finite number.
+    """
+    if memory_budget is None:
+        return None
+    try:
+        if isinstance(memory_budget, str | bool):
+            raise TypeError(memory_budget)
+        return int(memory_budget)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # nan and inf among them
+        given = f"memory_budget={memory_budget!r}"
+        raise ConfigError(given, "a number of bytes", "Pass such as 2**30 for one GiB.") from None
+
+
 def decoder_layer(moe: MoEHooks, layer: Layer) -> int:
+    """The label of one MoE layer of a decoder, counted from 0."""
+    check_attached(moe)
     if isinstance(moe.layers[0], tuple):
         raise ConfigError(
             f"{moe.spec(moe.layers[0]).family.name}, an encoder-decoder",
@@ -136,13 +223,37 @@ def decoder_layer(moe: MoEHooks, layer: Layer) -> int:
     return label
 
 
-def by_label(moe: MoEHooks, given: Mapping[Any, Tensor]) -> dict[int, Tensor]:
-    """What is given by layer, with the layers as they are counted.
+def decoder_layers(moe: MoEHooks, layers: Any = None) -> tuple[int, ...]:
+    """Labels of MoE layers of a decoder, each once and in order.
+
+    Args:
+        moe: Attached hooks.
+        layers: None for all, one label, or several (any iterable, array or tensor).
 
     Raises:
-        RouteError: one layer under two names, such as 3 and -1.
+        HookError: a layer that is dense or does not exist.
+        ConfigError: no layer, or an encoder-decoder.
     """
-    found = {decoder_layer(moe, layer): value for layer, value in given.items()}
+    check_attached(moe)
+    layers = plain_label(moe.layers if layers is None else layers)
+    several = layers.tolist() if hasattr(layers, "tolist") else layers
+    is_one = isinstance(several, str) or not isinstance(several, Iterable)
+    chosen = {decoder_layer(moe, layer) for layer in ([several] if is_one else several)}
+    if not chosen:
+        raise ConfigError("no layers", f"at least one of {list(moe.layers)}", "Leave layers out for all of them.")
+    return tuple(sorted(chosen))
+
+
+def by_label(moe: MoEHooks, given: Mapping[Any, Tensor], name: str = "routes") -> dict[int, Tensor]:
+    """Routes or weights that are given by layer, as tensors, with the layers as they are counted.
+
+    Raises:
+        RouteError: one layer under two names, such as 3 and -1; or not by layer.
+    """
+    if not isinstance(given, Mapping):
+        expected = f"a mapping from layers to {name}"
+        raise RouteError(f"a {type(given).__name__} in place of {name} by layer", expected, f"Pass {{layer: {name}}}.")
+    found = {decoder_layer(moe, layer): as_routes(value, name) for layer, value in given.items()}
     if len(found) < len(given):
         raise RouteError(
             f"layers {list(given)}", "each layer once", "Name layers by one index, from 0 or from the end."

@@ -15,7 +15,7 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs
-from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layer, scorable
+from moe_interp.routes.inputs import Tokens, by_label, check_budget, check_routes, check_tokens, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
 from moe_interp.types import EMPTY, Layer
 
@@ -32,7 +32,7 @@ _said: WeakKeyDictionary[MoEHooks, set[str]] = WeakKeyDictionary()
 
 def score_routes(
     moe: MoEHooks,
-    tokens: Tensor,
+    tokens: Tokens,
     layer: Layer,
     routes: Tensor,
     positions: Sequence[int] | Tensor | None = None,
@@ -48,7 +48,7 @@ def score_routes(
 
     Args:
         moe: Attached hooks.
-        tokens: ``[batch, pos]`` ids.
+        tokens: ``[batch, pos]`` ids, or texts: they become what ``bridge.to_tokens`` makes of them.
         layer: An MoE layer.
         routes: ``[batch, pos, route, slot]`` expert ids, as many slots as the router uses. -1 is an empty slot, a route
             of -1 only is absent (NaN).
@@ -66,10 +66,11 @@ def score_routes(
 
     Raises:
         RouteError: repeated or out-of-range experts, another number of slots or shape.
-        DataError: no route, no token to score, tokens beyond the model's context, or a log-probability that is not
-            finite.
+        DataError: no route, no token to score, a position that no sequence has, tokens beyond the model's context, or a
+            log-probability that is not finite.
         HookError: the layer is dense or does not exist.
-        ConfigError: another method, or "branch" where it would not be exact.
+        AttachError: hooks that were detached, or a bridge in their place.
+        ConfigError: another method, "branch" where it would not be exact, or a budget that is no number.
 
     It does not show whether a route would have been better for the tokens after the next, nor on average over contexts.
     """
@@ -82,7 +83,7 @@ def score_routes(
 
 def score_joint_routes(
     moe: MoEHooks,
-    tokens: Tensor,
+    tokens: Tokens,
     routes: Mapping[int, Tensor],
     positions: Sequence[int] | Tensor | None = None,
     weights: Mapping[int, Tensor] | None = None,
@@ -98,8 +99,8 @@ def score_joint_routes(
     """
     ids, mask = check_tokens(moe, tokens, attention_mask)
     indices = by_label(moe, routes)
-    fixed = by_label(moe, weights) if weights else {}
-    counts = {layer: tuple(torch.as_tensor(given).shape[:3]) for layer, given in indices.items()}
+    fixed = by_label(moe, weights, "weights") if weights else {}
+    counts = {layer: tuple(given.shape[:3]) for layer, given in indices.items()}
     if not indices or set(fixed) - set(indices) or len(set(counts.values())) > 1:
         raise RouteError(
             f"routes [batch, pos, route] by layer {counts}, weights at layers {sorted(fixed)}",
@@ -131,7 +132,7 @@ def score_from_base(
         method, memory_budget: See :func:`score_routes`.
         names: What errors call the sequences; their number in the batch by default.
     """
-    wanted = scorable(base, positions)
+    wanted, memory_budget = scorable(base, positions), check_budget(memory_budget)
     ids = base.tokens.roll(-1, dims=1).unsqueeze(-1) if targets is None else targets
     standard = log_probs(base.logits, ids).masked_fill(~wanted.unsqueeze(-1), float("nan"))
     chosen = _method(base, routes, method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from moe_interp.routes import (
     score_from_base,
     score_joint_routes,
     score_routes,
+    screen_routes,
 )
+from moe_interp.routes.inputs import decoder_layers
 from tests import tiny
 from tests.integration.routes.helpers import attached, largest_difference, random_routes, served_layers
 
@@ -147,8 +150,15 @@ BAD_ROUTES = [
     (lambda r: r[..., :1], RouteError, "equal number of experts"),
     (lambda r: torch.cat([r[..., :1], r[..., :1]], dim=-1), RouteError, "twice in the route"),
     (lambda r: r + 8, RouteError, "ids from 0 to 7"),
-    (lambda r: r.float(), RouteError, "float32"),
-    (lambda r: r[:, :-1], RouteError, r"integers of shape \[2, 8, route, 2\]"),
+    (lambda r: r[..., :1], RouteError, r"routes of shape \(2, 8, 2, 1\).*Fill routes of fewer experts with -1"),
+    (lambda r: torch.cat([r, r], dim=-1), RouteError, "Leave experts out: a token of this layer uses 2"),
+    (lambda r: r.float(), RouteError, "float32.*Pass expert ids as integers"),
+    (lambda r: r[:, :-1], RouteError, r"integers of shape \[2, 8, route, 2\].*Give routes at every position"),
+    (lambda r: r[:, :, 0], RouteError, r"one route a token as routes\.unsqueeze\(2\)"),
+    (lambda r: r[0, 0], RouteError, "Give each token of each sequence its own routes"),
+    (lambda r: r.index_fill(2, torch.tensor(1), 9), RouteError, "layer 1, sequence 0, position 0, route 1"),
+    (lambda r: None, RouteError, "routes of type NoneType that make no tensor"),
+    (lambda r: [[1], [2, 3]], RouteError, "routes of type list that make no tensor"),
     (lambda r: r[:, :, :0], DataError, "no route to score"),
 ]
 
@@ -167,6 +177,75 @@ def test_bad_positions(positions: Any) -> None:
         score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), positions=positions)
 
 
+@pytest.mark.parametrize("positions", ["all", "3", {1: 2}])
+def test_positions_as_a_word(positions: Any) -> None:
+    moe = attached("olmoe")
+    with pytest.raises(DataError, match=r"positions=.*Leave positions out to score every token"):
+        score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), positions=positions)
+
+
+def test_positions_that_no_sequence_has() -> None:
+    moe = attached("olmoe")
+    routes, mask = random_routes(moe, 1, TOKENS), torch.ones_like(TOKENS)
+    mask[1, 5:] = 0
+    for bad in ([3, 999], [3, 8], [3, -9]):
+        with pytest.raises(DataError, match=rf"positions \[{bad[1]}\], which no sequence has.*from -8 to 7"):
+            score_routes(moe, TOKENS, 1, routes, positions=bad, attention_mask=mask)
+    scores = score_routes(moe, TOKENS, 1, routes, positions=[3, 6], attention_mask=mask)
+    assert scores.isfinite()[..., 0].nonzero().tolist() == [[0, 3], [0, 6], [1, 3]]  # one sequence is long enough
+
+
+def test_one_sequence_without_its_batch_axis() -> None:
+    moe = attached("olmoe")
+    routes = random_routes(moe, 1, TOKENS[:1])
+    with pytest.raises(RouteError, match=r"routes\.unsqueeze\(0\)"):
+        score_routes(moe, TOKENS[0], 1, routes[0])
+
+
+@pytest.mark.parametrize("budget", ["1GiB", float("nan"), float("inf"), True])
+def test_a_memory_budget_that_is_no_number(budget: Any) -> None:
+    moe = attached("olmoe")
+    with pytest.raises(ConfigError, match=r"memory_budget=.*a number of bytes"):
+        score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), memory_budget=budget)
+
+
+def test_layers_are_one_or_several_of_any_kind() -> None:
+    moe = attached("olmoe")
+    for given in (1, np.int64(1), np.array(1), torch.tensor(1), "1", [1], np.array([1, 1]), torch.tensor([-2]), {1}):
+        assert decoder_layers(moe, given) == (1,)
+    assert decoder_layers(moe) == decoder_layers(moe, range(3)) == decoder_layers(moe, np.array([2, 0, 1])) == (0, 1, 2)
+    assert all(type(layer) is int for layer in decoder_layers(moe, np.array([2, 0, 1])))
+    for bad in ([9], "0,1", 1.0, True, [None]):
+        with pytest.raises(HookError, match="does not exist"):
+            decoder_layers(moe, bad)
+    with pytest.raises(ConfigError, match=r"no layers.*at least one of \[0, 1, 2\]"):
+        decoder_layers(moe, [])
+    routes = random_routes(moe, 1, TOKENS)
+    assert largest_difference(score_routes(moe, TOKENS, np.int64(1), routes), score_routes(moe, TOKENS, 1, routes)) == 0
+
+
+def test_texts_score_as_the_ids_they_become() -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tokenizer))
+    texts = ["w3 w4 w5", "w6 w7 w8 w9 w10", "w11 <eos> <pad> w12"]
+    ids = moe.bridge.to_tokens(texts)
+    routes = random_routes(moe, 1, ids)
+    for side in ("left", "right"):
+        moe.bridge.tokenizer.padding_side = side
+        ids, lengths = moe.bridge.to_tokens(texts), [4, 6, 5]
+        mask = torch.stack([(torch.arange(6) < n) if side == "right" else (torch.arange(6) >= 6 - n) for n in lengths])
+        scores = score_routes(moe, texts, 1, routes)
+        assert torch.equal(scores.isfinite()[..., 0].sum(-1), torch.tensor(lengths) - 1)  # the text's own <pad> counts
+        assert largest_difference(scores, score_routes(moe, ids, 1, routes, attention_mask=mask)) <= 1e-6
+        one = score_routes(moe, texts[0], 1, routes[:1, -4:] if side == "left" else routes[:1, :4])
+        assert largest_difference(one, scores[:1, -4:] if side == "left" else scores[:1, :4]) <= 1e-5
+    kept = screen_routes(moe, texts, [1], {1: routes}, keep=2)[1].logp  # type: ignore[arg-type]
+    assert largest_difference(kept, scores) <= 1e-5
+    for given, beside in ((texts, mask), (["w3", 4], None)):
+        with pytest.raises(DataError, match="texts with an attention mask, or among other things"):
+            score_routes(moe, given, 1, routes, attention_mask=beside)  # type: ignore[arg-type]
+
+
 def test_bad_joint_routes() -> None:
     moe = attached("olmoe")
     routes = random_routes(moe, 1, TOKENS)
@@ -178,6 +257,8 @@ def test_bad_joint_routes() -> None:
         score_joint_routes(moe, TOKENS, {0: routes}, weights={1: torch.ones(routes.shape)})
     with pytest.raises(RouteError, match="at least one layer"):
         score_joint_routes(moe, TOKENS, {})
+    with pytest.raises(RouteError, match=r"a Tensor in place of routes by layer.*Pass \{layer: routes\}"):
+        score_joint_routes(moe, TOKENS, routes)  # type: ignore[arg-type]
 
 
 def test_layers_and_numbers_of_any_kind_mean_the_same() -> None:
@@ -231,8 +312,10 @@ def test_bad_sequences() -> None:
         score_routes(moe, TOKENS, 1, random_routes(moe, 1, TOKENS), attention_mask=torch.ones(2, 7))
     with pytest.raises(DataError, match=r"token id 101 of sequence 1, position 4\. Expected: ids from 0 to 100"):
         score_routes(moe, TOKENS.index_put((torch.tensor(1), torch.tensor(4)), torch.tensor(101)), 1, TOKENS)
+    with pytest.raises(DataError, match="the model has no tokenizer"):
+        score_routes(moe, ["w3 w4"], 1, TOKENS)
     with pytest.raises(DataError, match="make no tensor"):
-        score_routes(moe, ["w3 w4"], 1, TOKENS)  # type: ignore[arg-type]
+        score_routes(moe, None, 1, TOKENS)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"tokens of shape \(0, 8\)"):
         score_routes(moe, TOKENS[:0], 1, TOKENS)
     with pytest.raises(DataError, match="a memory budget of 10 bytes"):

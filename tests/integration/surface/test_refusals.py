@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import moe_interp as mi
 from moe_interp.errors import AttachError, ConfigError, HookError, MoEInterpError, RouteError
 from moe_interp.hooks.attach import MoEHooks, attach, attached
 from tests.integration.surface.helpers import TOKENS, attach_to, build, cache_of, logits_of, run_hooked
@@ -201,6 +203,51 @@ def test_use_after_detaching() -> None:
         "Call moe_interp.attach(bridge) to attach anew.",
     )
     assert repr(moe).endswith("detached)")
+    assert moe.spec(1).n_experts == 8  # what the layer is can still be read
+    again = attach(moe.bridge)
+    for use in (
+        lambda: moe.filter("expert_out"),
+        lambda: mi.force_experts(moe, 1, 3),
+        lambda: mi.random_routing(moe),
+        lambda: mi.score_routes(moe, TOKENS, 1, torch.zeros(2, 8, 1, 2)),
+        lambda: mi.screen_routes(moe, TOKENS, [1], {}),
+    ):
+        with pytest.raises(AttachError, match=r"no longer attached to.*attach\(bridge\) to attach anew"):
+            use()
+    assert again.is_attached
+
+
+def test_a_bridge_in_place_of_its_hooks() -> None:
+    moe = attach_to("olmoe")
+    for given in (moe.bridge, None):
+        for use in (
+            lambda given: mi.force_experts(given, 1, 3),
+            lambda given: mi.set_routes(given, 1, [0, 1]),
+            lambda given: mi.ablate_experts(given, 1, 3),
+            lambda given: mi.uniform_routing(given),
+            lambda given: mi.random_routing(given),
+            lambda given: mi.bias_router(given, 1, [0.0] * 8),
+            lambda given: mi.replay_routes(given, {}),
+            lambda given: mi.score_routes(given, TOKENS, 1, torch.zeros(2, 8, 1, 2)),
+            lambda given: mi.screen_routes(given, TOKENS, [1], {}),
+        ):
+            with pytest.raises(AttachError, match=r"Expected: what moe_interp\.attach\(bridge\) returns"):
+                use(given)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_layers_as_numpy_and_torch_count_them(kind: Any) -> None:
+    moe = attach_to("qwen2_moe")
+    label = moe.layer_label(kind(2))
+    assert (label, type(label)) == (2, int)
+    assert moe.spec(kind(2)) is moe.spec(2)
+    assert moe.hook_name("router_logits", kind(2)) == "blocks.2.hook_router_logits"
+    assert [name for name, _ in mi.force_experts(moe, kind(2), 1)] == [n for n, _ in mi.force_experts(moe, 2, 1)]
+    assert attach_to("qwen2_moe", layers=[kind(2)]).layers == (2,)
+    assert moe.layer_label(np.int64(-1)) == 2
+    for no_label in (True, np.bool_(True), 1.0, torch.tensor(1.0)):
+        with pytest.raises(HookError, match="does not exist"):
+            moe.layer_label(no_label)
 
 
 # --- edits ----------------------------------------------------------------------------------------------------
@@ -269,7 +316,7 @@ def test_experts_out_of_range(expert: int) -> None:
         moe = attach_to(family)
         full = moe.hook_name("expert_indices", moe.layers[-1])
         assert refused(moe, family, "expert_indices", write, RouteError) == (
-            f"expert id {expert} at {full}, token [1, 3]",
+            f"expert id {expert} at {full}, sequence 1, position 3",
             "ids from 0 to 7, or -1 for an empty slot",
             "Correct the id; the model was left as it was.",
         )
@@ -283,9 +330,8 @@ def test_an_expert_twice_in_a_route() -> None:
     for family in EDITED:
         moe = attach_to(family)
         given, expected, remedy = refused(moe, family, "expert_indices", write, RouteError)
-        assert (
-            given == f"expert 6 twice in the route of token [0, 5] at {moe.hook_name('expert_indices', moe.layers[-1])}"
-        )
+        full = moe.hook_name("expert_indices", moe.layers[-1])
+        assert given == f"expert 6 twice in the route of sequence 0, position 5 at {full}"
         assert expected == "each expert at most once a token"
         assert remedy.startswith("Remove the duplicate")
 
