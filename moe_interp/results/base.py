@@ -20,6 +20,7 @@ from moe_interp.results.files import replacing
 from moe_interp.results.manifest import Manifest, describe, plain
 
 CONTAINER = 1  # how dataset and manifest share a file; a class adds its own `version`
+SLOT = "slot"  # the axis of a route's experts
 MANIFEST, ATTRS = "moe_interp_manifest", "moe_interp_attrs"
 
 # kind -> module that defines its class, imported only when such a file is loaded
@@ -97,11 +98,18 @@ class Result:
         existing folder gets the file ``<kind>.nc``. The manifest is the JSON attribute ``moe_interp_manifest``.
 
         Raises:
-            ResultError: The file cannot be written, or an attribute has no JSON form.
+            ResultError: The file cannot be written, its name has a suffix of another format, or an attribute has no
+                JSON form.
         """
         target = Path(path)
         if target.is_dir():
             target = target / f"{self.kind}.nc"
+        if target.suffix not in ("", ".nc"):
+            raise ResultError(
+                f"{str(target)!r} with the suffix {target.suffix}",
+                "a name that ends in .nc: a result is a netCDF file",
+                f"Save it as {target.stem}.nc; to_dataframe().to_csv(path) writes a table.",
+            )
         manifest = Manifest(**{**self.manifest.__dict__, "content_checksum": content_checksum(self.data)})
         stored = self.data.copy(deep=False)
         stored.attrs = {MANIFEST: manifest.to_json(), ATTRS: json.dumps(self.data.attrs, default=plain)}
@@ -130,6 +138,9 @@ class Result:
     def to_dataframe(self, *variables: str) -> pd.DataFrame:
         """One row per labelled value.
 
+        Routes are text, the ids of their experts in order of rank; the variable ``route`` is the column ``experts``,
+        beside the number of the route.
+
         Args:
             variables: Names of the variables wanted, broadcast against each other. Without any: the main variable, and
                 every variable on some of its axes.
@@ -137,14 +148,22 @@ class Result:
         Raises:
             ResultError: A name that is not a variable of ``data``.
         """
-        known = [str(name) for name in self.data.data_vars]
+        known = [
+            str(name) for name in self.data.variables if name not in self.data.coords or _is_own_axis(self.data, name)
+        ]
         if unknown := [name for name in variables if name not in known]:
             raise ResultError(f"Variable {unknown[0]!r}", ", ".join(known), "Choose one of these.")
+        routes = [name for name in known if _is_route(self.data, name)]
         if not variables:
             axes = set(self.data[self.main or known[0]].dims)
-            variables = tuple(name for name in known if set(self.data[name].dims) <= axes)
-        chosen = self.data[list(variables)]
-        frame = chosen.to_dataframe() if chosen.dims else pd.DataFrame([{n: chosen[n].item() for n in variables}])
+            axes_of = {name: set(self.data[name].dims) - ({SLOT} if name in routes else set()) for name in known}
+            variables = tuple(name for name in known if axes_of[name] <= axes)
+        data = self.data.drop_vars(routes)
+        columns = {name: "experts" if _is_own_axis(self.data, name) else name for name in variables}
+        for name in set(routes) & set(variables):
+            data[columns[name]] = _as_text(self.data.variables[name])
+        chosen = data[list(columns.values())]
+        frame = chosen.to_dataframe() if chosen.dims else pd.DataFrame([{n: chosen[n].item() for n in chosen}])
         return frame.reset_index() if chosen.dims else frame
 
     def summary(self) -> str:
@@ -229,6 +248,23 @@ def result_class(kind: str, source: Path) -> type[Result]:
             "Import the module that defines this kind, or a version of moe_interp that has it.",
         )
     return Result.registry[kind]
+
+
+def _is_own_axis(data: xr.Dataset, name: Any) -> bool:
+    """Whether a variable of several axes is called as one of them, which makes it a coordinate."""
+    return name in data.variables[name].dims and data.variables[name].ndim > 1
+
+
+def _is_route(data: xr.Dataset, name: str) -> bool:
+    return SLOT in data.variables[name].dims and data.variables[name].dtype.kind in "iu"
+
+
+def _as_text(routes: xr.Variable) -> xr.Variable:
+    """Expert ids along the slots, in order of rank, as text; empty for no route."""
+    routes = routes.transpose(..., SLOT)
+    known, which = np.unique(routes.values.reshape(-1, routes.shape[-1]), axis=0, return_inverse=True)
+    texts = np.array([" ".join(str(e) for e in row if e >= 0) for row in known.tolist()], dtype=object)
+    return xr.Variable(routes.dims[:-1], texts[which.reshape(-1)].reshape(routes.shape[:-1]))
 
 
 def content_checksum(data: xr.Dataset) -> str:

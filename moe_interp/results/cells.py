@@ -12,34 +12,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_interp.errors import ResultError
-from moe_interp.results.files import replacing
+from moe_interp.results.files import check_folder, replacing
 
 Arrays = dict[str, NDArray[Any]]
 
 
+PLAN = "plan.json"
+
+
 class CellStore:
     """A folder of finished cells that belong to one plan.
+
+    The folder and the plan in it are written with the first cell: a run that fails before leaves nothing behind.
 
     Args:
         path: The folder; made if it does not exist.
         plan: What the run computes, as JSON values. Cells of another plan are refused, not mixed in.
 
     Raises:
-        ResultError: the folder cannot be made, or holds cells of another plan.
+        ResultError: the folder is a file, or holds cells of another plan or of none.
     """
 
     def __init__(self, path: str | Path, plan: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        wanted = json.dumps(plan, sort_keys=True, indent=1)
-        file = self.path / "plan.json"
-        if file.is_file() and (found := file.read_text(encoding="utf-8")) != wanted:
+        self.path = check_folder(path, "a folder for finished cells")
+        self.plan = json.dumps(plan, sort_keys=True, indent=1)
+        self._is_planned = (self.path / PLAN).exists()
+        difference = None
+        if self._is_planned:
+            difference = _difference(_read_plan(self.path), self.plan)
+        elif self.finished(self.path):
+            difference = "they are without a plan"
+        if difference:
             raise ResultError(
-                f"{self.path} holds cells of another run ({_difference(found, wanted)})",
+                f"{self.path} holds cells of another run ({difference})",
                 "cells of the same model, items and options",
-                "Choose another folder, delete this one, or repeat the run with its options.",
+                "Choose another folder, delete this one's cells (as --no-resume does on the command line), or repeat "
+                "the run with its options.",
             )
-        with replacing(file) as out:
-            out.write(wanted.encode())
+
+    @staticmethod
+    def finished(path: str | Path) -> int:
+        """How many finished cells a folder holds, of whatever plan."""
+        return sum(1 for _ in Path(path).glob("*.npz"))
+
+    @staticmethod
+    def clear(path: str | Path) -> None:
+        """Delete the cells and the plan of a folder; what else is in it stays.
+
+        Raises:
+            ResultError: the folder is a file, or the system refuses.
+        """
+        folder = check_folder(path, "a folder of finished cells")
+        try:
+            # the plan last: without it, cells that are left would be nobody's
+            for file in [*folder.glob("*.npz"), *folder.glob(".*.part"), folder / PLAN]:
+                if file.is_file():
+                    file.unlink()
+        except OSError as error:
+            given = f"{str(folder)!r} could not be cleared: {error.strerror or error}"
+            raise ResultError(
+                given, "permission to delete its cells", "Delete it, or choose another folder."
+            ) from error
 
     @staticmethod
     def batches_of(path: str | Path, n: int) -> list[list[int]] | None:
@@ -48,9 +81,9 @@ class CellStore:
         Cells of another plan are refused later, when the store is opened.
         """
         try:
-            batches = json.loads((Path(path) / "plan.json").read_text(encoding="utf-8"))["batches"]
+            batches = _read_plan(Path(path))["batches"]
             is_whole = sorted(i for batch in batches for i in batch) == list(range(n))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return None
         return batches if is_whole else None
 
@@ -66,7 +99,15 @@ class CellStore:
             return None
 
     def save(self, arrays: Arrays, *key: Any) -> None:
-        """Keep a finished cell, whole or not at all."""
+        """Keep a finished cell, whole or not at all; before the first one, the plan.
+
+        Raises:
+            ResultError: the system refuses a write.
+        """
+        if not self._is_planned:
+            with replacing(self.path / PLAN) as out:
+                out.write(self.plan.encode())
+            self._is_planned = True
         with replacing(self._file(key)) as out:
             np.savez(out, allow_pickle=False, **arrays)
 
@@ -74,10 +115,18 @@ class CellStore:
         return self.path / ("-".join(str(part) for part in key) + ".npz")
 
 
-def _difference(found: str, wanted: str) -> str:
+def _read_plan(path: Path) -> Any:
+    """The plan in a folder; None where it cannot be read."""
     try:
-        there, here = json.loads(found), json.loads(wanted)
-    except ValueError:
+        return json.loads((path / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _difference(there: Any, wanted: str) -> str | None:
+    """What of a plan in a folder is not as wanted; None where all is."""
+    here = json.loads(wanted)
+    if not isinstance(there, dict):
         return "its plan cannot be read"
     keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
-    return "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:3])[:300]
+    return "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:3])[:300] or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,9 +34,28 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         kept = "The earlier file of that name is unchanged. " if target.is_file() else ""
         raise ResultError(
-            f"{str(target)!r} could not be written: {error.strerror or error}",
+            f"{str(target)!r} could not be written: {_blocked(target) or error.strerror or error}",
             "a folder with room for it and permission to write",
             f"{kept}Free space or choose another path, and save again.",
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it would hide the error above
+            part.unlink(missing_ok=True)
+
+
+def check_folder(path: str | Path, what: str) -> Path:
+    """The path of a folder that is there, or could be made.
+
+    Raises:
+        ResultError: it is a file, or would lie in one.
+    """
+    folder = Path(path)
+    if os.path.isfile(folder) or _blocked(folder):
+        given = _blocked(folder) or f"{str(folder)!r} is a file"
+        raise ResultError(given, what, "Choose another folder, or move the file away.")
+    return folder
+
+
+def _blocked(path: Path) -> str | None:
+    """Which of the folders above is a file, in words."""
+    return next((f"{str(parent)!r} is a file" for parent in path.parents if os.path.isfile(parent)), None)

@@ -96,6 +96,40 @@ def test_the_frame_holds_the_main_variable_and_what_lies_on_its_axes():
         result.to_dataframe("rho")
 
 
+def test_routes_are_text_in_the_frame(monkeypatch):
+    route = np.array([[[3, 0], [1, 2]], [[0, 1], [-1, -1]]])[:, None]
+    data = xr.Dataset(
+        {
+            "route": (("token", "layer", "route", "slot"), route),
+            "logp": (("token", "layer", "route"), np.arange(4.0).reshape(2, 1, 2)),
+            "standard_route": (("token", "layer", "slot"), np.array([[[7, 5]], [[6, -1]]])),
+            "entropy": ("token", [0.5, 0.25]),
+        },
+        coords={"layer": [9], "sequence": ("token", ["a", "b"])},
+    )
+    result = Result(data)
+    frame = result.to_dataframe("route")
+    assert frame["experts"].tolist() == ["3 0", "1 2", "0 1", ""]
+    assert frame["route"].tolist() == [0, 1, 0, 1]
+    assert frame["sequence"].tolist() == ["a", "a", "b", "b"]
+    assert result.to_dataframe("standard_route")["standard_route"].tolist() == ["7 5", "6"]
+    monkeypatch.setattr(Result, "main", "logp")
+    whole = result.to_dataframe()
+    assert whole["logp"].tolist() == [0, 1, 2, 3]
+    assert whole["experts"].tolist() == frame["experts"].tolist()
+    assert whole["standard_route"].tolist() == ["7 5", "7 5", "6", "6"]
+    with pytest.raises(ResultError, match="route"):
+        result.to_dataframe("experts")
+
+
+@pytest.mark.parametrize("name", ["run.csv", "run.json", "run.nc.gz"])
+def test_a_name_of_another_format_is_refused(tmp_path, name):
+    with pytest.raises(ResultError, match=r"a name that ends in \.nc.*to_dataframe\(\)\.to_csv"):
+        planted().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert load_result(planted().save(tmp_path / "run")).kind == "planted"
+
+
 def test_the_summary_names_kind_axes_and_version():
     text = planted().summary()
     assert "planted" in text
