@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -44,26 +45,32 @@ class ScoredSequence:
 
 
 def read_sequences(bridge: TransformerBridge, sequences: Any) -> list[ScoredSequence]:
-    """Tokenised sequences from texts, lists of ids, or mappings.
+    """Tokenised sequences from texts, lists of ids, or mappings; those that are read already stay as they are.
 
     A mapping (or an item of :func:`moe_interp.load_items`) has ``text``, ``tokens`` or ``prompt`` and ``answer``, each
     a text or ids, an ``id`` (its number by default), and which tokens' predictions are scored: ``mask``, one flag a
     token of the sequence, or ``score_from``, the index of the first one; the answer, where there is a prompt; else all
-    but the first token, which nothing predicts. Further fields are ignored.
+    but the first token, which nothing predicts. Further fields are ignored: :func:`unread_fields` names them.
 
     Raises:
         DataError: no sequence, ids that occur twice, fields that do not fit, text without a tokenizer,
             a sequence longer than the model's context, or one without a token to score. The message names the id.
     """
-    if isinstance(sequences, str) or not isinstance(sequences, Sequence | Tensor | np.ndarray) or not len(sequences):
-        given = "one text" if isinstance(sequences, str) else "no sequence"
-        raise DataError(given, "a list of texts, of lists of ids, or of mappings", "Pass a list.")
+    sequences = list(sequences) if isinstance(sequences, Iterator) else sequences
+    if problem := _no_list(sequences):
+        raise DataError(problem[0], "a list of texts, of lists of ids, or of mappings", problem[1])
     read = [_read(bridge, entry, number) for number, entry in enumerate(sequences)]
     twice = [name for name, count in Counter(sequence.id for sequence in read).items() if count > 1]
     if twice:
         raise DataError(f"sequence id {twice[0]!r} more than once", "unique ids", "Rename one of them.")
     _check_context(bridge, read)
     return read
+
+
+def unread_fields(sequences: Iterable[Any]) -> dict[str, int]:
+    """The fields of mappings that are not read, and how many mappings have each."""
+    entries = [entry for entry in sequences if isinstance(entry, Mapping)]
+    return dict(Counter(str(name) for entry in entries for name in entry if name not in FIELDS))
 
 
 def batches_of_sequences(sequences: Sequence[ScoredSequence], tokens_per_batch: int) -> list[list[int]]:
@@ -109,7 +116,25 @@ class SequenceBatch:
         return cls([s.id for s in sequences], tokens.to(device), mask.to(device), wanted.to(device), keys.to(device))
 
 
+def _no_list(sequences: Any) -> tuple[str, str] | None:
+    """Why this is not a list of sequences, and what to do; None where it is."""
+    wrap = "Wrap it in a list."
+    if isinstance(sequences, str):
+        return "one text", wrap
+    if isinstance(sequences, Mapping | ScoredSequence):
+        return f"one {type(sequences).__name__}", wrap + " Of sequences by name, give each its id."
+    if not isinstance(sequences, Sequence | Tensor | np.ndarray):
+        return f"a {type(sequences).__name__}", "Pass a list."
+    if getattr(sequences, "ndim", 1) == 0 or not len(sequences):
+        return "no sequence", "Pass at least one."
+    if all(isinstance(entry, Integral) or getattr(entry, "ndim", 1) == 0 for entry in sequences):
+        return f"ids {str(list(map(int, sequences[:4])))[:-1]}, ...], one sequence", wrap
+    return None
+
+
 def _read(bridge: TransformerBridge, entry: Any, number: int) -> ScoredSequence:
+    if isinstance(entry, ScoredSequence):
+        return entry
     fields = _fields(entry, number)
     name = str(fields.get("id", number))
     _check_text(name, repr(name), "id")
@@ -141,7 +166,7 @@ def _fields(entry: Any, number: int) -> dict[str, Any]:
         return {"text": entry}
     if hasattr(entry, "prompt") and hasattr(entry, "answer"):
         return {name: getattr(entry, name) for name in ("id", "prompt", "answer") if hasattr(entry, name)}
-    if not isinstance(entry, dict):
+    if not isinstance(entry, Mapping):
         return {"tokens": entry}
     fields = {name: value for name, value in entry.items() if name in FIELDS and value is not None}
     sources = [n for n in ("text", "tokens", "prompt") if n in fields]
@@ -183,11 +208,17 @@ def _check_text(text: str, name: str, what: str) -> None:
 
 
 def _flags(mask: Any, name: str, n_tokens: int) -> NDArray[np.bool_]:
-    flags = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    try:
+        flags = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    except ValueError:  # rows of different lengths
+        flags = np.empty(0, dtype=object)
+    expected = f"one flag (0 or 1) for each of its {n_tokens} tokens"
+    if flags.dtype.kind not in "biuf":
+        raise DataError(f"sequence {name!r}: mask={str(mask)[:60]}", expected, "Write it as a list of 0 and 1.")
     if flags.shape != (n_tokens,) or not np.isin(flags, (0, 1)).all():
         raise DataError(
             f"sequence {name!r}: a mask of shape {flags.shape} and values {sorted(set(flags.ravel().tolist()))[:4]}",
-            f"one flag (0 or 1) for each of its {n_tokens} tokens",
+            expected,
             "Tokenise the text first and mark its tokens, or give score_from.",
         )
     return flags.astype(bool)
@@ -198,9 +229,9 @@ def _check_context(bridge: TransformerBridge, sequences: list[ScoredSequence]) -
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     long = [sequence for sequence in sequences if context is not None and len(sequence) > context]
     if long:
-        others = f", and {len(long) - 1} more" if len(long) > 1 else ""
+        named = "; ".join(f"sequence {sequence.id!r}: {len(sequence)} tokens" for sequence in long[:5])
         raise DataError(
-            f"sequence {long[0].id!r}: {len(long[0])} tokens{others}",
+            named + (f"; and {len(long) - 5} more" if len(long) > 5 else ""),
             f"at most the model's context of {context}",
-            "Shorten it, or leave it out.",
+            "Shorten what is longer, or leave it out.",
         )
