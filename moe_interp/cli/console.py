@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line to standard error, as it is: paths and users' texts may look like markup."""
+    err.print(text, markup=False)
+
+
+def fail(error: Exception) -> None:
+    """An error as one red text, so that it breaks between words."""
+    err.print(Text.assemble((f"{type(error).__name__}: ", "bold red"), (str(error), "red")))
+
+
+def point_to(page: Path, result: Path | None = None) -> None:
+    """Where a run's page lies, and its result; paths stay on one line, to be copied."""
+    out.print(Text.assemble("\nOpen ", (str(page), "bold"), " in a browser."), soft_wrap=True)
+    if result is not None:
+        out.print(f"The result is {result}.", markup=False, soft_wrap=True)
+
+
+def quantity(n: int, noun: str, plural: str | None = None) -> str:
+    """``1 route``, ``2 routes``."""
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], wrap: Sequence[str] = ()) -> Table:

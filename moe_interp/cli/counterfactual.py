@@ -13,9 +13,12 @@ from rich.markup import escape
 from moe_interp.cli import console
 from moe_interp.cli.figures import write_figures
 from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
+from moe_interp.cli.runs import check_out, finished_cells, layer_labels, memory_bytes
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual import counterfactual_routes
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.sequences import FIELDS, ScoredSequence, read_sequences, unread_fields
+from moe_interp.hooks.attach import MoEHooks
 from moe_interp.jsonlines import read_json_lines
 from moe_interp.plots import confidence, layer_regret, regret_curve
 from moe_interp.report import counterfactual_page, write_page
@@ -46,11 +49,14 @@ def counterfactual(
     sequences: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSON-lines files: text, tokens, or prompt and answer (then the answer is scored); or 'demo', the "
-            "bundled held-out solutions and answers."
+            help="JSON-lines files, or 'demo', the bundled held-out solutions and answers. A line holds text, tokens "
+            "(ids), or prompt and answer; an id; and what to score: mask (a flag a token) or score_from (an index), "
+            "else the answer where there is one (so put a worked solution there), else all. Other fields are not read."
         ),
     ] = None,
-    first: Annotated[int | None, typer.Option(help="Keep the first N sequences of each file (demo: domain).")] = None,
+    first: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first N sequences of each file (demo: domain).")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="MoE layers, e.g. 0,3,-1; all by default.")] = None,
     routes: Annotated[int, typer.Option("--routes", "-R", help="Distinct routes a token, besides its own.")] = 32,
     sampler: Annotated[str, typer.Option(help=f"Where routes come from: {', '.join(SAMPLERS)}.")] = "gumbel",
@@ -66,37 +72,33 @@ def counterfactual(
 ) -> None:
     """Score other routes of equal compute for every token, layer by layer: is the router's choice the best, and does it
     know better routes where it is not?"""
+    check_out(out)
+    budget = memory_bytes(memory)
     chosen = read_sequence_files(sequences or ([DEMO] if model == DEMO else []), first)
     draw = _sampler(sampler, tau, pool)
     moe = load_hooks(model, device, dtype)
-    labels: Any = None if layers is None else [moe.layer_label(part) for part in layers.split(",")]
-    console.err.print(f"{len(chosen)} sequences, {len(labels or moe.layers)} MoE layers, {routes} routes a token")
+    labels = layer_labels(moe, layers)
+    read = _announced(moe, chosen, len(labels or moe.layers), routes)
     store = out / STORE
-    if not resume and store.exists():
-        for file in store.iterdir():
-            file.unlink()
-    try:
+    with finished_cells(store, resume):
         result = counterfactual_routes(
             moe,
-            chosen,
-            layers=labels,
+            read,
+            layers=labels,  # type: ignore[arg-type]
             n_routes=routes,
             sampler=draw,
             seed=seed,
             controls=controls,
             method=method,  # type: ignore[arg-type]
-            memory_budget=None if memory is None else int(memory * 2**30),
+            memory_budget=budget,
             store=store,
         )
-    except KeyboardInterrupt:
-        console.err.print(f"Interrupted. The same command goes on from the finished cells in {store}.", markup=False)
-        raise
     write_counterfactual(result, out)
     write_page(out / "index.html", counterfactual_page(result))
     console.out.print(escape(result.summary()))
     console.out.print()
     console.out.print(group_table(result))
-    console.out.print(f"\nOpen [bold]{out / 'index.html'}[/] in a browser. The result is {out / RESULT}.")
+    console.point_to(out / "index.html", out / RESULT)
 
 
 def read_sequence_files(sources: list[str], first: int | None = None) -> list[dict[str, Any]]:
@@ -134,6 +136,22 @@ def demo_sequences(first: int | None = None, longest: int | None = None) -> list
         ]
         found += [t for t in texts if longest is None or len(t["prompt"]) + len(t["answer"]) <= longest][:first]
     return found
+
+
+def _announced(moe: MoEHooks, sequences: list[dict[str, Any]], n_layers: int, n_routes: int) -> list[ScoredSequence]:
+    """The sequences as they are scored, after saying how much that is and what of them is not read."""
+    read = read_sequences(moe.bridge, sequences)
+    parts = [
+        console.quantity(len(read), "sequence"),
+        console.quantity(sum(int(one.is_scored.sum()) for one in read), "token") + " to score",
+        console.quantity(n_layers, "MoE layer"),
+        console.quantity(n_routes, "route") + " a token",
+    ]
+    console.say(", ".join(parts))
+    if unread := unread_fields(sequences):
+        named = ", ".join(f"{name} (of {console.quantity(n, 'sequence')})" for name, n in unread.items())
+        console.say(f"Not read: {named}. The fields that are read: {', '.join(FIELDS)}.")
+    return read
 
 
 def write_counterfactual(result: CounterfactualResult, out: Path) -> None:

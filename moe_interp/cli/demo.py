@@ -13,8 +13,9 @@ from rich.markup import escape
 
 from moe_interp.cli import console
 from moe_interp.cli.counterfactual import STORE, demo_sequences, write_counterfactual
-from moe_interp.cli.isolate import first_of_each, read_items, write_isolation
+from moe_interp.cli.isolate import CELLS, first_of_each, read_items, write_isolation
 from moe_interp.cli.load import DEMO, Seed, load_hooks
+from moe_interp.cli.runs import check_out, finished_cells
 from moe_interp.experiments.counterfactual import counterfactual_routes
 from moe_interp.experiments.domain_router import score_domain_router
 from moe_interp.experiments.isolation import isolate_experts
@@ -45,17 +46,18 @@ def demo(
 ) -> None:
     """Which experts of the bundled model are good for which domain, does its router prefer them, and would other routes
     have predicted the next token better?"""
+    check_out(out)
     stage = Stages()
     with stage("loading the model"):
         moe = load_hooks(DEMO, "cpu")
         short = [item for item in read_items([DEMO], None, None) if len(item.prompt) + len(item.answer) <= LONGEST]
         items = first_of_each(short, per_domain)
-    with stage("isolating experts"):
-        result = isolate_experts(moe, items, seed=seed, store=out / "cells")
+    with stage("isolating experts"), finished_cells(out / CELLS):
+        result = isolate_experts(moe, items, seed=seed, store=out / CELLS)
     with stage("replacing the router"):
         routers = score_domain_router(moe, items, result, seed=seed)
         routers.save(out / "domain_router.nc")
-    with stage("scoring counterfactual routes"):
+    with stage("scoring counterfactual routes"), finished_cells(out / STORE):
         routes = counterfactual_routes(moe, demo_sequences(per_domain, LONGEST), seed=seed, store=out / STORE)
     with stage("statistics and figures"):
         write_isolation(result, out)
@@ -67,6 +69,5 @@ def demo(
             extra={name: f"{seconds:.1f} s" for name, seconds in stage.seconds.items()},
         )
         write_page(out / "index.html", page)
-    for summary in (result.summary(), routers.summary(), routes.summary()):
-        console.out.print(escape(summary), end="\n\n")
-    console.out.print(f"Open [bold]{out / 'index.html'}[/] in a browser.")
+    console.out.print(escape("\n\n".join((result.summary(), routers.summary(), routes.summary()))))
+    console.point_to(out / "index.html")

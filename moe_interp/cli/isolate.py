@@ -13,6 +13,7 @@ from rich.markup import escape
 from moe_interp.cli import console
 from moe_interp.cli.figures import write_figures
 from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
+from moe_interp.cli.runs import check_out, finished_cells, layer_labels, memory_bytes
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.findings import plan_isolation
 from moe_interp.experiments.isolation import isolate_experts
@@ -29,6 +30,7 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "layer_impact": layer_impact,
     "sorted_p": sorted_p,
 }
+CELLS = "cells"
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result, the figures and the page.")]
 
@@ -51,30 +53,30 @@ def isolate(
 ) -> None:
     """Send all tokens of a layer through one expert at a time: which experts are good for which domain, and does the
     router prefer them?"""
+    check_out(out)
+    budget = memory_bytes(memory)
     chosen = read_items(items or ([DEMO] if model == DEMO else []), domains, per_domain)
     moe = load_hooks(model, device, dtype)
     sets = _experts(experts)
-    labels = None if layers is None else [moe.layer_label(part.strip()) for part in layers.split(",")]
+    labels = layer_labels(moe, layers)
     _announce_plan(chosen, len(labels or moe.layers), len(sets or range(moe.spec(moe.layers[0]).n_experts)))
-    store = out / "cells"
-    if not resume and store.exists():
-        for file in store.iterdir():
-            file.unlink()
-    result = isolate_experts(
-        moe,
-        chosen,
-        layers=labels,  # type: ignore[arg-type]
-        experts=sets,
-        mode=mode,  # type: ignore[arg-type]
-        random_draws=random_draws,
-        memory_budget=None if memory is None else int(memory * 2**30),
-        seed=seed,
-        store=store,
-    )
+    store = out / CELLS
+    with finished_cells(store, resume):
+        result = isolate_experts(
+            moe,
+            chosen,
+            layers=labels,  # type: ignore[arg-type]
+            experts=sets,
+            mode=mode,  # type: ignore[arg-type]
+            random_draws=random_draws,
+            memory_budget=budget,
+            seed=seed,
+            store=store,
+        )
     write_isolation(result, out)
     write_page(out / "index.html", isolation_page(result))
     console.out.print(escape(result.summary()))
-    console.out.print(f"\nOpen [bold]{out / 'index.html'}[/] in a browser. The result is {out / 'isolation.nc'}.")
+    console.point_to(out / "index.html", out / "isolation.nc")
 
 
 def read_items(sources: list[str], domains: str | None, per_domain: int | None) -> list[Item]:
@@ -114,7 +116,9 @@ def _announce_plan(items: list[Item], n_layers: int, n_experts: int) -> None:
     """Before the run: what the tests will be able to show."""
     counts = Counter(item.domain for item in items)
     sizes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    console.err.print(escape(f"{len(items)} items ({sizes}). {plan_isolation(counts, n_layers, n_experts)}"))
+    console.err.print(
+        escape(f"{console.quantity(len(items), 'item')} ({sizes}). {plan_isolation(counts, n_layers, n_experts)}")
+    )
 
 
 def _experts(text: str | None) -> list[int | tuple[int, ...]] | None:

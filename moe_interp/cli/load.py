@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerFast
 
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, attach
@@ -26,7 +30,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
 def load_bridge(model: str, device: str | None = None, dtype: str = "float32", **options: Any) -> TransformerBridge:
-    """A bridge in eval mode.
+    """A bridge in eval mode; without a tokenizer where a folder holds none.
 
     Args:
         model: "demo", a folder with a transformers checkpoint, or a hub name. ``HF_HUB_OFFLINE=1`` is honoured: then
@@ -43,10 +47,15 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
         raise ConfigError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "Choose a number format.")
     source = _source(model)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    has_text = not Path(source).is_dir() or _has_tokenizer(Path(source))
+    if not has_text:
+        options = {"tokenizer": _stand_in(), **options}
     try:
         bridge = TransformerBridge.boot_transformers(source, device=_device(device), dtype=DTYPES[dtype], **options)
     except (OSError, ValueError) as error:
         raise _explained(model, error) from error
+    if not has_text:
+        bridge.tokenizer = None
     bridge.cfg.model_name = DEMO if model == DEMO else bridge.cfg.model_name
     bridge.eval()
     return bridge
@@ -84,6 +93,18 @@ def _source(model: str) -> str:
     return model
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    names = [file.name.lower() for file in folder.iterdir()]
+    return any(re.search(r"token|vocab|merges|tekken|\.model$", name) for name in names)
+
+
+def _stand_in() -> PreTrainedTokenizerFast:
+    """A tokenizer of nothing, to be taken off again: loading asks for one, and makes an empty one of some families."""
+    special = dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<none>")
+    backend = Tokenizer(WordLevel({"<none>": 0}, unk_token="<none>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="none", add_bos_token=True, **special)
+
+
 def _device(device: str | None) -> str | None:
     if device is None:
         return None
@@ -105,6 +126,12 @@ def _explained(model: str, error: Exception) -> ConfigError:
         cause = cause.__cause__ or cause.__context__
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if isinstance(error, ValueError) and "not supported" in first.lower():
+        remedy = "See `moe-interp support` for the families."
+        return ConfigError(f"{model}: {first}", "a model that TransformerLens bridges", remedy)
+    if Path(model).expanduser().is_dir():
+        remedy = "Load it with transformers alone to see what it lacks."
+        return ConfigError(f"the folder {model}, which could not be loaded: {first}", "a complete checkpoint", remedy)
     if any(isinstance(e, GatedRepoError) for e in chain):
         remedy = "Ask for access on its page and log in with `hf auth login`."
         return ConfigError(f"the gated model {model}", "a model you have access to", remedy)
@@ -119,9 +146,5 @@ def _explained(model: str, error: Exception) -> ConfigError:
     if any("connect" in str(e).lower() or "connect" in type(e).__name__.lower() for e in chain):
         remedy = "Check the network, or give a local folder or 'demo'."
         return ConfigError(f"{model}, which could not be reached on the hub", "a network connection", remedy)
-    if isinstance(error, ValueError) and "not supported" in first.lower():
-        remedy = "See `moe-interp support` for the families."
-        return ConfigError(f"{model}: {first}", "a model that TransformerLens bridges", remedy)
-    return ConfigError(
-        f"{model}, which could not be loaded: {first}", "a complete checkpoint", "See the message above."
-    )
+    remedy = "Load it with transformers alone to see what it lacks."
+    return ConfigError(f"{model}, which could not be loaded: {first}", "a complete checkpoint", remedy)

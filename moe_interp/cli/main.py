@@ -50,6 +50,5 @@ def app() -> None:
     try:
         cli()
     except MoEInterpError as error:
-        console.err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        console.err.print(str(error), style="red", markup=False)
+        console.fail(error)
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import transformers
 from typer.testing import CliRunner
 
 from moe_interp.arch.families import FAMILIES
+from moe_interp.cli import console
 from moe_interp.cli.load import load_bridge
 from moe_interp.cli.main import app, cli
 from moe_interp.hooks.layer import OpenLayer
@@ -135,6 +137,40 @@ def test_the_installed_command_runs_in_a_process_of_its_own(olmoe: Path) -> None
     assert "all passed" in done.stdout
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.startswith("moe-interp 0.")
+
+
+def test_an_error_breaks_between_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for width in range(30, 90, 7):
+        monkeypatch.setattr(console.err, "_width", width)
+        assert run_app(monkeypatch, "verify", "--model", "demo", "--dtype", "int3") == 1
+        lines = capsys.readouterr().err.splitlines()
+        expected = "one of float32, bfloat16, float16, float64. Choose a number format."
+        message = f"ConfigError: dtype 'int3'. Expected: {expected}"
+        assert " ".join(line.rstrip() for line in lines) == message
+        assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_a_folder_without_a_tokenizer_takes_ids(tmp_path: Path, family: str) -> None:
+    tiny.build_hf(family).save_pretrained(tmp_path / "model")
+    bridge = load_bridge(str(tmp_path / "model"), "cpu")
+    assert bridge.tokenizer is None
+    for name, line in (("ids", [5, 6, 7, 8]), ("text", "w3 w4")):
+        (file := tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
+        given = ["counterfactual", "-m", str(tmp_path / "model"), "--sequences", str(file), "-o", str(tmp_path / name)]
+        done = runner.invoke(cli, [*given, "-R", "2", "--layers", "-1"])
+        if name == "ids":
+            assert done.exit_code == 0, done.output
+        else:
+            assert "text, but the model has no tokenizer" in str(done.exception)
+
+
+def test_a_folder_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = runner.invoke(cli, ["verify", "--model", str(tmp_path)])
+    assert "could not be loaded: " in str(done.exception)
+    assert "Load it with transformers alone" in str(done.exception)
+    assert "HF_HUB_OFFLINE" not in str(done.exception)
 
 
 def test_bridges_are_loaded_in_eval_mode_and_in_the_dtype_asked_for(olmoe: Path) -> None:

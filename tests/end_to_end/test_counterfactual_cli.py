@@ -45,7 +45,10 @@ def test_the_demos_own_trajectories_are_the_default(tmp_path: Path) -> None:
     assert "".join(scored) == solution
     words = " ".join(done.output.split())
     assert "The published pattern" in words
-    assert "8 sequences, 4 MoE layers, 4 routes a token" in words
+    n_tokens = result.data.sizes["token"]
+    assert f"8 sequences, {n_tokens} tokens to score, 4 MoE layers, 4 routes a token" in words
+    assert "Not read" not in words
+    assert "finished before" not in words
     assert "layer 3" in words
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3
@@ -80,12 +83,56 @@ def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
     assert done.exit_code == 0, done.output
     after = {file.name: file.stat().st_mtime_ns for file in store.glob("*.npz")}
     assert kept.items() < after.items()  # nothing was computed again
+    words = " ".join(done.output.split())
+    assert f"{len(kept)} of {len(after)} cells were finished before, in" in words
     whole = mi.load_result(tmp_path / "out" / "counterfactual.nc")
     runner.invoke(cli, arguments(tmp_path / "texts.jsonl", tmp_path / "once", "-R", "3", "--layers", "0,-1"))
     np.testing.assert_array_equal(whole.data["logp"], mi.load_result(tmp_path / "once").data["logp"])
     other = runner.invoke(cli, [*given, "--seed", "1"])
     assert "holds cells of another run (seed: 0 there, 1 here" in str(other.exception)
+    assert "--no-resume" in str(other.exception)
+    (store / "notes.txt").write_text("mine")
+    (store / "folder").mkdir()
     assert runner.invoke(cli, [*given, "--seed", "1", "--no-resume"]).exit_code == 0
+    assert (store / "notes.txt").read_text() == "mine"
+
+
+def test_fields_that_are_not_read_are_named_and_spaces_between_layers_pass(tmp_path: Path) -> None:
+    lines: list[object] = [
+        {"prompt": "37+28=", "trajectory": "7+8=15", "answer": "65"},
+        {"text": "x = 1", "scorefrom": 2, "trajectory": None},
+    ]
+    out = tmp_path / "[red]out[/]"
+    done = runner.invoke(cli, arguments(sequences_file(tmp_path, lines), out, "-R", "1", "--layers", "0, 1"))
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.stderr.split())
+    n_tokens = mi.load_result(out).data.sizes["token"]
+    assert f"2 sequences, {n_tokens} tokens to score, 2 MoE layers, 1 route a token" in words
+    assert (
+        "Not read: trajectory (of 2 sequences), scorefrom (of 1 sequence). The fields that are read: id, text" in words
+    )
+    assert f"Open {out / 'index.html'} in a browser." in done.stdout
+    assert f"The result is {out / 'counterfactual.nc'}." in done.stdout
+    assert (out / "counterfactual.nc").is_file()
+    again = runner.invoke(cli, [*arguments(tmp_path / "texts.jsonl", out, "-R", "2"), "--layers", "0, 1"])
+    assert "[red]out[/]" in str(again.exception)
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (out := tmp_path / "out").write_text("mine")
+    for command_line in (
+        arguments(sequences_file(tmp_path), out),
+        ["isolate", "--model", "demo", "--out", str(out)],
+        ["demo", "--out", str(out)],
+    ):
+        done = runner.invoke(cli, command_line)
+        assert f"'{out}' is a file. Expected: a folder to write to" in str(done.exception)
+    assert out.read_text() == "mine"
+    (place := tmp_path / "run").mkdir()
+    (place / command.STORE).write_text("mine")
+    for more in ((), ("--no-resume",)):
+        done = runner.invoke(cli, arguments(sequences_file(tmp_path), place, "-R", "1", "--layers", "0", *more))
+        assert f"'{place / command.STORE}' is a file. Expected: a folder " in str(done.exception)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +151,8 @@ def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
         (None, ["--tau", "0"], ["tau=0.0", "tau > 0"]),
         (None, ["--method", "fast"], ["method='fast'"]),
         (None, ["--memory", "0.000001"], ["memory budget"]),
+        (None, ["--memory", "nan"], ["--memory nan", "a positive number of GiB"]),
+        (None, ["--memory", "-1"], ["--memory -1", "a positive number of GiB"]),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
@@ -114,6 +163,13 @@ def test_what_cannot_be_scored_is_refused(
     assert isinstance(done.exception, MoEInterpError), done.output
     assert all(part in str(done.exception) for part in parts), str(done.exception)
     assert not (tmp_path / "out" / "counterfactual.nc").exists()
+
+
+@pytest.mark.parametrize("first", ["0", "-1"])
+def test_fewer_than_one_sequence_is_a_mistake_in_usage(tmp_path: Path, first: str) -> None:
+    done = runner.invoke(cli, arguments("demo", tmp_path, "--first", first))
+    assert done.exit_code == 2
+    assert "--first" in done.stderr
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
