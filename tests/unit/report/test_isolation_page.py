@@ -10,9 +10,10 @@ import pytest
 
 from moe_interp.errors import ResultError
 from moe_interp.experiments.isolation_result import IsolationResult
-from moe_interp.report import isolation_page, write_page
+from moe_interp.report import counterfactual_chapter, isolation_chapter, isolation_page, render_page, write_page
 from moe_interp.report.html import LONGEST, cell, html_table, with_intervals
 from tests.unit.experiments.planted_isolation import planted_isolation
+from tests.unit.plots.planted_routes import planted_routes
 
 VOID = {"meta", "br", "link"}
 
@@ -72,6 +73,20 @@ def test_the_page_says_what_the_result_says(page, planted):
         assert f"{row.rho:.3g}" in page
     assert "12.3 s" in page
     assert planted.manifest.versions["numpy"] in page
+
+
+def test_a_page_of_several_chapters_has_contents_whose_links_lead_somewhere(planted, page):
+    chapters = [isolation_chapter(planted), counterfactual_chapter(planted_routes())]
+    both = render_page(chapters, title="Both")
+    parser = Nesting()
+    parser.feed(both)
+    assert len(parser.ids) == len(set(parser.ids))
+    contents = both[both.index("<nav") : both.index("</nav>")]
+    links = re.findall(r'href="#([^"]+)"', contents)
+    assert len(links) == sum(1 + len(chapter.sections) for chapter in chapters) + 1
+    assert set(links) <= set(parser.ids)
+    assert "Token by token" in contents
+    assert "<nav" not in page
 
 
 def test_what_cannot_be_shown_is_replaced_by_the_reason():

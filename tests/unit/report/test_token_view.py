@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_interp.experiments.counterfactual_result import CounterfactualResult
 from moe_interp.report import counterfactual_page, token_view
 from moe_interp.report.tokens import STEPS
 from tests.unit.plots.planted_routes import REGRETTED, TEXTS, planted_routes
@@ -60,6 +61,16 @@ def test_it_holds_every_token_with_its_routes():
     assert texts == [TEXTS[i % len(TEXTS)] for i in range(96)]
 
 
+def test_the_origin_says_everything_once():
+    data = planted_routes().data
+    result = CounterfactualResult(
+        data, config={"seed": 7, "sequences": "a1b2", "model": "m"}, seeds=7, data_checksum="a1b2"
+    )
+    page = counterfactual_page(result)
+    origin = page[page.index('id="origin"') :]
+    assert origin.count(">seed<") == origin.count(">7<") == origin.count("a1b2") == origin.count(">model<") == 1
+
+
 def test_text_cannot_leave_the_script_or_the_table(page):
     # the data's own closing tag would end the script
     assert page.count("</script>") == page.count("<script") == 2
@@ -103,15 +114,20 @@ document.body.textContent = "ANSWER" + JSON.stringify(say) + "ANSWER";
 });</script></body>"""
 
 
+def asked(page: str, question: str, folder: Path, width: int = 1000) -> dict:
+    """What a browser of this width answers."""
+    file = folder / "page.html"
+    file.write_text(page.replace("</body>", question), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *options, f"--window-size={width},900", file.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    return json.loads(html.unescape(done.stdout.split("ANSWER")[1]))
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium to open the page in")
 def test_a_browser_shows_it_and_the_keyboard_reaches_every_token(page, tmp_path: Path):
-    file = tmp_path / "page.html"
-    file.write_text(page.replace("</body>", ASK), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run(
-        [CHROMIUM, *options, "--window-size=1000,900", file.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    said = json.loads(html.unescape(done.stdout.split("ANSWER")[1]))
+    said = asked(page, ASK, tmp_path)
     # the first sequence starts at position 2; a line break breaks the line, what cannot be seen is marked
     assert said["text"].startswith('⋯<b> &amp;↵\n→\t∅"]</script>␣x')
     assert said["tabbable"] == 1
@@ -124,6 +140,25 @@ def test_a_browser_shows_it_and_the_keyboard_reaches_every_token(page, tmp_path:
     assert said["elsewhere"] == "token s0"
     assert said["back"] == "token s5"
     assert said["colours"] == 7
+
+
+MEASURE = """<script>addEventListener("load", () => {
+const whole = part => part.scrollWidth <= part.clientWidth;
+const say = {
+  tables: [...document.querySelectorAll(".scroll")].every(whole),
+  page: document.documentElement.scrollWidth <= innerWidth,
+  drawn: Math.min(...[...document.querySelectorAll("figure svg")].map(svg => svg.getBoundingClientRect().width))};
+document.body.textContent = "ANSWER" + JSON.stringify(say) + "ANSWER";
+});</script></body>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium to open the page in")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_tables_are_whole_on_a_wide_page_and_figures_readable_on_a_narrow_one(page, tmp_path: Path, width):
+    said = asked(page, MEASURE, tmp_path, width)
+    assert said["page"]
+    assert said["tables"] or width < 1200
+    assert said["drawn"] >= 640  # of 900: text of eight points stays above five
 
 
 def luminance(colour: str) -> float:
