@@ -24,7 +24,7 @@ from moe_interp.experiments.items import (
 )
 from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.scoring import by_item
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.prefix import PrefixRunner
 from moe_interp.interventions import set_routes
 from moe_interp.progress import Report, reporting
@@ -148,6 +148,7 @@ def score_domain_router(
 
     Source: derived. What it does not show: what a trained router could reach.
     """
+    check_attached(moe)
     if random_draws < 1:
         raise ConfigError(f"random_draws={random_draws}", "at least 1", "Draw more.")
     k = moe.spec(moe.layers[0]).top_k if k is None else k

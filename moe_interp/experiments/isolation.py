@@ -31,7 +31,7 @@ from moe_interp.experiments.naming import model_name, weights_checksum
 from moe_interp.experiments.routing_stats import RoutingStats
 from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
 from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets
-from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, check_mass
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum
@@ -86,6 +86,7 @@ def isolate_experts(
     What it does not show: how an expert works together with others; an expert alone gets tokens that it never had to
     serve alone.
     """
+    check_attached(moe)
     if method not in ("prefix", "naive"):
         raise ConfigError(f"method={method!r}", "'prefix' or 'naive'", "Choose one of these.")
     checked = check_items(items)

@@ -211,6 +211,8 @@ def test_use_after_detaching() -> None:
         lambda: mi.random_routing(moe),
         lambda: mi.score_routes(moe, TOKENS, 1, torch.zeros(2, 8, 1, 2)),
         lambda: mi.screen_routes(moe, TOKENS, [1], {}),
+        lambda: mi.isolate_experts(moe, []),
+        lambda: mi.score_domain_router(moe, [], None),  # type: ignore[arg-type]
     ):
         with pytest.raises(AttachError, match=r"no longer attached to.*attach\(bridge\) to attach anew"):
             use()
@@ -230,6 +232,7 @@ def test_a_bridge_in_place_of_its_hooks() -> None:
             lambda given: mi.replay_routes(given, {}),
             lambda given: mi.score_routes(given, TOKENS, 1, torch.zeros(2, 8, 1, 2)),
             lambda given: mi.screen_routes(given, TOKENS, [1], {}),
+            lambda given: mi.isolate_experts(given, []),
         ):
             with pytest.raises(AttachError, match=r"Expected: what moe_interp\.attach\(bridge\) returns"):
                 use(given)
