@@ -49,9 +49,8 @@ def counterfactual(
     sequences: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSON-lines files, or 'demo', the bundled held-out solutions and answers. A line holds text, tokens "
-            "(ids), or prompt and answer; an id; and what to score: mask (a flag a token) or score_from (an index), "
-            "else the answer where there is one (so put a worked solution there), else all. Other fields are not read."
+            help="JSON-lines files of text, tokens, or prompt and answer (see above); or 'demo', the bundled held-out "
+            "solutions and answers."
         ),
     ] = None,
     first: Annotated[
@@ -71,7 +70,14 @@ def counterfactual(
     resume: Annotated[bool, typer.Option(help="Go on with the finished cells in --out.")] = True,
 ) -> None:
     """Score other routes of equal compute for every token, layer by layer: is the router's choice the best, and does it
-    know better routes where it is not?"""
+    know better routes where it is not?
+
+    A line of --sequences is a text, a list of ids, or an object of these fields:
+    text, tokens (ids), or prompt and answer; id; and which tokens to score, as
+    mask (0 or 1 for each) or score_from (the index of the first one). Without
+    these it is the answer where there is one, else all: to score a worked
+    solution, put all of it in answer. Other fields are not read.
+    """
     check_out(out)
     budget = memory_bytes(memory)
     chosen = read_sequence_files(sequences or ([DEMO] if model == DEMO else []), first)

@@ -40,7 +40,7 @@ class CellStore:
         difference = None
         if self._is_planned:
             difference = _difference(_read_plan(self.path), self.plan)
-        elif self.finished(self.path):
+        elif any(self.path.glob("*.npz")):
             difference = "they are without a plan"
         if difference:
             raise ResultError(
@@ -52,8 +52,8 @@ class CellStore:
 
     @staticmethod
     def finished(path: str | Path) -> int:
-        """How many finished cells a folder holds, of whatever plan."""
-        return sum(1 for _ in Path(path).glob("*.npz"))
+        """How many finished cells of layers a folder holds, of whatever plan; what layers share is not counted."""
+        return sum(1 for _ in Path(path).glob("*[0-9].npz"))
 
     @staticmethod
     def clear(path: str | Path) -> None:
