@@ -7,38 +7,48 @@ not on how tokens are batched or padded.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, repeat
+from numbers import Integral, Real
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, DataError
 from moe_interp.interventions.streams import uniform_keys
 from moe_interp.types import EMPTY
 
 _MOST_SUBSETS = 100_000
 _DRAWS_AT_ONCE = 2**23  # uniform numbers in memory at a time
-_ROUNDS = 6  # each of twice as many draws; after that the temperature is doubled
+_FIRST, _HEATED = (64, 128, 256, 512, 512, 512), (512, 512)  # draws at the sampler's temperature, and at each higher one
+_DOUBLINGS = 12  # of the temperature; after that experts are drawn uniformly
 
 
 @dataclass(frozen=True, eq=False)
 class SampledRoutes:
     """Distinct routes (as sets) other than the standard one, in the order they were drawn.
 
+    The first m of them are those that a call with ``n_routes=m`` gives.
+
     Attributes:
         indices: ``[*token, route, slot]`` expert ids, best-ranked first; -1 throughout where there are no more routes.
         n_distinct: ``[*token]``, how many routes there are.
         is_exhausted: ``[*token]`` bool: fewer than asked for, because these are all there are.
         heating: ``[*token]``, what the temperature was multiplied by for the last of a token's routes: 1 but for
-            routers so sure of their choice that other routes do not come up in hundreds of draws.
+            routers so sure of their choice that other routes do not come up in 2,000 draws; infinite for experts drawn
+            uniformly in the end.
+        share_other: ``[*token]``, the share of the sampler's first draws that were another route than the standard one
+            (which is left out above): an estimate of P(a draw differs from it) that does not depend on which routes
+            the others were. None for a sampler that does not say.
     """
 
     indices: Tensor
     n_distinct: Tensor
     is_exhausted: Tensor
     heating: Tensor
+    share_other: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +108,12 @@ class GumbelTopK:
     pool: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.tau > 0 or (self.pool is not None and self.pool < 1):
-            given = f"tau={self.tau} and pool={self.pool}"
-            raise ConfigError(given, "tau > 0, and a pool of at least one expert", "Correct the sampler.")
+        is_tau = isinstance(self.tau, Real) and not isinstance(self.tau, bool) and 0 < self.tau < math.inf
+        is_pool = self.pool is None or (isinstance(self.pool, Integral) and not isinstance(self.pool, bool))
+        if not is_tau or not is_pool or (self.pool is not None and self.pool < 1):
+            given = f"tau={self.tau!r} and pool={self.pool!r}"
+            expected = "a finite tau > 0, and a pool of a whole number of experts (or None)"
+            raise ConfigError(given, expected, "Correct the sampler; for uniform sets use UniformSubsets().")
 
     def draw(self, choice_logits: Tensor, uniforms: Tensor, top_k: int) -> Tensor:
         """Independent draws, before any is left out: ``[token, draw, slot]`` expert ids.
@@ -110,25 +123,28 @@ class GumbelTopK:
             uniforms: ``[token, draw, expert]`` in (0, 1).
             top_k: Experts a route.
         """
-        logits = self._pooled(choice_logits).to(uniforms.dtype) / self.tau
-        gumbel = -torch.log(-torch.log(uniforms))
-        return (logits.unsqueeze(1) + gumbel).topk(top_k, dim=-1).indices
+        return _gumbel_top_k(self._pooled(choice_logits), uniforms, top_k, self.tau)
 
     def sample(self, choice_logits: Tensor, standard: Tensor, n_routes: int, keys: TokenKeys) -> SampledRoutes:
         """See :class:`RouteSampler`."""
         found = _Found(choice_logits, standard, n_routes)
         pooled = self._pooled(found.ranking)
         there_are = self._there_are(pooled, found)
-        few = there_are <= n_routes
-        found.add_all(few.nonzero().flatten(), pooled)
-        sampler, stream, n_draws = self, 0, 2 * n_routes
-        while len(rows := ((found.count < n_routes) & ~few).nonzero().flatten()):
+        # draws and temperatures do not depend on n_routes: fewer routes are the first of more
+        for stream, (n_draws, heat) in enumerate(_schedule()):
+            rows = (found.count < there_are.clamp(max=n_routes)).nonzero().flatten()
+            if heat > 1:
+                found.add_all(rows[there_are[rows] <= n_routes], pooled)
+                rows = rows[there_are[rows] > n_routes]
+            if not len(rows):
+                break
             for part in rows.split(max(1, _DRAWS_AT_ONCE // (n_draws * pooled.shape[-1]))):
                 uniforms = keys.uniforms(part, n_draws * pooled.shape[-1], stream).view(len(part), n_draws, -1)
-                found.add(part, sampler.draw(found.ranking[part], uniforms, found.top_k))
-            found.heating[rows] = sampler.tau / self.tau
-            stream, n_draws = stream + 1, min(2 * n_draws, 16 * n_routes)
-            sampler = sampler if stream % _ROUNDS else replace(self, tau=2 * sampler.tau)
+                drawn = _gumbel_top_k(pooled[part], uniforms, found.top_k, self.tau * heat)
+                found.add(part, drawn)
+                if stream == 0:
+                    found.share_other[part] = found.is_other(part, drawn)
+            found.heating[rows] = heat
         return found.result(there_are)
 
     def _pooled(self, choice_logits: Tensor) -> Tensor:
@@ -156,6 +172,7 @@ class UniformSubsets:
 
     def sample(self, choice_logits: Tensor, standard: Tensor, n_routes: int, keys: TokenKeys) -> SampledRoutes:
         """See :class:`RouteSampler`."""
+        _check_logits(choice_logits)
         # all perturbed alike: Gumbel noise alone ranks the experts uniformly
         drawn = GumbelTopK().sample(torch.zeros_like(choice_logits), standard, n_routes, keys)
         return replace(drawn, indices=_by_rank(drawn.indices, choice_logits))
@@ -202,13 +219,14 @@ class _Found:
     def __init__(self, choice_logits: Tensor, standard: Tensor, n_routes: int) -> None:
         if n_routes < 1:
             raise ConfigError(f"{n_routes} routes a token", "at least one", "Raise the number of routes.")
+        _check_logits(choice_logits)
         self.shape, self.top_k, self.n_routes = standard.shape[:-1], standard.shape[-1], n_routes
         self.ranking, self.standard = choice_logits.flatten(0, -2), standard.flatten(0, -2)
         n_tokens, n_experts = self.ranking.shape
         device = self.standard.device
         self.routes = self.standard.new_full((n_tokens, n_routes, self.top_k), EMPTY)
         self.count = torch.zeros(n_tokens, dtype=torch.int64, device=device)
-        self.heating = torch.ones(n_tokens, device=device)
+        self.heating, self.share_other = torch.ones(n_tokens, device=device), torch.zeros(n_tokens, device=device)
         # a set's code is the sum of its experts' random 64-bit numbers: two sets agree with probability 2^-64
         numbers = torch.randint(-(2**62), 2**62, (n_experts,), generator=torch.Generator().manual_seed(0))
         self.numbers = numbers.to(device)
@@ -227,24 +245,30 @@ class _Found:
         self.routes[rows[row], place[row, draw]] = drawn[row, draw]
         self.count[rows] = (self.count[rows] + is_new.sum(dim=1)).clamp(max=self.n_routes)
 
+    def is_other(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """``[row]``: the share of ``[row, draw, slot]`` that is not the standard route."""
+        return (self.numbers[drawn].sum(dim=-1) != self.standard_code[rows]).float().mean(dim=1)
+
     def add_all(self, rows: Tensor, pooled: Tensor) -> None:
-        """Take every set of experts that are open to a token."""
+        """Take every set of experts that are open to a token, by descending sum of their logits."""
         if not len(rows):
             return
-        n_open = (pooled[rows] > float("-inf")).sum(dim=-1)
+        values, by_rank = pooled[rows].sort(dim=-1, descending=True, stable=True)
+        n_open = (values > float("-inf")).sum(dim=-1, keepdim=True)
         ranks = torch.tensor(list(combinations(range(int(n_open.max())), self.top_k)), device=rows.device)
-        by_rank = pooled[rows].argsort(dim=-1, descending=True, stable=True)
-        self.add(rows, by_rank[:, ranks], ranks.amax(dim=-1) < n_open.unsqueeze(1))
+        order = values[:, ranks].sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+        sets = by_rank[:, ranks].gather(1, order.unsqueeze(-1).expand(-1, -1, self.top_k))
+        self.add(rows, sets, (ranks.amax(dim=-1) < n_open).gather(1, order))
 
     def pick(self, candidates: Tensor, keys: TokenKeys) -> SampledRoutes:
         """A uniform draw of the distinct ``[token, candidate, slot]``, or all of them but the standard one."""
         there_are = (self.numbers[candidates].sum(dim=-1) != self.standard_code).sum(dim=-1)
         n = candidates.shape[1]
+        self.share_other = there_are / max(n, 1)
         for rows in torch.arange(len(candidates), device=candidates.device).split(max(1, _DRAWS_AT_ONCE // max(n, 1))):
             # one more than asked for, as the standard route may be among them
             order = keys.uniforms(rows, n, 0).topk(min(self.n_routes + 1, n), dim=-1).indices
-            chosen = candidates[rows.unsqueeze(1), order if self.n_routes < n else torch.arange(n, device=rows.device)]
-            self.add(rows, chosen)
+            self.add(rows, candidates[rows.unsqueeze(1), order])
         return self.result(there_are)
 
     def result(self, there_are: Tensor) -> SampledRoutes:
@@ -253,6 +277,36 @@ class _Found:
             n_distinct=self.count.reshape(self.shape),
             is_exhausted=(there_are < self.n_routes).reshape(self.shape),
             heating=self.heating.reshape(self.shape),
+            share_other=self.share_other.reshape(self.shape),
+        )
+
+
+def _schedule() -> Iterator[tuple[int, float]]:
+    """The draws of one block after another, and what the temperature is multiplied by in it."""
+    yield from ((n, 1.0) for n in _FIRST)
+    yield from ((n, 2.0**doubling) for doubling in range(1, _DOUBLINGS + 1) for n in _HEATED)
+    yield from ((n, math.inf) for n in repeat(_HEATED[-1]))
+
+
+def _gumbel_top_k(pooled: Tensor, uniforms: Tensor, top_k: int, tau: float) -> Tensor:
+    """``[token, draw, slot]``: the largest of ``pooled / tau`` with Gumbel noise; experts at -inf never."""
+    top = pooled.amax(dim=-1, keepdim=True)
+    # below the best and bounded: a tiny tau makes no expert of the pool one that is shut
+    logits = ((pooled - top).to(uniforms.dtype) / tau).clamp(min=-1e30) if tau < math.inf else torch.zeros_like(pooled)
+    logits = logits.to(uniforms.dtype).masked_fill(pooled == float("-inf"), float("-inf"))
+    gumbel = -torch.log(-torch.log(uniforms))
+    return (logits.unsqueeze(1) + gumbel).topk(top_k, dim=-1).indices
+
+
+def _check_logits(choice_logits: Tensor) -> None:
+    """Refuse NaN and +inf; -inf shuts an expert."""
+    bad = (choice_logits.isnan() | (choice_logits == float("inf"))).any(dim=-1).nonzero()
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        raise DataError(
+            f"choice logits {choice_logits[place].tolist()} of token {place if len(place) > 1 else place[0]}",
+            "finite numbers, or -inf for an expert that is shut",
+            "Look for overflow in the model at this number format.",
         )
 
 
