@@ -12,29 +12,42 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moe_interp import stats
-from moe_interp.errors import DataError
-from moe_interp.experiments.confidence import CLASSES, By, Codes, check_way, classes, confidence, mean_probability
+from moe_interp.experiments.confidence import (
+    CLASSES,
+    By,
+    Codes,
+    check_thresholds,
+    check_way,
+    classes,
+    confidence,
+    fresh_mean,
+)
 from moe_interp.experiments.counterfactual_data import sequence_codes
 from moe_interp.experiments.counterfactual_tables import common_size, compared_size, tally
 
 FloatArray = NDArray[np.float64]
-KINDS = ("router", "random", "own_prediction", "fresh_draw", "null")
 # bins of the target's log-probability under the standard route, to compare realized and drawn targets at equal ones
 EDGES = -np.concatenate([np.arange(20, 0.9, -0.5), [0.7, 0.4, 0.2, 0.1, 0.03, 0.01, 0.003]])
-_AT_ONCE = 2**21  # numbers in one array
+SHOWN = ("gap", "regret", "router_gap", "router_regret", "excess_gap", "excess_regret")
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One side of a comparison: best-of-m ``[size, token, layer]``, each cell's class ``[token, layer]`` (-1: none) and
+    bin."""
+
+    best: stats.BestOf
+    codes: Codes
+    bins: Codes | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Kind:
-    """What one row is about: best-of-m of some items, each with its place ``[token, layer, ...]``.
+    """Cells in which nothing is to be gained, and the run's own on the same; ``share`` is what a cell counts."""
 
-    ``best`` is ``[size, token, layer, ...]``, ``codes`` the items' class (-1: none), ``share`` what an item counts.
-    """
-
-    best: stats.BestOf
-    codes: Codes
+    own: _Side
+    router: _Side
     share: FloatArray | float = 1.0
-    bins: Codes | None = None
 
 
 def controls(
@@ -45,18 +58,23 @@ def controls(
 ) -> pd.DataFrame:
     """Gap and regret of the router's routes beside those that no better route could explain.
 
-    Rows (``kind``), all at m distinct routes:
+    Rows (``kind``), all at the first m distinct routes in drawn order, of tokens that have as many:
 
     - "router": the run's own routes against the standard one.
     - "random": uniform sets of experts instead of the router's.
     - "own_prediction": the same routes, but the next token drawn from the model's own prediction instead of the
       realized one, within bins of its log-probability under the standard route, weighted as the realized ones. Were
-      the model's prediction right, or the realized token unrelated to what routes do, this would equal "router".
-      Bins that a drawn token never falls into are left out of both (``matched``: the share of the realized ones kept).
-    - "fresh_draw": a route of a second draw takes the standard one's place (and the standard one takes its place among
-      the alternatives, where it is one of them). Were the standard route exchangeable with the router's draws, this
-      would equal "router"; by class, each such route is classed by the rest of its draw.
-    - "null": the standard route through the same machinery as the only alternative: the noise floor.
+      the model's prediction right, or the realized token unrelated to what routes do, this would equal the run's own.
+      Bins that a drawn token never falls into are left out of both.
+    - "fresh_draw": the standard route r0 and a freshly drawn one f change places. f is the first route of the second
+      draw that is not r0; with A the first m - 1 routes of the main draw other than f, the row is the best of r0 and A
+      against f, and the run's own beside it the best of f and A against r0. Each token counts by the share of the
+      second draw's first draws that were not r0. Were r0 a draw of the sampler itself, whatever utility has to do with
+      the router, P(r0 = a) P(f = b | r0 = a) P(a draw is not a) = P(a) P(b) would be symmetric, and both sides equal in
+      expectation (exactly so where no route was heated). By class "resampled", both are classed by the second draw's
+      other routes; by "standard", each by its own p.
+    - "null": the standard route through the same machinery against itself in the plain forward: the noise of **one**
+      alternative, not of the best of m.
 
     Args:
         data: Dataset of a run, with its controls; rows without data are left out.
@@ -64,29 +82,27 @@ def controls(
         thresholds, n_distinct: See :func:`by_confidence`.
 
     Returns:
-        A row a kind (and class): n_cells, n_sequences, n_distinct, matched, gap (probability) and regret (nats), and
-        their excesses ``router - kind`` (excess_gap, excess_regret), each with ``_low`` and ``_high`` (bootstrap over
-        sequences, 95%; the excess is resampled as one).
+        A row a kind (and class): n_cells and n_sequences that enter, n_distinct, n_unclassed (cells with m routes but
+        without a class), matched (the share of the tokens' weight that is compared), gap (probability) and regret
+        (nats), the run's own on the same tokens (router_gap, router_regret), and the excess ``router - kind``
+        (excess_gap, excess_regret), each with ``_low`` and ``_high`` (bootstrap over sequences, 95%; the excess is
+        resampled as one; none below two sequences).
 
     Source: derived. An excess over "own_prediction" speaks of this data, not of what training would reach.
     """
     size = compared_size(data, n_distinct)
     names = ("all",) if by is None else CLASSES
-    kinds = _kinds(data, by, thresholds, [size], KINDS)
-    found, counts, n_sequences = _compared(data, kinds, len(names))
+    kinds = _kinds(data, by, check_thresholds(thresholds), [size])
+    found = _compared(data, kinds, len(names))
     rows = []
-    for k, kind in enumerate(kinds):
+    for k, (kind, items) in enumerate(kinds.items()):
+        is_there = ~np.isnan(items.own.best.regret[-1])
         for g, name in enumerate(names):
             row: dict[str, Any] = {"kind": kind} | ({} if by is None else {"class": name})
-            row |= {"n_cells": round(counts[kind][g]), "n_sequences": n_sequences[kind][g], "n_distinct": size}
-            row["matched"] = float(found.estimate[k, 0, g, 4])
-            for i, measure in enumerate(("gap", "regret", "excess_gap", "excess_regret")):
-                at = (k, 0, g, i)
-                is_known = n_sequences[kind][g] > 1
-                row[measure] = float(found.estimate[at])
-                row[f"{measure}_low"] = float(found.low[at]) if is_known else float("nan")
-                row[f"{measure}_high"] = float(found.high[at]) if is_known else float("nan")
-            rows.append(row)
+            row |= {"n_cells": found.n_cells[k, 0, g], "n_sequences": found.n_sequences[k, 0, g], "n_distinct": size}
+            row["n_unclassed"] = int((is_there & (items.own.codes < 0)).sum())
+            row["matched"] = float(found.interval.estimate[k, 0, g, len(SHOWN)])
+            rows.append(row | found.shown((k, 0, g), SHOWN))
     return pd.DataFrame(rows)
 
 
@@ -94,154 +110,153 @@ def regret_curve(data: xr.Dataset) -> pd.DataFrame:
     """Regret against the number of distinct routes, for the kinds of :func:`controls`.
 
     Returns:
-        A row for each n (1, 2, 4, ... and the number that 95% of the tokens have) and kind: regret in nats, the
-        expectation of the best of n over a token's routes, with low and high; the same tokens at every n.
+        A row for each n (1, 2, 4, ... and the number that 95% of the tokens have) and kind: regret in nats with the
+        first n routes drawn, which is what a run with ``n_routes=n`` gives, and router_regret, the run's own on the
+        tokens that this kind compares ("own_prediction" and "fresh_draw" leave some out, or count them less), each with
+        ``_low`` and ``_high``; matched as in :func:`controls`. The same tokens at every n.
     """
     most = common_size(data)
     sizes = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-    kinds = _kinds(data, None, (0.5, 0.9), sizes, KINDS)
-    found, _, n_sequences = _compared(data, kinds, 1)
-    rows = [
-        {
-            "n": n,
-            "kind": kind,
-            "regret": float(found.estimate[k, s, 0, 1]),
-            "low": float(found.low[k, s, 0, 1]),
-            "high": float(found.high[k, s, 0, 1]),
-            "n_sequences": n_sequences[kind][0],
-        }
-        for s, n in enumerate(sizes)
-        for k, kind in enumerate(kinds)
-    ]
+    kinds = _kinds(data, None, (0.5, 0.9), sizes)
+    found = _compared(data, kinds, 1)
+    rows = []
+    for s, n in enumerate(sizes):
+        for k, kind in enumerate(kinds):
+            values = found.shown((k, s, 0), SHOWN)
+            row: dict[str, Any] = {"n": n, "kind": kind, "regret": values["regret"]}
+            row |= {"low": values["regret_low"], "high": values["regret_high"]}
+            row |= {name: value for name, value in values.items() if name.startswith("router_regret")}
+            row |= {"matched": float(found.interval.estimate[k, s, 0, len(SHOWN)])}
+            rows.append(row | {"n_sequences": found.n_sequences[k, s, 0]})
     return pd.DataFrame(rows)
 
 
-def _kinds(
-    data: xr.Dataset, by: By | None, thresholds: tuple[float, float], sizes: Sequence[int], wanted: Sequence[str]
-) -> dict[str, _Kind]:
+def _kinds(data: xr.Dataset, by: By | None, thresholds: tuple[float, float], sizes: Sequence[int]) -> dict[str, _Kind]:
     """The kinds that the run has data for; the last size decides which cells count, at all sizes alike."""
     if by is not None:
         check_way(data, by)
-    logp, standard = _values(data, "logp"), _values(data, "logp_standard")[:, None]
-    shape = logp.shape[:2]
-    standard = np.broadcast_to(standard, shape)
-    codes = np.zeros(shape, np.int64) if by is None else classes(confidence(data, by), thresholds)
-    kinds = {"router": _Kind(stats.best_of(logp, standard, sizes), codes, bins=np.searchsorted(EDGES, standard))}
+    logp, level = _values(data, "logp"), _values(data, "logp_null")
+    codes = np.zeros(level.shape, np.int64) if by is None else classes(confidence(data, by), thresholds)
+    best = stats.best_of(logp, level, sizes)
+    router = _Side(best, codes)
+    kinds = {"router": _Kind(router, router)}
     if "logp_random" in data:
-        kinds["random"] = _Kind(stats.best_of(_values(data, "logp_random"), standard, sizes), codes)
+        kinds["random"] = _Kind(_Side(stats.best_of(_values(data, "logp_random"), level, sizes), codes), router)
     if "logp_own" in data:
-        kinds["own_prediction"] = _own_prediction(data, by, thresholds, sizes)
+        kinds["own_prediction"] = _own_prediction(data, by, thresholds, sizes, router)
     if "logp_second" in data:
         kinds["fresh_draw"] = _fresh_draw(data, by, thresholds, sizes, codes)
-    null = stats.best_of(_values(data, "logp_null")[..., None], standard, [1])
-    kinds["null"] = _Kind(stats.BestOf(*(np.repeat(part, len(sizes), axis=0) for part in vars(null).values())), codes)
-    return {name: kinds[name] for name in wanted if name in kinds}
+    plain = np.broadcast_to(_values(data, "logp_standard")[:, None], level.shape)
+    null = stats.best_of(np.repeat(level[..., None], max(sizes), axis=-1), plain, sizes)
+    kinds["null"] = _Kind(_Side(null, codes), router)
+    return kinds
 
 
-def _own_prediction(data: xr.Dataset, by: By | None, thresholds: tuple[float, float], sizes: Sequence[int]) -> _Kind:
+def _own_prediction(
+    data: xr.Dataset, by: By | None, thresholds: tuple[float, float], sizes: Sequence[int], router: _Side
+) -> _Kind:
     """Cells with the drawn target, classed as if it were the realized one."""
-    logp = _values(data, "logp_own")
-    standard = np.broadcast_to(_values(data, "logp_own_standard")[:, None], logp.shape[:2])
-    if by is None:
-        codes = np.zeros(standard.shape, np.int64)
-    elif by == "entropy":
-        codes = classes(confidence(data, by), thresholds)
-    elif by == "standard":
-        codes = classes(np.exp(standard), thresholds)
-    elif "logp_own_second" in data:
-        codes = classes(mean_probability(_values(data, "logp_own_second")), thresholds)
+    level = _values(data, "logp_own_null")
+    if by == "standard":
+        plain = np.broadcast_to(_values(data, "logp_own_standard")[:, None], level.shape)
+        codes = classes(np.exp(plain), thresholds)
     else:
-        raise DataError(
-            "a run without logp_own_second", "the second draw's scores of the drawn target", "Repeat the run."
-        )
-    return _Kind(stats.best_of(logp, standard, sizes), codes, bins=np.searchsorted(EDGES, standard))
+        # without a class, or by entropy, in which no target enters
+        codes = classes(fresh_mean(data, "logp_own_second"), thresholds) if by == "resampled" else router.codes
+    own = _Side(stats.best_of(_values(data, "logp_own"), level, sizes), codes, np.searchsorted(EDGES, level))
+    return _Kind(own, _Side(router.best, router.codes, np.searchsorted(EDGES, _values(data, "logp_null"))))
 
 
 def _fresh_draw(
     data: xr.Dataset, by: By | None, thresholds: tuple[float, float], sizes: Sequence[int], codes: Codes
 ) -> _Kind:
-    """Each route of the second draw as the standard one: items ``[token, layer, second]``."""
-    second, same, logp = _values(data, "logp_second"), data["second_route"].values, _values(data, "logp")
-    standard = np.broadcast_to(_values(data, "logp_standard")[:, None, None], second.shape)
-    is_there = ~np.isnan(second)
-    n = is_there.sum(-1, keepdims=True)
-    parts: list[stats.BestOf] = []
-    per_token = int(np.prod(second.shape[1:])) * logp.shape[-1]
-    for part in np.array_split(np.arange(len(logp)), max(1, len(logp) * per_token // _AT_ONCE)):
-        others = np.repeat(logp[part][:, :, None], second.shape[-1], axis=2)
-        is_itself = np.arange(logp.shape[-1]) == same[part][..., None]
-        others = np.where(is_itself, standard[part][..., None], others)
-        parts.append(stats.best_of(others, np.where(is_there[part], second[part], 0.0), sizes))
-    best = stats.BestOf(*(np.concatenate(values, axis=1) for values in zip(*(vars(p).values() for p in parts))))
+    """The standard route and the first other one of the second draw in each other's place."""
+    logp, level, fresh = _values(data, "logp"), _values(data, "logp_null"), _values(data, "logp_second")[..., 0]
+    is_itself = np.arange(logp.shape[-1]) == data["second_route"].values[..., :1]
+    rest = np.where(is_itself, np.nan, logp)
+    share = np.where(np.isnan(fresh), 0.0, _values(data, "second_share"))
+    short = (~np.isnan(logp)).sum(-1) < max(sizes)
+    ours, theirs = np.where(short, np.nan, fresh), np.where(short, np.nan, level)
+    router = stats.best_of(np.concatenate([ours[..., None], rest], axis=-1), level, sizes)
+    own = stats.best_of(
+        np.concatenate([theirs[..., None], rest], axis=-1), np.where(np.isnan(fresh), level, fresh), sizes
+    )
     if by == "resampled":
-        p = np.where(is_there, np.exp(second), 0.0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            item_codes = classes((p.sum(-1, keepdims=True) - p) / (n - 1), thresholds)
-    elif by == "standard":
-        item_codes = classes(np.exp(second), thresholds)
-    else:
-        item_codes = np.broadcast_to(codes[..., None], second.shape)
-    return _Kind(best, np.where(is_there, item_codes, -1), share=np.broadcast_to(1 / np.maximum(n, 1), second.shape))
+        codes = classes(fresh_mean(data, "logp_second", first=1), thresholds)
+    own_codes = classes(np.exp(fresh), thresholds) if by == "standard" else codes
+    return _Kind(_Side(own, own_codes), _Side(router, codes), share)
 
 
-def _compared(
-    data: xr.Dataset, kinds: dict[str, _Kind], n_groups: int
-) -> tuple[stats.Interval, dict[str, FloatArray], dict[str, list[int]]]:
-    """``[kind, size, group, (gap, regret, their excesses, matched)]``; each kind's cells and sequences by group."""
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """``interval``: of SHOWN and the matched share, ``[kind, size, group, measure]``; counts of what enters, but for
+    the last axis."""
+
+    interval: stats.Interval
+    n_cells: NDArray[np.int64]
+    n_sequences: NDArray[np.int64]
+
+    def shown(self, at: tuple[int, ...], names: Sequence[str]) -> dict[str, float]:
+        """Each measure with its interval, which there is from two sequences on."""
+        row: dict[str, float] = {}
+        for i, name in enumerate(names):
+            row[name] = float(self.interval.estimate[*at, i])
+            for end, bound in (("low", self.interval.low), ("high", self.interval.high)):
+                row[f"{name}_{end}"] = float(bound[*at, i]) if self.n_sequences[at] > 1 else float("nan")
+        return row
+
+
+def _compared(data: xr.Dataset, kinds: dict[str, _Kind], n_groups: int) -> _Compared:
+    """All kinds against the run's own on the same tokens, in one bootstrap."""
     sequence = sequence_codes(data)
-    n_sequences = int(sequence.max()) + 1
-    # [sequence, size, group, bin, (count, gap, regret)]
-    sums = {name: _sums(kind, sequence, n_sequences, n_groups) for name, kind in kinds.items()}
-    names = list(sums)
+    # [sequence, size, group, bin, (weight, gap, regret, cells that count, cells)]
+    sums = [_sums(side, kind, sequence, n_groups) for kind in kinds.values() for side in (kind.own, kind.router)]
 
     def statistic(*totals: FloatArray) -> FloatArray:
-        by_name = dict(zip(names, totals))
-        router = by_name["router"]
-        whole = _mean(router.sum(-2))
-        rows = []
-        for name in names:
-            value, against, share = _mean(by_name[name].sum(-2)), whole, np.ones((*whole.shape[:-1], 1))
-            if name == "own_prediction":
-                value, against, share = _matched(router, by_name[name])
-            rows.append(np.concatenate([value, against - value, share], axis=-1))
+        rows = [np.concatenate(_matched(own, router), axis=-1) for own, router in zip(totals[::2], totals[1::2])]
         return np.stack(rows, axis=1)
 
-    found = stats.cluster_bootstrap(list(sums.values()), statistic)
-    cells = {name: s[:, -1, ..., 0].sum((0, -1)) for name, s in sums.items()}
-    present = {name: (s[:, -1, ..., 0].sum(-1) > 0).sum(0).tolist() for name, s in sums.items()}
-    return found, cells, present
+    found = stats.cluster_bootstrap(sums, statistic)
+    cells, sequences = [], []
+    for own, router in zip(sums[::2], sums[1::2]):
+        is_both = _is_both(own.sum(0), router.sum(0))
+        cells.append(np.where(is_both, own[..., 3].sum(0), 0).sum(-1).round().astype(np.int64))
+        there = [(np.where(is_both, side[..., 0], 0).sum(-1) > 0).sum(0) for side in (own, router)]
+        sequences.append(np.minimum(*there))
+    return _Compared(found, np.stack(cells), np.stack(sequences))
 
 
-def _sums(kind: _Kind, sequence: Codes, n_sequences: int, n_groups: int) -> FloatArray:
-    """``[sequence, size, group, bin, (count, gap, regret)]``."""
-    gap, regret = kind.best.gap, kind.best.regret
-    codes = np.where(np.isnan(regret[-1]), -1, kind.codes)  # fewer routes than compared: in no group
-    bins = np.zeros(codes.shape, np.int64) if kind.bins is None else kind.bins
-    n_bins = 1 if kind.bins is None else len(EDGES) + 1
-    owner = sequence.reshape(-1, *[1] * (codes.ndim - 1))
-    cell = np.where(codes >= 0, (owner * n_groups + codes) * n_bins + bins, -1)
+def _sums(side: _Side, kind: _Kind, sequence: Codes, n_groups: int) -> FloatArray:
+    """``[sequence, size, group, bin, (weight, gap, regret, cells that count, cells)]``."""
+    n_sequences = int(sequence.max()) + 1
+    # fewer routes than compared, on either side: in no group
+    is_short = np.isnan(kind.own.best.regret[-1]) | np.isnan(kind.router.best.regret[-1])
+    codes = np.where(is_short, -1, side.codes)
+    bins = np.zeros(codes.shape, np.int64) if side.bins is None else side.bins
+    n_bins = 1 if side.bins is None else len(EDGES) + 1
+    cell = np.where(codes >= 0, (sequence[:, None] * n_groups + codes) * n_bins + bins, -1)
     share = np.broadcast_to(kind.share, codes.shape)
-    by_size = [
-        np.stack([tally(cell, v, n_sequences, n_groups * n_bins) for v in (share, share * g, share * r)], axis=-1)
-        for g, r in zip(gap, regret)
-    ]
-    return np.stack(by_size, axis=1).reshape(n_sequences, len(gap), n_groups, n_bins, 3)
+    by_size = []
+    for gap, regret in zip(side.best.gap, side.best.regret):
+        values = [share, share * gap, share * regret, (share > 0).astype(np.float64), np.ones(codes.shape)]
+        by_size.append(np.stack([tally(cell, v, n_sequences, n_groups * n_bins) for v in values], axis=-1))
+    return np.stack(by_size, axis=1).reshape(n_sequences, len(by_size), n_groups, n_bins, 5)
 
 
-def _mean(sums: FloatArray) -> FloatArray:
-    """``[..., (count, gap, regret)]`` to means ``[..., (gap, regret)]``."""
-    return sums[..., 1:] / sums[..., :1]
+def _is_both(own: FloatArray, router: FloatArray) -> NDArray[np.bool_]:
+    """Bins in which both sides have something."""
+    return np.asarray((own[..., 0] > 0) & (router[..., 0] > 0))
 
 
-def _matched(router: FloatArray, own: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Means of the drawn target weighted as the realized ones by bin, the router's over the bins that have both, and
-    the share of the realized ones that lie in these."""
-    has_both = (own[..., :1] > 0) & (router[..., :1] > 0)
-    weight = np.where(has_both, router[..., :1], 0.0)
+def _matched(own: FloatArray, router: FloatArray) -> tuple[FloatArray, ...]:
+    """``[..., (gap, regret)]`` of the kind, of the run's own and of their difference, and the share ``[..., 1]`` of the
+    run's cells that is compared: over the bins that both have, both weighted as the run's own."""
+    is_both = _is_both(own, router)[..., None]
+    weight = np.where(is_both, router[..., :1], 0.0)
     total = weight.sum(-2)
-    value = np.where(has_both, weight * own[..., 1:] / own[..., :1], 0.0).sum(-2) / total
-    against = np.where(has_both, router[..., 1:], 0.0).sum(-2) / total
-    return value, against, total / router[..., :1].sum(-2)
+    value = np.where(is_both, weight * own[..., 1:3] / own[..., :1], 0.0).sum(-2) / total
+    against = np.where(is_both, router[..., 1:3], 0.0).sum(-2) / total
+    return value, against, against - value, total / router[..., 4:].sum(-2)
 
 
 def _values(data: xr.Dataset, name: str) -> FloatArray:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from moe_interp.routes.inputs import decoder_layer
 from moe_interp.routes.score import router_logp
 from moe_interp.types import EMPTY
 
-SECOND = 16  # routes of the second draw: they class tokens and stand in for the standard route
+SECOND = 16  # routes of the second draw that are scored besides the main draw's: they class tokens
 
 
 def counterfactual_routes(
@@ -72,8 +72,9 @@ def counterfactual_routes(
         n_routes: Distinct routes a token, besides the standard one (or all there are).
         sampler: Where routes come from: ``GumbelTopK(tau=1.0)`` by default, the router's own distribution.
         seed: A token's routes depend on it, on the layer, on the tokens of its sequence and on its position alone.
-        controls: Also score a second draw of up to 16 routes, as many uniform sets of experts, and a next token drawn
-            from the model's own prediction. They cost about 1.5 times as much again, and most tables need them.
+        controls: Also score a second draw of routes (up to 16 that the main one lacks), as many uniform sets of experts
+            as routes, and a next token drawn from the model's own prediction. They cost about 1.5 times as much again,
+            and most tables need them.
         method: See :func:`moe_interp.score_routes`.
         memory_budget: Bytes for a forward pass, and for the branches.
         store: Folder for finished cells (layer x batch of sequences): an interrupted run goes on from there.
@@ -83,7 +84,7 @@ def counterfactual_routes(
         DataError: sequences that cannot be scored (the message names their id), or a log-probability that is not finite
             (sequence, position and route).
         HookError: a layer that is dense or does not exist.
-        ConfigError: no routes, or options that this model cannot serve.
+        ConfigError: no routes, a sampler's pool no wider than a route, or options that this model cannot serve.
         ResultError: a store of another run, or a disk that refuses to be written.
 
     Source: "When Are Experts Misrouted?" for routes and scores; the controls are derived. What it does not show: what a
@@ -93,7 +94,8 @@ def counterfactual_routes(
     labels: list[Any] = [layers] if isinstance(layers, int) else list(moe.layers if layers is None else layers)
     chosen = tuple(sorted({decoder_layer(moe, layer) for layer in labels}))
     sampler = GumbelTopK() if sampler is None else sampler
-    _check_options(n_routes, chosen, sampler, seed)
+    _check_options(n_routes, chosen, sampler, seed, method)
+    _check_pool(moe, chosen, sampler)
     n_routes, seed = int(n_routes), int(seed)
     plan = CounterfactualPlan(
         model=model_name(moe),
@@ -102,7 +104,7 @@ def counterfactual_routes(
         layers=chosen,
         sampler=repr(sampler),
         n_routes=n_routes,
-        n_second=min(n_routes, SECOND) if controls else 0,
+        n_second=max(n_routes, min(2 * n_routes, SECOND)) if controls else 0,
         n_random=n_routes if controls else 0,
         seed=seed,
         method=method,
@@ -185,9 +187,9 @@ class _Run:
         main = self._sample(base, batch, layer, "main", self.sampler, plan.n_routes)
         drawn = main.indices
         if plan.n_second:
-            second = self._sample(base, batch, layer, "second", self.sampler, plan.n_second).indices
+            second = self._sample(base, batch, layer, "second", self.sampler, plan.n_second)
             random = self._sample(base, batch, layer, "random", UniformSubsets(), plan.n_random).indices
-            others = torch.cat([second, random], dim=1)
+            others = torch.cat([first_new(second.indices, main.indices), random], dim=1)
             again = matches(others, main.indices)
             # a route that the main draw has as well is not scored twice
             drawn = torch.cat([main.indices, others.masked_fill((again >= 0).unsqueeze(-1), EMPTY)], dim=1)
@@ -203,6 +205,7 @@ class _Run:
             "router_logp": policy[:, :n],
             "route": main.indices.to(torch.int16),
             "exhausted": main.is_exhausted,
+            "heating": main.heating.float(),
             "logp_null": scores.logp_null[wanted][:, 0],
             "router_logp_standard": router_logp(base, {layer: standard})[wanted][:, 0],
             "standard_route": base.indices[layer][wanted].to(torch.int16),
@@ -210,6 +213,9 @@ class _Run:
         }
         if plan.n_second:
             cell |= _controls(logp, policy, again, n, plan.n_second)
+            cell["logp_own_null"] = scores.logp_null[wanted][:, 1]
+            share = second.share_other
+            cell["second_share"] = torch.ones(len(logp)) if share is None else share.float()
         return {name: value.cpu().numpy() for name, value in cell.items()}
 
     def _sample(
@@ -232,6 +238,12 @@ def matches(routes: Tensor, known: Tensor) -> Tensor:
     return found
 
 
+def first_new(routes: Tensor, known: Tensor, n: int = SECOND) -> Tensor:
+    """``[token, route, slot]`` with only the first ``n`` of those that are not known kept, and all that are."""
+    is_new = matches(routes, known) < 0
+    return routes.masked_fill((is_new & (is_new.cumsum(dim=1) > n)).unsqueeze(-1), EMPTY)
+
+
 def _controls(logp: Tensor, policy: Tensor, again: Tensor, n: int, n_second: int) -> dict[str, Tensor]:
     """Scores of the second and the uniform draw, with those of the routes that the main draw has as well."""
 
@@ -249,7 +261,7 @@ def _controls(logp: Tensor, policy: Tensor, again: Tensor, n: int, n_second: int
     }
 
 
-def _check_options(n_routes: int, layers: Sequence[int], sampler: RouteSampler, seed: int) -> None:
+def _check_options(n_routes: int, layers: Sequence[int], sampler: RouteSampler, seed: int, method: str) -> None:
     if not isinstance(n_routes, Integral) or n_routes < 1 or not layers:
         given = f"n_routes={n_routes!r} and {len(layers)} layers"
         raise ConfigError(given, "at least one route a token, and a layer", "Raise n_routes, or name a layer.")
@@ -257,6 +269,16 @@ def _check_options(n_routes: int, layers: Sequence[int], sampler: RouteSampler, 
         raise ConfigError(f"sampler={sampler!r}", "a sampler, such as GumbelTopK()", "Make one, with its brackets.")
     if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
         raise ConfigError(f"seed={seed!r}", "a whole number of 64 bits", "Choose a smaller seed.")
+    if method not in get_args(Method):
+        raise ConfigError(f"method={method!r}", f"one of {get_args(Method)}", 'Use "auto".')
+
+
+def _check_pool(moe: MoEHooks, layers: Sequence[int], sampler: RouteSampler) -> None:
+    """Refuse a pool in which a token has no other route than its standard one."""
+    top_k = max(moe.spec(layer).top_k for layer in layers)
+    if isinstance(sampler, GumbelTopK) and sampler.pool is not None and sampler.pool <= top_k:
+        given, expected = f"pool={sampler.pool} of a model that takes {top_k} experts a token", f"more than {top_k}"
+        raise ConfigError(given, expected, "Widen the pool, or leave it out.")
 
 
 def _batches(

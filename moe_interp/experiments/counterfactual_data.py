@@ -30,16 +30,24 @@ AXES = {
     "standard_route": (*CELL, "slot"),
     "entropy": ("token",),
     "exhausted": CELL,
+    "heating": CELL,
 }
 CONTROLS = {
     "logp_second": (*CELL, "second"),
     "router_logp_second": (*CELL, "second"),
     "second_route": (*CELL, "second"),
+    "second_share": CELL,
     "logp_random": (*CELL, "random"),
     "logp_own": (*CELL, "route"),
     "logp_own_second": (*CELL, "second"),
+    "logp_own_null": CELL,
     "logp_own_standard": ("token",),
 }
+# controls that are of no use without each other
+TOGETHER = (
+    ("logp_second", "router_logp_second", "second_route", "second_share"),
+    ("logp_own", "logp_own_standard", "logp_own_null"),
+)
 LABELS = ("sequence", "pos")
 
 
@@ -56,6 +64,7 @@ class CounterfactualPlan:
         seed: Seed of all draws.
         method: How routes are scored.
         batches: Indices of the sequences that run together.
+        version: Of what cells hold.
     """
 
     model: str
@@ -69,6 +78,7 @@ class CounterfactualPlan:
     seed: int
     method: Method
     batches: tuple[tuple[int, ...], ...]
+    version: int = 2
 
     def stream(self, name: str) -> int:
         """The seed of one of the draws; the main draw's is the run's own."""
@@ -131,10 +141,13 @@ def counterfactual_dataset(
 
 
 def token_type(text: str) -> str:
-    """ "word" (letters, also with a leading space), "number", "punctuation", "space" or "other" (derived)."""
+    """ "word" (letters, also with a leading space), "number", "punctuation", "space" or "other" (derived).
+
+    Tokens that are part of a character only (bytes, decoded as U+FFFD) are "other".
+    """
     bare = text.strip()
-    if not bare:
-        return "space" if text else "other"
+    if not bare or "\ufffd" in bare:
+        return "space" if text and not bare else "other"
     if bare.isdecimal():
         return "number"
     if bare.replace("'", "").replace("\u2019", "").isalpha():
@@ -151,7 +164,8 @@ def check_counterfactual(data: xr.Dataset) -> None:
     """Refuse a dataset that is not one of a counterfactual run.
 
     Raises:
-        DataError: variables, axes or labels are missing, a score under the standard route is, or no token has another.
+        DataError: variables, axes or labels are missing, controls are there in part, a score under the standard route
+            is missing, or no token has another route.
     """
     wanted = AXES | {name: axes for name, axes in CONTROLS.items() if name in data}
     for name, axes in wanted.items():
@@ -159,10 +173,18 @@ def check_counterfactual(data: xr.Dataset) -> None:
             found = f"axes {list(data[name].dims)}" if name in data else "none"
             remedy = "Pass the dataset that counterfactual_routes makes."
             raise DataError(f"variable {name!r}: {found}", f"axes {list(axes)}", remedy)
+    wanted_together: list[tuple[str, ...]] = [names for names in TOGETHER if any(name in data for name in names)]
+    if len(wanted_together) == len(TOGETHER):
+        wanted_together.append(("logp_own_second",))
+    lacking = [name for names in wanted_together for name in names if name not in data]
+    if lacking:
+        given = f"controls without {', '.join(map(repr, lacking))}"
+        raise DataError(given, "all variables of a control, or none", "Repeat the run, or drop the rest of them.")
     for name in LABELS:
         if name not in data.coords or data[name].dims != ("token",):
             raise DataError(f"tokens without the coordinate {name!r}", f"{name}(token)", "Label every token with it.")
-    missing = ~np.isfinite(data["logp_standard"].values)
+    scores = np.concatenate([data["logp_standard"].values[:, None], data["logp_null"].values], axis=1)
+    missing = ~np.isfinite(scores).all(axis=1)
     if missing.any() or not data.sizes["token"]:
         given = f"{int(missing.sum())} of {data.sizes['token']} tokens without a score under the standard route"
         raise DataError(given, "a finite score for each of at least one token", "Finish the run, or drop these tokens.")

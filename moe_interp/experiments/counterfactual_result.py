@@ -6,7 +6,7 @@ import pandas as pd
 
 from moe_interp.experiments import controls
 from moe_interp.experiments import counterfactual_tables as tables
-from moe_interp.experiments.confidence import By
+from moe_interp.experiments.confidence import By, check_thresholds, check_way
 from moe_interp.experiments.counterfactual_data import check_counterfactual
 from moe_interp.experiments.counterfactual_summary import summary_text
 from moe_interp.results import Result
@@ -17,14 +17,16 @@ class CounterfactualResult(Result, kind="counterfactual"):
 
     ``data`` holds ``logp[token, layer, route]`` in nats (NaN where a token has no more routes), the experts ``route``,
     ``router_logp``, the same for the standard route (``logp_standard[token]``, ``standard_route``), the noise floor
-    ``logp_null[token, layer]`` (the standard route through the same machinery), and the controls. It is not to be
-    changed in place: tables are computed once and kept.
+    ``logp_null[token, layer]`` (the standard route through the same machinery), ``heating[token, layer]`` (what the
+    sampler's temperature was multiplied by for the last of a token's routes), and the controls. Routes are in the order
+    they were drawn in. It is not to be changed in place: tables are computed once and kept.
 
     Raises:
         DataError: the dataset is not one of a counterfactual run, or is incomplete.
     """
 
     main = "logp"
+    version = 2
 
     check = staticmethod(check_counterfactual)
 
@@ -37,19 +39,20 @@ class CounterfactualResult(Result, kind="counterfactual"):
     ) -> pd.DataFrame:
         """Gap, regret, positive rate, inclusion and alignment by class of confidence, with intervals:
         :func:`moe_interp.experiments.counterfactual_tables.by_confidence`."""
-        return self.cached(tables.by_confidence, by, tuple(thresholds), layer, n_distinct)
+        chosen = check_way(self.data, by), check_thresholds(thresholds), tables.check_layer(self.data, layer)
+        return self.cached(tables.by_confidence, *chosen, tables.check_size(self.data, n_distinct))
 
     def by_layer(self, n_distinct: int | None = None) -> pd.DataFrame:
         """The same by layer: :func:`moe_interp.experiments.counterfactual_tables.by_layer`."""
-        return self.cached(tables.by_layer, n_distinct)
+        return self.cached(tables.by_layer, tables.check_size(self.data, n_distinct))
 
     def by_token_type(self, n_distinct: int | None = None) -> pd.DataFrame:
         """The same by kind of predicted token: :func:`moe_interp.experiments.counterfactual_tables.by_token_type`."""
-        return self.cached(tables.by_token_type, n_distinct)
+        return self.cached(tables.by_token_type, tables.check_size(self.data, n_distinct))
 
     def by_position(self, n_distinct: int | None = None) -> pd.DataFrame:
         """The same by position: :func:`moe_interp.experiments.counterfactual_tables.by_position`."""
-        return self.cached(tables.by_position, n_distinct)
+        return self.cached(tables.by_position, tables.check_size(self.data, n_distinct))
 
     def controls(
         self,
@@ -58,7 +61,8 @@ class CounterfactualResult(Result, kind="counterfactual"):
         n_distinct: int | None = None,
     ) -> pd.DataFrame:
         """Gap and regret beside their controls, and the excess: :func:`moe_interp.experiments.controls.controls`."""
-        return self.cached(controls.controls, by, tuple(thresholds), n_distinct)
+        chosen = None if by is None else check_way(self.data, by), check_thresholds(thresholds)
+        return self.cached(controls.controls, *chosen, tables.check_size(self.data, n_distinct))
 
     def regret_curve(self) -> pd.DataFrame:
         """Regret against the number of routes: :func:`moe_interp.experiments.controls.regret_curve`."""

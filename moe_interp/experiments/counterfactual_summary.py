@@ -10,8 +10,11 @@ import pandas as pd
 import xarray as xr
 
 from moe_interp.experiments.confidence import By
+from moe_interp.experiments.counterfactual_tables import FEWEST_SEQUENCES
+from moe_interp.results.tables import unselected
 
 Row = Mapping[Any, Any]
+FEW_SEQUENCES = 20  # below, intervals by bootstrap over sequences are too short
 
 
 class CounterfactualTables(Protocol):
@@ -29,12 +32,13 @@ class CounterfactualTables(Protocol):
 def summary_text(result: CounterfactualTables) -> str:
     """What was scored, regret and its controls, the published pattern, and the noise floor."""
     data = result.data
-    by: By = "resampled" if "logp_second" in data else "entropy"
-    classes = _rows(result.by_confidence(by), "class")
-    lines = [_run_line(data), _regret_line(result), *_control_lines(result), _layer_line(result.by_layer())]
-    lines.append(pattern_line(classes, by))
+    by = unselected(data)
+    table = result.by_confidence(by)
+    classes = _rows(table, "class")
+    lines = [_run_line(data), _heating_line(data), _regret_line(result), *_control_lines(result)]
+    lines += [_layer_line(result.by_layer()), pattern_line(classes, by), _fallback_line(data, by)]
     lines += [_class_line(name, classes[name]) for name in ("confident", "middle", "fragile")]
-    lines.append(_noise_line(data))
+    lines += [_unclassed_line(table, data), _noise_line(data)]
     return "\n".join(line for line in lines if line)
 
 
@@ -42,13 +46,26 @@ def pattern_line(classes: Mapping[str, Row], by: By) -> str:
     """Whether the published pattern is there: aligned on confident tokens, uninformative on fragile ones."""
     states, parts = [], []
     for name, claim in (("confident", "aligned"), ("fragile", "uninformative")):
-        found = classes[name]["verdict"]
+        row, found = classes[name], classes[name]["verdict"]
+        if not row["n_cells"]:
+            states.append("empty")
+            parts.append(f"there is no {name} token")
+            continue
         states.append("confirmed" if found == claim else "undecided" if found == "undecided" else "not confirmed")
-        parts.append(f"{name} tokens are {found} (alignment {_interval(classes[name], 'alignment')})")
-    overall = next((state for state in ("not confirmed", "undecided") if state in states), "confirmed")
+        few = row["n_sequences"] < FEWEST_SEQUENCES
+        why = f", with fewer than {FEWEST_SEQUENCES} sequences" if few else ""
+        parts.append(f"{name} tokens are {found} (alignment {_interval(row, 'alignment')}{why})")
+    order = ("not confirmed", "empty", "undecided", "confirmed")
+    overall = next(state for state in order if state in states)
+    said = {
+        "not confirmed": "is not confirmed",
+        "empty": "cannot be said to be there (no token in the class)",
+        "undecided": "is undecided",
+        "confirmed": "is confirmed",
+    }
     return (
-        f"The published pattern (the router aligned on confident tokens, uninformative on fragile ones) is {overall}, "
-        f"with tokens classed by {_WAYS[by]}: {' and '.join(parts)}."
+        f"The published pattern (the router aligned on confident tokens, uninformative on fragile ones) "
+        f"{said[overall]}, with tokens classed by {_WAYS[by]}: {' and '.join(parts)}."
     )
 
 
@@ -60,20 +77,30 @@ _WAYS = {
 
 
 def _run_line(data: xr.Dataset) -> str:
-    layers = data.sizes["layer"]
+    n = len(np.unique(data["sequence"].values))
+    few = f"; of fewer than {FEW_SEQUENCES} sequences they are too short" if n < FEW_SEQUENCES else ""
     return (
-        f"{data.attrs.get('model', 'The model')}: {data.sizes['token']} tokens of "
-        f"{len(np.unique(data['sequence'].values))} sequences, at {layers} MoE layer{'s' * (layers != 1)}, with up to "
-        f"{data.sizes['route']} routes each from {data.attrs.get('sampler', 'a sampler')}. Intervals are 95%, by "
-        f"bootstrap over sequences."
+        f"{data.attrs.get('model', 'The model')}: {_count(data.sizes['token'], 'token')} of {_count(n, 'sequence')}, "
+        f"at {_count(data.sizes['layer'], 'MoE layer')}, with up to {_count(data.sizes['route'], 'route')} each from "
+        f"{data.attrs.get('sampler', 'a sampler')}. Intervals are 95%, by bootstrap over sequences{few}."
     )
+
+
+def _heating_line(data: xr.Dataset) -> str:
+    share = float((data["heating"].values > 1).mean())
+    if not share:
+        return ""
+    said = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
+    return f"{said} of the tokens needed a higher temperature for some of their routes, which the router all but never draws."
 
 
 def _regret_line(result: CounterfactualTables) -> str:
     row = _rows(result.controls(), "kind")["router"]
+    m = row["n_distinct"]
+    best = f"best of {m} other routes" if m > 1 else "first other route"
     return (
-        f"The best of {row['n_distinct']} other routes beats the standard one by {_interval(row, 'regret')} nats "
-        f"(regret) and {_interval(row, 'gap')} in probability (gap). Best-of-many is positive by construction:"
+        f"The {best} beats the standard one by {_interval(row, 'regret')} nats (regret) and {_interval(row, 'gap')} in "
+        f"probability (gap). Best-of-many is positive by construction:"
     )
 
 
@@ -84,17 +111,28 @@ def _control_lines(result: CounterfactualTables) -> list[str]:
         "fresh_draw": "a freshly drawn route in the standard one's place",
         "random": "random instead of the router's routes",
     }
-    lines = []
-    for kind, words in said.items():
-        if kind in table:
-            row = table[kind]
-            part = f", on the {row['matched']:.1%} of the tokens that can be matched" if row["matched"] < 0.9995 else ""
-            lines.append(f"- with {words}, regret is {_interval(row, 'regret')}; {_excess(row)}{part};")
+    lines = [f"- with {words}, {_control(table[kind], kind)};" for kind, words in said.items() if kind in table]
     return lines or ["- this run has no controls, so nothing says how much of it is real."]
+
+
+def _control(row: Row, kind: str) -> str:
+    """One control against the run's own on the same tokens."""
+    if not row["n_cells"]:
+        return f"nothing can be said ({'no token could be matched' if kind == 'own_prediction' else 'no token'})"
+    value = f"regret is {_interval(row, 'regret')}"
+    if kind == "own_prediction" and row["matched"] < 0.9995:
+        value += f" on the {row['matched']:.1%} of the tokens that can be matched, where the run's own is "
+        value += _interval(row, "router_regret")
+    elif kind == "fresh_draw":
+        value += f", against {_interval(row, 'router_regret')} with the two exchanged"
+    return f"{value}; {_excess(row)}"
 
 
 def _excess(row: Row) -> str:
     low, high = row["excess_regret_low"], row["excess_regret_high"]
+    if np.isnan(low) or np.isnan(high):
+        few = "one sequence" if row["n_sequences"] < 2 else "no interval"
+        return f"whether they differ cannot be said ({few}; difference {row['excess_regret']:.3f})"
     words = (
         "the run's own is larger" if low > 0 else "the run's own is smaller" if high < 0 else "no difference is seen"
     )
@@ -112,15 +150,31 @@ def _layer_line(table: pd.DataFrame) -> str:
     )
 
 
+def _fallback_line(data: xr.Dataset, by: By) -> str:
+    if by == "resampled" or "logp_second" not in data:
+        return ""
+    return (
+        "They are not classed by the second draw, which on most tokens has no route that the first one lacks: a route "
+        "in both would class a token by the very numbers that are compared."
+    )
+
+
 def _class_line(name: str, row: Row) -> str:
     if not row["n_cells"]:
         return f"- {name}: no token."
     undefined = f", undefined on {row['alignment_undefined']:.0%}" if row["alignment_undefined"] > 0 else ""
     return (
-        f"- {name}: {row['n_tokens']} tokens of {row['n_sequences']} sequences, regret {_interval(row, 'regret')}, a "
-        f"better route on {row['positive_rate']:.0%}, the standard route the best on {row['inclusion_1']:.0%}, "
-        f"alignment {_interval(row, 'alignment')}{undefined}."
+        f"- {name}: {_count(row['n_tokens'], 'token')} of {_count(row['n_sequences'], 'sequence')}, regret "
+        f"{_interval(row, 'regret')}, a better route on {row['positive_rate']:.0%}, the standard route the best on "
+        f"{row['inclusion_1']:.0%}, alignment {_interval(row, 'alignment')}{undefined}."
     )
+
+
+def _unclassed_line(table: pd.DataFrame, data: xr.Dataset) -> str:
+    n, cells = int(table["n_unclassed"].iloc[0]), data.sizes["token"] * data.sizes["layer"]
+    if not n:
+        return ""
+    return f"- in no class: {n / cells:.1%}, whose second draw has no route that the first one lacks."
 
 
 def _noise_line(data: xr.Dataset) -> str:
@@ -138,6 +192,12 @@ def _rows(table: pd.DataFrame, key: str) -> dict[str, Row]:
     return {str(row[key]): row for row in table.to_dict("records")}
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def _interval(row: Row, name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if np.isnan(row[name]):
+        return "undefined"
     return f"{row[name]:.3f}" + (" (no interval)" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")

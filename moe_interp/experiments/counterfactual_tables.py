@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from moe_interp import stats
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.confidence import CLASSES, By, Codes, classes, confidence
 from moe_interp.experiments.counterfactual_data import sequence_codes
 
@@ -21,6 +22,8 @@ MEASURES = ("gap", "regret", "positive_rate", "inclusion_1", "inclusion_5", "ali
 UNINFORMATIVE = 0.1  # an alignment whose interval lies within +- this
 DISTINGUISHABLE = 20.0  # routes of a token must differ by this many null differences to be ranked
 DROPPED = 0.05  # share of the cells that may have fewer distinct routes than are compared
+FEWEST_SEQUENCES = 10  # a verdict needs as many: intervals of fewer are far too short
+FEWEST_CELLS = 10  # the normal law of a mean of correlations needs as many
 
 
 def by_confidence(
@@ -32,37 +35,38 @@ def by_confidence(
 ) -> pd.DataFrame:
     """Measures by class of confidence, over tokens and layers (or at one layer).
 
-    For a token at a layer, with u(r) = p(next token | route r), r0 its standard route, and m other distinct routes:
-    gap = max u(r) - u(r0) (probability); regret = max(0, CE(r0) - min CE(r)) (nats); positive_rate =
-    P(min CE(r) < CE(r0)); inclusion_K = P(r0 among the best K of the m + 1); all as expectations over the subsets of
-    size m of a token's routes. alignment = Spearman of the router's log-probability of a route (the sum over its
-    experts) and u, over r0 and all routes of the token (derived); undefined where they differ by less than 20
-    null-route differences (the token's own, or its layer's median where that is larger).
+    For a token at a layer, with u(r) = p(next token | route r), r0 its standard route, and the first m other distinct
+    routes that the sampler drew: gap = max u(r) - u(r0) (probability); regret = max(0, CE(r0) - min CE(r)) (nats);
+    positive_rate = P(CE(r0) - min CE(r) > d); inclusion_K = P(fewer than K of the m have CE(r0) - CE(r) > d).
+    u(r0) is scored by the same machinery as the others, and d is 20 null-route differences (that of the token, or
+    its layer's median where that is larger): a better route is one that is so by more than noise. alignment = Spearman
+    of the router's log-probability of a route (the sum over its experts) and u, over r0 and all routes of the token
+    (derived); undefined where these differ by less than d.
 
     Args:
         data: Dataset of the run.
         by: "resampled", "standard" (published) or "entropy": :func:`moe_interp.experiments.confidence.confidence`.
         thresholds: Fragile below the first, confident from the second on.
-        layer: One layer; all by default.
+        layer: One layer, counted from the end of the run's where negative; all by default.
         n_distinct: m; by default the largest number that at least 95% of the tokens have.
 
     Returns:
-        A row for each class: n_cells (token x layer), n_tokens, n_sequences, n_distinct (m), n_dropped (cells with
-        fewer routes, left out), each measure with ``_low`` and ``_high`` (bootstrap over sequences, 95%), alignment_p
-        (two-sided, log-policy permuted among a token's routes: the exact variance 1 / (n - 1) of a rho over n routes,
-        normal law of their mean) and verdict: "uninformative" where the interval of alignment is inside +-.1,
-        "aligned" or "misaligned" where it excludes 0, else "undecided".
+        A row for each class: n_cells (token x layer), n_tokens, n_sequences, n_distinct (m), n_dropped (cells of the
+        class with fewer routes, left out), n_unclassed (cells without a class, the same in each row: "resampled" needs
+        a route of the second draw that the main one lacks), each measure with ``_low`` and ``_high`` (bootstrap over
+        sequences, 95%), alignment_p (two-sided, log-policy permuted among a token's routes: the exact variance
+        1 / (n - 1) of a rho over n routes, normal approximation for their mean; NaN below 10 defined alignments) and
+        verdict: "undecided" with fewer than 10 sequences, else "uninformative" where the interval of alignment is
+        inside +-.1 (also where it excludes 0), "aligned" or "misaligned" where it excludes 0, else "undecided".
 
     Source: "When Are Experts Misrouted?"; equal numbers, alignment and the classes but "standard" are derived. Gap and
     regret are best-of-m: they are positive also where no route is really better; see :func:`controls`.
     """
-    codes = classes(confidence(data, by), thresholds)
-    if layer is not None:
-        layers = data["layer"].values.tolist()
-        if layer not in layers:
-            raise ConfigError(f"layer {layer}", f"one of {layers}", "Choose a layer of this run.")
-        codes = np.where(data["layer"].values == layer, codes, -1)
-    return grouped(data, codes, CLASSES, "class", n_distinct)
+    codes, label = classes(confidence(data, by), thresholds), check_layer(data, layer)
+    is_wanted = np.broadcast_to((label is None) | (data["layer"].values == label), codes.shape)
+    table = grouped(data, np.where(is_wanted, codes, -1), CLASSES, "class", n_distinct)
+    table.insert(table.columns.tolist().index("n_dropped") + 1, "n_unclassed", int((is_wanted & (codes < 0)).sum()))
+    return table
 
 
 def by_layer(data: xr.Dataset, n_distinct: int | None = None) -> pd.DataFrame:
@@ -74,6 +78,8 @@ def by_layer(data: xr.Dataset, n_distinct: int | None = None) -> pd.DataFrame:
 
 def by_token_type(data: xr.Dataset, n_distinct: int | None = None) -> pd.DataFrame:
     """The measures of :func:`by_confidence` by the kind of the predicted token: word, number, punctuation, ..."""
+    if "token_type" not in data.coords:
+        raise DataError("tokens without the coordinate 'token_type'", "token_type(token)", "Label every token with it.")
     names, codes = np.unique(data["token_type"].values.astype(str), return_inverse=True)
     return grouped(data, _over_layers(data, codes), names.tolist(), "token_type", n_distinct)
 
@@ -114,7 +120,8 @@ def grouped(
         for i, measure in enumerate(MEASURES):
             row |= _with_interval(measure, found, (g, i), row["n_sequences"])
         row["alignment_p"] = permutation_p(rho[inside], n_routes[inside])
-        row["verdict"] = verdict(row["alignment_low"], row["alignment_high"])
+        n_aligned = int((counts[MEASURES.index("alignment")][:, g] > 0).sum())
+        row["verdict"] = verdict(row["alignment_low"], row["alignment_high"], n_aligned)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -129,10 +136,34 @@ def tally(cell: Codes, values: FloatArray, n_sequences: int, n_groups: int) -> F
 
 def compared_size(data: xr.Dataset, n_distinct: int | None = None) -> int:
     """How many routes to compare at: ``n_distinct``, refused where no cell has as many, or the common size."""
+    checked = check_size(data, n_distinct)
+    return common_size(data) if checked is None else checked
+
+
+def check_size(data: xr.Dataset, n_distinct: Any) -> int | None:
+    """Refuse a number of routes that is none, or that no token has."""
+    if n_distinct is None:
+        return None
     most = int((~np.isnan(data["logp"].values)).sum(-1).max())
-    if n_distinct is not None and n_distinct > most:
-        raise ConfigError(f"n_distinct={n_distinct}", f"at most the {most} that a token has", "Lower it.")
-    return common_size(data) if n_distinct is None else n_distinct
+    is_whole = isinstance(n_distinct, Integral) and not isinstance(n_distinct, bool)
+    if not is_whole or not 1 <= int(n_distinct) <= most:
+        given, expected = f"n_distinct={n_distinct!r}", f"a whole number from 1 to the {most} that a token has"
+        raise ConfigError(given, expected, "Correct it, or leave it out.")
+    return int(n_distinct)
+
+
+def check_layer(data: xr.Dataset, layer: Any) -> int | None:
+    """The label of a layer of the run, which may be counted from the end."""
+    if layer is None:
+        return None
+    layers = data["layer"].values.tolist()
+    if isinstance(layer, Integral) and not isinstance(layer, bool):
+        if layer in layers:
+            return int(layer)
+        if -len(layers) <= int(layer) < 0:
+            return int(layers[int(layer)])
+    expected = f"one of {layers}, or from -1 to -{len(layers)} from the end"
+    raise ConfigError(f"layer {layer!r}", expected, "Choose a layer of this run.")
 
 
 def common_size(data: xr.Dataset) -> int:
@@ -144,34 +175,39 @@ def common_size(data: xr.Dataset) -> int:
 def alignment(data: xr.Dataset) -> tuple[FloatArray, NDArray[np.int64]]:
     """Spearman of the router's log-probability and utility within each token, ``[token, layer]`` (NaN where undefined),
     and the number of routes in it, the standard one included."""
-    standard = np.broadcast_to(data["logp_standard"].values[:, None], data["logp_null"].shape)
     # the null route stands for the standard one: it went through the same machinery as the others
     utility = np.concatenate([data["logp"].values, data["logp_null"].values[..., None]], -1).astype(np.float64)
     router = np.concatenate([data["router_logp"].values, data["router_logp_standard"].values[..., None]], -1)
-    distance = np.abs(data["logp_null"].values - standard)
-    noise = np.maximum(distance, np.median(distance, axis=0))
     spread = np.nanmax(utility, axis=-1) - np.nanmin(utility, axis=-1)
     found = stats.spearman(router, utility)
-    is_defined = (spread > 0) & (spread >= DISTINGUISHABLE * noise) & (found.n >= 3)
+    is_defined = (spread > 0) & (spread >= noise(data)) & (found.n >= 3)
     return np.where(is_defined, found.rho, np.nan), found.n
+
+
+def noise(data: xr.Dataset) -> FloatArray:
+    """``[token, layer]``: what utilities must differ by, in nats, to be told apart: 20 differences between the standard
+    route's two scores, the token's own or its layer's median where that is larger."""
+    distance = np.abs(data["logp_null"].values.astype(np.float64) - data["logp_standard"].values[:, None])
+    return DISTINGUISHABLE * np.maximum(distance, np.median(distance, axis=0))
 
 
 def permutation_p(rho: FloatArray, n: NDArray[np.int64]) -> float:
     """Two-sided p of a mean of Spearman correlations, each side permuted within its token.
 
     Under that null each rho has mean 0 and variance 1 / (n - 1), with ties too, independently of the others; their mean
-    is taken as normal. It says that routes of a token differ in a way the router knows of, not by how much.
+    is taken as normal, and NaN is returned for fewer than 10. It says that routes of a token differ in a way the router
+    knows of, not by how much.
     """
     is_defined = ~np.isnan(rho)
-    if not is_defined.any():
+    if is_defined.sum() < FEWEST_CELLS:
         return float("nan")
     z = rho[is_defined].sum() / np.sqrt((1 / (n[is_defined] - 1)).sum())
     return float(2 * scipy_stats.norm.sf(abs(z)))
 
 
-def verdict(low: float, high: float) -> str:
-    """What the interval of an alignment says; not what a missing star does."""
-    if np.isnan(low) or np.isnan(high):
+def verdict(low: float, high: float, n_sequences: int) -> str:
+    """What the interval of an alignment says, given enough sequences; not what a missing star does."""
+    if np.isnan(low) or np.isnan(high) or n_sequences < FEWEST_SEQUENCES:
         return "undecided"
     if max(-low, high) <= UNINFORMATIVE:
         return "uninformative"
@@ -181,15 +217,16 @@ def verdict(low: float, high: float) -> str:
 def token_table(data: xr.Dataset) -> pd.DataFrame:
     """One row a token and layer: where it is, its text and target, and its standard and best routes.
 
-    p_standard and p_best are the target's probabilities under the standard and the best of all scored routes; gap and
-    regret as in :func:`by_confidence`, but over all routes of the token: optimistic, and not comparable between tokens
-    with different numbers of routes (n_distinct).
+    p_standard and p_best are the target's probabilities under the standard (in the plain forward) and the best of all
+    scored routes; gap and regret as in :func:`by_confidence`, but over all routes of the token: optimistic, and not
+    comparable between tokens with different numbers of routes (n_distinct).
     """
     logp = data["logp"].values.astype(np.float64)
     n = (~np.isnan(logp)).sum(-1)
     best = np.argmax(np.where(np.isnan(logp), -np.inf, logp), axis=-1)
     top = np.take_along_axis(logp, best[..., None], -1)[..., 0]
     standard = np.broadcast_to(data["logp_standard"].values[:, None], top.shape)
+    level = data["logp_null"].values.astype(np.float64)
     routes = np.take_along_axis(data["route"].values, best[..., None, None], 2)[:, :, 0]
     shape = top.shape
     per_token = ("sequence", "pos", "token_text", "target_text", "token_type")
@@ -198,8 +235,8 @@ def token_table(data: xr.Dataset) -> pd.DataFrame:
     columns |= {
         "p_standard": np.exp(standard).ravel(),
         "p_best": np.exp(top).ravel(),
-        "gap": (np.exp(top) - np.exp(standard)).ravel(),
-        "regret": np.where(np.isnan(top), np.nan, np.maximum(top - standard, 0)).ravel(),
+        "gap": (np.exp(top) - np.exp(level)).ravel(),
+        "regret": np.where(np.isnan(top), np.nan, np.maximum(top - level, 0)).ravel(),
         "n_distinct": n.ravel(),
         "standard_route": _as_text(data["standard_route"].values.reshape(-1, data.sizes["slot"])),
         "best_route": _as_text(routes.reshape(-1, data.sizes["slot"])),
@@ -210,11 +247,11 @@ def token_table(data: xr.Dataset) -> pd.DataFrame:
 def _measures(data: xr.Dataset, size: int) -> tuple[list[FloatArray], FloatArray, NDArray[np.int64]]:
     """``MEASURES`` of every cell ``[token, layer]``, the alignments, and the numbers of routes in these."""
     logp = data["logp"].values.astype(np.float64)
-    standard = np.broadcast_to(data["logp_standard"].values.astype(np.float64)[:, None], logp.shape[:2])
-    best = stats.best_of(logp, standard, [size])
+    level, margin = data["logp_null"].values.astype(np.float64), noise(data)
+    best = stats.best_of(logp, level, [size], margin)
     rho, n = alignment(data)
-    top = [stats.in_top(logp, standard, size, k) for k in (1, 5)]
-    return [best.gap[0], best.regret[0], best.positive_rate[0], *top, rho, np.isnan(rho).astype(np.float64)], rho, n
+    top = [stats.in_top(logp, level, size, k, margin) for k in (1, 5)]
+    return [best.gap[0], best.regret[0], best.positive[0], *top, rho, np.isnan(rho).astype(np.float64)], rho, n
 
 
 def _with_interval(name: str, found: stats.Interval, at: Any, n_sequences: int) -> dict[str, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 
 class IsolationTables(Protocol):
@@ -44,9 +46,23 @@ Classing = Literal["resampled", "standard", "entropy"]
 """Ways to class tokens by confidence: by other routes' mean p, by the standard route's own, by the prediction."""
 
 
+def fresh_second(data: xr.Dataset) -> NDArray[np.bool_]:
+    """``[token, layer, second]``: routes of the second draw that the main draw lacks, none without a second draw.
+
+    Only these say nothing of the main draw's utilities: a route that both have would class a token by the very numbers
+    that are then compared.
+    """
+    if "logp_second" not in data:
+        return np.zeros((data.sizes["token"], data.sizes["layer"], 0), dtype=bool)
+    return np.asarray((data["second_route"].values < 0) & ~np.isnan(data["logp_second"].values))
+
+
 def unselected(data: xr.Dataset) -> Classing:
-    """The best way of classing that a run has data for, free of the selection by the standard route's own p."""
-    return "resampled" if "logp_second" in data else "entropy"
+    """The way of classing that is free of the selection by the standard route's own p and that a run has data for.
+
+    "resampled" where at least half of the tokens have a route of a second draw that the main one lacks, else "entropy".
+    """
+    return "resampled" if fresh_second(data).any(-1).mean() >= 0.5 else "entropy"
 
 
 class CounterfactualTables(Protocol):

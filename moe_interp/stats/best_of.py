@@ -1,4 +1,4 @@
-"""The best of a few out of many, in closed form: the expectation over all subsets of one size."""
+"""The best of the first few alternatives, in the order in which they were drawn."""
 
 from __future__ import annotations
 
@@ -7,81 +7,66 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats as scipy_stats
-from scipy.special import gammaln
 
 from moe_interp.stats.checks import FloatArray, check_at_least, check_no_missing, sample_last
 
 
 @dataclass(frozen=True)
 class BestOf:
-    """Expectations over all subsets of a size, ``[size, ...]``; NaN where there are fewer alternatives than that.
+    """At each size m, ``[size, ...]``; NaN where there are fewer alternatives than that.
 
     Attributes:
         gap: ``max exp(x) - exp(standard)``, in probability.
         regret: ``max(0, max x - standard)``, in nats.
-        positive_rate: ``P(max x > standard)``.
+        positive: 1 where ``max x > standard + margin``, else 0.
     """
 
     gap: FloatArray
     regret: FloatArray
-    positive_rate: FloatArray
+    positive: FloatArray
 
 
-def best_of(x: ArrayLike, standard: ArrayLike, sizes: Sequence[int]) -> BestOf:
-    """How much better than a standard the best of a random subset of the alternatives is, in expectation.
-
-    The i-th largest of n is the best of a subset of size m with probability C(n - i, m - 1) / C(n, m).
+def best_of(x: ArrayLike, standard: ArrayLike, sizes: Sequence[int], margin: ArrayLike = 0.0) -> BestOf:
+    """How much better than a standard the best of the first m alternatives is.
 
     Args:
-        x: Log-probabilities of the alternatives, ``[..., alternative]``; NaN is an absent one.
+        x: Log-probabilities of the alternatives in drawn order, ``[..., alternative]``; NaN is an absent one, which
+            does not count among the m.
         standard: Log-probability of the standard, ``[...]``, complete.
-        sizes: Sizes of the subsets.
+        sizes: Numbers m of alternatives.
+        margin: What an alternative must be better by to count as better, in nats, ``[...]`` or a number.
 
-    Source: order statistics of draws without replacement (David and Nagaraja, 2003). It compares items that have
-    different numbers of alternatives at an equal number.
+    Source: derived. Items with different numbers of alternatives are compared at an equal one, and at m it is what m
+    draws would have given.
     """
     for size in sizes:
-        check_at_least(size, 1, "the size of a subset")
+        check_at_least(size, 1, "the number of alternatives")
     values, level = sample_last(x), np.asarray(standard, dtype=np.float64)
     check_no_missing(level, "standard")
-    n = (~np.isnan(values)).sum(-1)
-    ordered = -np.sort(-np.where(np.isnan(values), -np.inf, values), axis=-1)
-    probability = np.exp(ordered)
-    over = np.maximum(ordered - level[..., None], 0)
-    beats = (ordered > level[..., None]).astype(np.float64)
+    n, bound = (~np.isnan(values)).sum(-1), level + np.asarray(margin, dtype=np.float64)
     found = []
     for size in sizes:
-        weights = _weights(size, values.shape[-1])[n]
-        gap, regret, rate = ((weights * part).sum(-1) for part in (probability, over, beats))
-        is_short = n < size
-        found.append([np.where(is_short, np.nan, part) for part in (gap - np.exp(level), regret, rate)])
+        top = np.where(_is_among(values, size), values, -np.inf).max(-1, initial=-np.inf)
+        parts = (np.exp(top) - np.exp(level), np.maximum(top - level, 0), (top > bound).astype(np.float64))
+        found.append([np.where(n < size, np.nan, part) for part in parts])
     return BestOf(*(np.stack(parts) for parts in zip(*found)))
 
 
-def in_top(x: ArrayLike, standard: ArrayLike, size: int, k: int) -> FloatArray:
-    """``[...]``: probability that the standard is among the k best of itself and a random subset of the alternatives.
+def in_top(x: ArrayLike, standard: ArrayLike, size: int, k: int, margin: ArrayLike = 0.0) -> FloatArray:
+    """``[...]``: 1 where the standard is among the k best of itself and the first ``size`` alternatives, else 0.
 
-    Among n alternatives of which b are better, the number of better ones in a subset of size m is hypergeometric; the
-    result is P(fewer than k). An alternative that is exactly equal does not count as better. Arguments as
-    :func:`best_of`.
+    An alternative counts as better where it is so by more than ``margin``. Arguments as :func:`best_of`; NaN where
+    there are fewer alternatives.
     """
-    check_at_least(size, 1, "the size of a subset")
+    check_at_least(size, 1, "the number of alternatives")
     check_at_least(k, 1, "k")
     values, level = sample_last(x), np.asarray(standard, dtype=np.float64)
-    n = (~np.isnan(values)).sum(-1)
-    better = (values > level[..., None]).sum(-1)
-    known = np.maximum(n, size)  # where there are fewer, the result is NaN
-    return np.where(n < size, np.nan, scipy_stats.hypergeom.cdf(k - 1, known, better, size))
+    bound = np.asarray(level + np.asarray(margin, dtype=np.float64))
+    is_better = _is_among(values, size) & (values > bound[..., None])
+    return np.where((~np.isnan(values)).sum(-1) < size, np.nan, (is_better.sum(-1) < k).astype(np.float64))
 
 
-def _weights(size: int, width: int) -> FloatArray:
-    """``[n, i]``: the probability that the i-th largest of n (from 0) is the best of a random subset of ``size``."""
-    n, i = np.arange(width + 1)[:, None], np.arange(width)[None]
-    possible = (n >= size) & (n - 1 - i >= size - 1)
-    return np.where(possible, np.exp(_log_choose(n - 1 - i, size - 1, possible) - _log_choose(n, size, possible)), 0.0)
-
-
-def _log_choose(n: NDArray[np.int64], k: int, possible: NDArray[np.bool_]) -> FloatArray:
-    n = np.where(possible, n, k)
-    return np.asarray(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
+def _is_among(values: FloatArray, size: int) -> NDArray[np.bool_]:
+    """Which alternatives are the first ``size`` that are there."""
+    is_there = ~np.isnan(values)
+    return is_there & (is_there.cumsum(-1) <= size)

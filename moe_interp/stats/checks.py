@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,13 @@ def check_probability(value: float, name: str) -> None:
 
 def check_at_least(value: Any, low: int, name: str) -> None:
     """Refuse a count below ``low``."""
-    if int(value) != value or value < low:
-        raise ConfigError(f"{name} is {value}", f"a whole number of at least {low}", f"Raise {name}.")
+    is_whole = isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
+    if not is_whole or value < low:
+        raise ConfigError(
+            f"{name} is {value if isinstance(value, Real) else repr(value)}",
+            f"a whole number of at least {low}",
+            f"Raise {name}.",
+        )
 
 
 def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:

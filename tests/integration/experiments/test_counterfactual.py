@@ -271,7 +271,7 @@ def test_sequences_that_cannot_be_scored(moe: MoEHooks, given: Any, message: str
         run(moe, given)
 
 
-def test_options_that_make_no_sense(moe: MoEHooks) -> None:
+def test_options_that_make_no_sense(moe: MoEHooks, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="n_routes=0"):
         run(moe, sequences(), n_routes=0)
     with pytest.raises(ConfigError, match=r"n_routes=2\.5"):
@@ -282,10 +282,12 @@ def test_options_that_make_no_sense(moe: MoEHooks) -> None:
         run(moe, sequences(), seed=2**64)
     with pytest.raises(HookError, match="layer 9"):
         run(moe, sequences(), layers=[9])
+    for pool in (1, 2):
+        with pytest.raises(ConfigError, match=f"pool={pool} of a model that takes 2 experts a token.*more than 2"):
+            run(moe, sequences(), sampler=GumbelTopK(pool=pool), store=tmp_path / "store")
     with pytest.raises(ConfigError, match="method='best'"):
-        run(moe, sequences(), method="best")
-    with pytest.raises(ConfigError, match="1 experts to draw from"):
-        run(moe, sequences(), sampler=GumbelTopK(pool=1))
+        run(moe, sequences(), method="best", store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
     with pytest.raises(DataError, match="the model has no tokenizer"):
         run(attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe")), ["w3 w4"])
     dense = attach(tiny.build_bridge(tiny.build_hf("qwen3_moe"), "qwen3_moe"))

@@ -41,11 +41,19 @@ def dataset(
         "standard_route": ((*cell, "slot"), np.full((n, layers, 2), 7, np.int16)),
         "entropy": (("token",), -level if entropy is None else np.asarray(entropy, np.float64)),
         "exhausted": (cell, np.isnan(scores).any(-1)),
+        "heating": (cell, np.ones((n, layers), np.float32)),
     }
+    if "logp_second" in controls:
+        filled["second_share"] = (cell, np.ones((n, layers), np.float32))
+    if "logp_own" in controls:
+        filled["logp_own_null"] = (
+            cell,
+            np.broadcast_to(np.asarray(controls["logp_own_standard"])[:, None], (n, layers)),
+        )
     axes = {"logp_own": "route", "logp_random": "random"}
     for name, value in controls.items():
         array = np.asarray(value)
-        filled[name] = (("token",), array) if array.ndim == 1 else ((*cell, axes.get(name, "second")), array)
+        filled[name] = ((("token",), cell, (*cell, axes.get(name, "second")))[array.ndim - 1], array)
     labels = {
         "layer": list(range(layers)),
         "sequence": ("token", np.array([f"s{i:03d}" for i in owner])),

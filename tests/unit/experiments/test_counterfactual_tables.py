@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -73,7 +76,7 @@ def test_numbers_of_routes_are_made_equal_and_what_is_dropped_is_said() -> None:
     assert common_size(result.data) == 8
     row = result.by_confidence("standard").set_index("class").loc["fragile"]
     assert (row["n_distinct"], row["n_dropped"], row["n_cells"]) == (8, 1, 99)
-    # tokens alike in law have a like regret, though half of them have twice the routes
+    # the first eight of sixteen count: tokens alike in law have a like regret, though half have twice the routes
     halves = [CounterfactualResult(result.data.isel(token=part)) for part in (slice(1, 50), slice(50, 100))]
     few, many = (half.by_layer(8)["regret"].item() for half in halves)
     assert abs(few - many) < 0.15 < halves[1].by_layer(16)["regret"].item() - few
@@ -170,11 +173,12 @@ def test_the_permutation_null_of_the_mean_alignment() -> None:
 
 
 def test_verdicts_go_by_the_interval() -> None:
-    assert verdict(-0.05, 0.08) == "uninformative"
-    assert verdict(0.01, 0.09) == "uninformative"  # not by a star
-    assert verdict(0.01, 0.2) == "aligned"
-    assert verdict(-0.3, -0.01) == "misaligned"
-    assert verdict(-0.2, 0.3) == verdict(np.nan, np.nan) == "undecided"
+    assert verdict(-0.05, 0.08, 10) == "uninformative"
+    assert verdict(0.01, 0.09, 10) == "uninformative"  # not by a star
+    assert verdict(0.01, 0.2, 10) == "aligned"
+    assert verdict(-0.3, -0.01, 10) == "misaligned"
+    assert verdict(-0.2, 0.3, 10) == verdict(np.nan, np.nan, 10) == "undecided"
+    assert verdict(0.01, 0.2, 9) == verdict(-0.05, 0.05, 9) == "undecided"
 
 
 def test_the_own_prediction_is_compared_at_equal_probability() -> None:
@@ -212,34 +216,69 @@ def test_an_exhausted_token_lends_its_own_routes_to_the_fresh_draw() -> None:
         second_route=np.array([[[0, 1, 2]]], np.int16),
     )
     table = CounterfactualResult(data).controls(n_distinct=3).set_index("kind")
-    # each in turn against the other two and the standard one: .8 - .2, .8 - .4, .5 - .8
-    assert table.loc["fresh_draw", "gap"] == pytest.approx((0.6 + 0.4 - 0.3) / 3)
-    assert table.loc["fresh_draw", "regret"] == pytest.approx((np.log(4) + np.log(2)) / 3)
-    assert table.loc["router", "gap"] == pytest.approx(0.3)
+    # the first of the second draw against the other two and the standard one: .8 - .2
+    assert table.loc["fresh_draw", "gap"] == pytest.approx(0.6)
+    assert table.loc["fresh_draw", "regret"] == pytest.approx(np.log(4))
+    assert table.loc["fresh_draw", "router_gap"] == table.loc["router", "gap"] == pytest.approx(0.3)
+    # at two, the first draw counts beside the first other route: .5 and .4 against .2, .2 and .4 against .5
+    two = CounterfactualResult(data).controls(n_distinct=2).set_index("kind").loc["fresh_draw"]
+    assert [two["gap"], two["router_gap"], two["excess_gap"]] == pytest.approx([0.3, -0.1, -0.4])
     assert table.loc["null", "regret"] == 0
     assert "random" not in table.index
 
 
-def test_controls_class_each_item_without_itself_and_by_its_own_target() -> None:
-    second = np.log([[[0.95, 0.95, 0.1]]])
-    data = dataset(
-        np.log([[[0.5]]]),
-        np.log([0.5]),
+@pytest.fixture
+def two_classed_tokens() -> xr.Dataset:
+    """Each token is classed otherwise by its realized target (fragile, confident) than by its drawn one."""
+    second = np.log([[[0.95, 0.1, 0.2]], [[0.2, 0.95, 0.97]]])
+    return dataset(
+        np.log([[[0.5]], [[0.6]]]),
+        np.log([0.4, 0.4]),
+        entropy=-np.log([0.3, 0.95]),
         logp_second=second,
         router_logp_second=0 * second,
-        second_route=np.full((1, 1, 3), -1, np.int16),
-        logp_own=np.log([[[0.8]]]),
-        logp_own_standard=np.log([0.7]),
-        logp_own_second=np.log([[[0.2, 0.3, 0.1]]]),
+        second_route=np.full((2, 1, 3), -1, np.int16),
+        logp_own=np.log([[[0.8]], [[0.9]]]),
+        logp_own_standard=np.log([0.4, 0.4]),
+        logp_own_second=np.log([[[0.9, 0.95, 0.95]], [[0.2, 0.3, 0.1]]]),
     )
-    table = CounterfactualResult(data).controls("resampled").set_index(["kind", "class"])["gap"]
-    # the others' mean p is .525, .525 and .95: the first two are in the middle, the last is confident
-    assert table["fresh_draw", "middle"] == pytest.approx(0.5 - 0.95)
-    assert table["fresh_draw", "confident"] == pytest.approx(0.5 - 0.1)
-    assert np.isnan(table["fresh_draw", "fragile"])
-    cells = CounterfactualResult(data).controls("resampled").set_index(["kind", "class"])["n_cells"]
-    assert cells["own_prediction"].to_dict() == {"fragile": 1, "middle": 0, "confident": 0}
-    assert cells["router"].to_dict() == {"fragile": 0, "middle": 1, "confident": 0}
+
+
+def gaps(data: xr.Dataset, by: Any, kind: str, **options: Any) -> dict[str, float]:
+    """The gaps of one kind, by class: those that there are."""
+    table = CounterfactualResult(data).controls(by, **options).set_index(["kind", "class"])["gap"]
+    return {str(name): round(value, 6) for name, value in table[kind].items() if not np.isnan(value)}
+
+
+def test_controls_class_each_cell_by_what_it_is_compared_on(two_classed_tokens: xr.Dataset) -> None:
+    data = two_classed_tokens
+    # realized: means .417 and .707; a fresh route, by the others of its draw: .15 and .96; drawn: .933 and .2
+    assert gaps(data, "resampled", "router") == {"fragile": 0.1, "middle": 0.2}
+    assert gaps(data, "resampled", "fresh_draw") == {"fragile": -0.55, "confident": 0.2}
+    own = gaps(data, "resampled", "own_prediction", thresholds=(0.45, 0.7))
+    assert own == {"confident": 0.4, "fragile": 0.5}
+    # by the prediction no target enters: 0.3 and 0.95
+    for kind, expected in (("router", [0.1, 0.2]), ("own_prediction", [0.4, 0.5]), ("fresh_draw", [-0.55, 0.2])):
+        assert gaps(data, "entropy", kind) == dict(zip(("fragile", "confident"), expected))
+    table = CounterfactualResult(data).controls("resampled").set_index(["kind", "class"])
+    assert table["n_cells"]["fresh_draw"].to_dict() == {"fragile": 1, "middle": 0, "confident": 1}
+
+
+def test_controls_by_their_own_probability(two_classed_tokens: xr.Dataset) -> None:
+    data = two_classed_tokens
+    # the fresh routes have .95, a class that no standard one is in, and .2; the standard ones .4
+    assert gaps(data, "standard", "router") == {"fragile": pytest.approx(0.15)}
+    assert gaps(data, "standard", "fresh_draw") == {"fragile": 0.2}
+    # targets of one bin, on either side of a threshold
+    level = np.log([0.405, 0.4])
+    drawn = data.assign(
+        logp_standard=("token", level[::-1].copy()),
+        logp_null=(("token", "layer"), level[::-1, None].copy()),
+        logp_own_standard=("token", level),
+        logp_own_null=(("token", "layer"), level[:, None]),
+    )
+    own = gaps(drawn, "standard", "own_prediction", thresholds=(0.402, 0.9))
+    assert own == {"middle": pytest.approx(0.395), "fragile": pytest.approx(0.5)}
 
 
 def test_every_draw_has_a_stream_of_its_own() -> None:
@@ -259,11 +298,13 @@ def test_regret_grows_with_routes_and_the_last_is_the_table() -> None:
     assert ((bounds["low"] <= bounds["regret"]) & (bounds["regret"] <= bounds["high"])).all()
 
 
-def test_order_of_tokens_and_of_routes_does_not_matter() -> None:
+def test_the_order_of_tokens_does_not_matter_and_that_of_routes_only_where_some_are_left_out() -> None:
     data = exchangeable(200)
     rng = np.random.default_rng(7)
-    shuffled = data.isel(token=rng.permutation(200), route=rng.permutation(32))
-    one, other = CounterfactualResult(data), CounterfactualResult(shuffled)
+    turned = CounterfactualResult(data.isel(route=rng.permutation(32)))
+    assert turned.by_layer().equals(CounterfactualResult(data).by_layer())
+    assert not turned.by_layer(8).equals(CounterfactualResult(data).by_layer(8))
+    one, other = CounterfactualResult(data), CounterfactualResult(data.isel(token=rng.permutation(200)))
     for name in ("by_confidence", "by_layer", "controls", "regret_curve"):
         left, right = getattr(one, name)(), getattr(other, name)()
         for column in left.select_dtypes("number"):
@@ -281,11 +322,10 @@ def test_token_table_and_summary() -> None:
     assert table["standard_route"].tolist() == ["7 7", "7 7"]
     assert table["n_distinct"].tolist() == [3, 1]
     assert "no controls" in result.summary()
-    text = CounterfactualResult(exchangeable(400)).summary()
-    assert "400 tokens of 100 sequences" in text
+    text = CounterfactualResult(exchangeable(400, spread=3.0)).summary()
+    assert "400 tokens of 100 sequences, at 1 MoE layer, with up to 32 routes each" in text
     assert "no difference is seen" in text
     assert "Noise floor" in text
-    assert "confirmed" in text or "undecided" in text
 
 
 def test_the_summary_says_whether_the_published_pattern_is_there() -> None:
@@ -314,8 +354,12 @@ def test_errors() -> None:
     with pytest.raises(DataError, match=r"without controls.*class tokens by \"entropy\""):
         result.by_confidence()
     for table in (result.by_layer, lambda n: result.controls(n_distinct=n)):
-        with pytest.raises(ConfigError, match=r"n_distinct=3\. Expected: at most the 2 that a token has"):
-            table(3)
+        for wrong in (3, 0, -1, "3", 1.5, True, [1]):
+            expected = (
+                rf"n_distinct={re.escape(repr(wrong))}\. Expected: a whole number from 1 to the 2 that a token has"
+            )
+            with pytest.raises(ConfigError, match=expected):
+                table(wrong)
     with pytest.raises(ConfigError, match="by='luck'"):
         result.by_confidence("luck")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="variable 'entropy': none"):

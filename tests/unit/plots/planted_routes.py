@@ -42,15 +42,19 @@ def planted_routes(
         "standard_route": ((*cell, "slot"), route[:, :, 0, ::-1].copy()),
         "entropy": ("token", -standard),
         "exhausted": (cell, np.isnan(logp).any(-1)),
+        "heating": (cell, np.ones((n, n_layers), np.float32)),
     }
     if controls:
         variables |= {
             "logp_second": ((*cell, "second"), scores(4)),
             "router_logp_second": ((*cell, "second"), rng.normal(-4, 1, (n, n_layers, 4))),
             "second_route": ((*cell, "second"), np.full((n, n_layers, 4), -1, np.int16)),
+            "second_share": (cell, np.full((n, n_layers), 0.75, np.float32)),
             "logp_random": ((*cell, "random"), scores(n_routes)),
             "logp_own": ((*cell, "route"), scores(n_routes)),
+            "logp_own_second": ((*cell, "second"), scores(4)),
             "logp_own_standard": ("token", standard),
+            "logp_own_null": (cell, np.broadcast_to(standard[:, None], (n, n_layers))),
         }
     text = np.array([TEXTS[i % len(TEXTS)] for i in range(n + 1)])
     data = xr.Dataset(
