@@ -49,7 +49,7 @@ def pattern_line(classes: Mapping[str, Row], by: By) -> str:
         row, found = classes[name], classes[name]["verdict"]
         if not row["n_cells"]:
             states.append("empty")
-            parts.append(f"there is no {name} token")
+            parts.append(f"of {name} tokens it cannot be said (no token in the class)")
             continue
         states.append("confirmed" if found == claim else "undecided" if found == "undecided" else "not confirmed")
         few = row["n_sequences"] < FEWEST_SEQUENCES
@@ -59,7 +59,7 @@ def pattern_line(classes: Mapping[str, Row], by: By) -> str:
     overall = next(state for state in order if state in states)
     said = {
         "not confirmed": "is not confirmed",
-        "empty": "cannot be said to be there (no token in the class)",
+        "empty": "cannot be said to be there or not",
         "undecided": "is undecided",
         "confirmed": "is confirmed",
     }
@@ -91,7 +91,7 @@ def _heating_line(data: xr.Dataset) -> str:
     if not share:
         return ""
     said = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
-    return f"{said} of the tokens needed a higher temperature for some of their routes, which the router all but never draws."
+    return f"{said} of the tokens needed a higher temperature for some of their routes, so sure is the router."
 
 
 def _regret_line(result: CounterfactualTables) -> str:

@@ -24,7 +24,8 @@ def confidence(result: CounterfactualTables, by: Sequence[Classing] = tuple(_LOO
     """Alignment (left) and regret (right) of fragile, middle and confident tokens, with intervals.
 
     The ways of classing stand side by side: classing by the standard route's own p makes regret fall with confidence by
-    selection alone. A way that the result has no data for is left out.
+    selection alone. A way that the result has no data for is left out; a panel without any value says "undefined" (an
+    alignment needs three routes).
 
     Raises:
         DataError: no way of classing is left.
@@ -39,11 +40,13 @@ def confidence(result: CounterfactualTables, by: Sequence[Classing] = tuple(_LOO
         for axis, column in zip(axes, ("alignment", "regret")):
             _points(axis, table, column, name, shift)
     first = next(iter(tables.values()))
-    for axis, label in zip(axes, ("Spearman's rho within a token", "nats")):
+    for axis, column, label in zip(axes, ("alignment", "regret"), ("Spearman's rho within a token", "nats")):
         axis.axhline(0, color=GREY, linewidth=0.8)
         axis.set_xticks(range(len(first)), [str(name) for name in first["class"]])
         axis.set_xlim(-0.5, len(first) - 0.5)
         axis.set_ylabel(label, fontsize=9)
+        if all(table[column].isna().all() for table in tables.values()):
+            axis.text(0.5, 0.5, "undefined", transform=axis.transAxes, ha="center", va="center", color=GREY)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_interp.stats import bootstrap_interval
+from moe_interp.errors import DataError
+from moe_interp.stats import cluster_bootstrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,27 +40,19 @@ class ScreenAudit:
         return float(_ratio(self._kept.sum(), self._gain.sum()))
 
     def intervals(self, level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap over sequences, of ``recall`` and ``gain_kept``; NaN below two sequences."""
+        """Bootstrap over sequences (:func:`moe_interp.stats.cluster_bootstrap`), of ``recall`` and ``gain_kept``.
+
+        NaN below two sequences; resamples without any gain say nothing of ``gain_kept`` and are left out.
+        """
         _, owner = np.unique(self.sequence, return_inverse=True)
         n = int(owner.max(initial=-1)) + 1
-        found: dict[str, tuple[float, float]] = {}
-        for name, above, below in (
-            ("recall", self._found, np.ones(self.n_tokens)),
-            ("gain_kept", self._kept, self._gain),
-        ):
-            if n < 2:
-                found[name] = (float("nan"), float("nan"))
-                continue
-            tops, bottoms = (np.bincount(owner, weights=values, minlength=n) for values in (above, below))
-            interval = bootstrap_interval(
-                np.arange(n, dtype=float),
-                lambda i, t=tops, b=bottoms: _ratio(t[i.astype(int)].sum(-1), b[i.astype(int)].sum(-1)),  # type: ignore[misc]
-                level=level,
-                expand=False,
-                seed=seed,
-            )
-            found[name] = (float(interval.low), float(interval.high))
-        return found
+        if n < 2:
+            return {name: (float("nan"), float("nan")) for name in ("recall", "gain_kept")}
+        parts = np.stack([self._found, np.ones(self.n_tokens), self._kept, self._gain], axis=-1)
+        sums = np.stack([np.bincount(owner, weights=part, minlength=n) for part in parts.T], axis=-1)
+        found = cluster_bootstrap([sums], lambda s: _ratio(s[..., ::2], s[..., 1::2]), level=level, seed=seed)
+        bounds = zip(("recall", "gain_kept"), found.low.tolist(), found.high.tolist())
+        return {name: (low, high) for name, low, high in bounds}
 
     def summary(self) -> str:
         """One sentence."""
@@ -76,8 +69,14 @@ class ScreenAudit:
 
     @staticmethod
     def merge(audits: Iterable[ScreenAudit]) -> ScreenAudit:
-        """Several batches' audits as one; their sequences are taken to be different."""
+        """Several batches' audits as one; their sequences are taken to be different.
+
+        Raises:
+            DataError: no audit.
+        """
         parts, offset = list(audits), 0
+        if not parts:
+            raise DataError("no audit", "at least one", "Screen a batch first.")
         sequences = []
         for part in parts:
             sequences.append(part.sequence + offset)

@@ -22,10 +22,8 @@ from moe_interp.types import EMPTY
 
 _MOST_SUBSETS = 100_000
 _DRAWS_AT_ONCE = 2**23  # uniform numbers in memory at a time
-_FIRST, _HEATED = (
-    (64, 128, 256, 512, 512, 512),
-    (512, 512),
-)  # draws at the sampler's temperature, and at each higher one
+_FIRST = (32, 32, 64, 128, 256, 512, 512, 448)  # draws, block by block, at the sampler's temperature
+_HEATED = (512, 512)  # and at each higher one
 _DOUBLINGS = 12  # of the temperature; after that experts are drawn uniformly
 
 

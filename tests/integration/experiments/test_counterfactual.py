@@ -13,9 +13,13 @@ from torch import Tensor
 
 import moe_interp as mi
 from moe_interp.errors import ConfigError, DataError, HookError, ResultError
+from moe_interp.experiments.counterfactual import matches
+from moe_interp.experiments.counterfactual_data import CounterfactualPlan
 from moe_interp.experiments.items import Item
+from moe_interp.experiments.sequences import SequenceBatch, read_sequences
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.routes import AllSubsets, GumbelTopK, SlowRoutesWarning
+from moe_interp.hooks.branches import BasePass
+from moe_interp.routes import AllSubsets, GumbelTopK, RouteSampler, SlowRoutesWarning, TokenKeys, UniformSubsets
 from tests import tiny
 
 
@@ -89,6 +93,76 @@ def test_controls_are_what_they_say(moe: MoEHooks) -> None:
     error = float((many["logp_own_standard"] + many["entropy"]).mean())
     assert abs(error) < 4 * float((many["logp_own_standard"] + many["entropy"]).std()) / 1140**0.5
     assert float((many["logp_standard"] + many["entropy"]).mean()) < -0.1  # the realized tokens are random ones
+
+
+def test_fewer_routes_are_the_first_of_a_run_with_more(moe: MoEHooks) -> None:
+    given = tiny.random_tokens(8, 12)
+    more = run(moe, given, n_routes=12, layers=[0, 2])
+    curve = more.regret_curve()
+    for n in (1, 4):
+        fewer = run(moe, given, n_routes=n, layers=[0, 2])
+        np.testing.assert_array_equal(fewer.data["route"], more.data["route"][:, :, :n])
+        table = fewer.controls().set_index("kind")
+        here = curve[curve["n"] == n].set_index("kind")
+        assert set(here.index) == set(table.index) == {"router", "random", "own_prediction", "fresh_draw", "null"}
+        for name in ("regret", "router_regret", "matched"):
+            np.testing.assert_allclose(here.loc[table.index, name], table[name], atol=1e-5, err_msg=name)
+        kept = ["gap", "regret", "positive_rate", "inclusion_1", "inclusion_5"]
+        np.testing.assert_allclose(more.by_layer(n)[kept], fewer.by_layer()[kept], atol=1e-5)
+
+
+def test_second_and_uniform_routes_are_drawn_by_their_laws(moe: MoEHooks) -> None:
+    """Scored here again from the samplers and the streams, by hand."""
+    given = tiny.random_tokens(3, 10)
+    data = run(moe, given, n_routes=6, layers=[1]).data
+    plan = CounterfactualPlan("", "", "", (1,), "", 6, 12, 6, 0, "auto", ())
+    read = read_sequences(moe.bridge, given)
+    batch = SequenceBatch.build(read, torch.device("cpu"))
+    base = BasePass(moe, batch.tokens, [1])
+    row, pos = batch.wanted.nonzero().unbind(-1)
+    ranking, standard = (
+        moe.spec(1).rule.choice_logits(base.router_logits[1])[batch.wanted],
+        base.indices[1][batch.wanted],
+    )
+    draws: list[tuple[str, RouteSampler, int]] = [("main", GumbelTopK(), 6), ("second", GumbelTopK(), 12)]
+    draws.append(("random", UniformSubsets(), 6))
+    for name, sampler, n in draws:
+        keys = TokenKeys(plan.stream(name), 1, batch.keys[row], pos)
+        drawn = sampler.sample(ranking, standard, n, keys)
+        if name == "second":
+            np.testing.assert_allclose(data["second_share"][:, 0], drawn.share_other)
+            known = torch.from_numpy(data["route"].values[:, 0].astype(np.int64))
+            np.testing.assert_array_equal(data["second_route"][:, 0], matches(drawn.indices, known))
+        routes = torch.full((*batch.wanted.shape, n, 2), -1)
+        routes[batch.wanted] = drawn.indices
+        scores = mi.score_routes(moe, batch.tokens, 1, routes)[batch.wanted]
+        stored = {"main": "logp", "second": "logp_second", "random": "logp_random"}[name]
+        np.testing.assert_allclose(data[stored][:, 0], scores, atol=2e-5, err_msg=name)
+
+
+def test_the_drawn_target_has_scores_of_its_own_and_differs_between_sequences(moe: MoEHooks) -> None:
+    # one sequence twice, but for its last token: the same predictions, other draws of the next token
+    tokens = tiny.random_tokens(1, 40)[0].tolist()
+    data = run(moe, [tokens, [*tokens[:-1], (tokens[-1] + 1) % 90 + 5]], n_routes=4, layers=[2]).data
+    first, second = data["logp_own_standard"].values[:38], data["logp_own_standard"].values[39:-1]
+    np.testing.assert_allclose(data["entropy"].values[:38], data["entropy"].values[39:-1], atol=1e-6)
+    assert (np.abs(first - second) > 1e-3).mean() > 0.5
+    np.testing.assert_allclose(data["logp_own_null"][:, 0], data["logp_own_standard"], atol=2e-5)
+    differs = np.abs(data["logp_own_standard"] - data["logp_standard"]).values > 0.1
+    assert differs.sum() > 20
+    for of_own, of_realized in (("logp_own", "logp"), ("logp_own_second", "logp_second")):
+        # routes of a tiny model change little: its scores of a target lie about those of the standard route
+        values = data[of_own].values[differs, 0]
+        near = np.abs(values - data["logp_own_standard"].values[differs, None])
+        far = np.abs(data[of_realized].values[differs, 0] - data["logp_own_standard"].values[differs, None])
+        assert np.nanmedian(near) < np.nanmedian(far) / 2
+
+
+def test_heating_is_kept(moe: MoEHooks) -> None:
+    assert bool((run(moe, sequences()).data["heating"] == 1).all())
+    cold = run(moe, sequences(), sampler=GumbelTopK(tau=1e-3)).data["heating"]
+    assert bool((cold > 1).any())
+    assert cold.dims == ("token", "layer")
 
 
 def test_batching_order_and_names_change_nothing(moe: MoEHooks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_one_layer_of_by_confidence_is_that_layers_rows() -> None:
     one = CounterfactualResult(data).by_confidence("standard", layer=1)
     alone = CounterfactualResult(data.isel(layer=[1])).by_confidence("standard")
     assert one.equals(alone)
+    assert CounterfactualResult(data).by_confidence("standard", layer=-2).equals(alone)
     with pytest.raises(ConfigError, match=r"layer 7\. Expected: one of \[0, 1, 2\]"):
         CounterfactualResult(data).by_confidence("standard", layer=7)
 
@@ -170,6 +171,8 @@ def test_the_permutation_null_of_the_mean_alignment() -> None:
     )
     assert permutation_p(rho, np.full(40, 9)) == pytest.approx((np.abs(null) >= abs(rho.mean())).mean(), abs=0.02)
     assert np.isnan(permutation_p(np.array([np.nan]), np.array([5])))
+    assert np.isnan(permutation_p(np.append(np.ones(9), np.nan), np.full(10, 9)))
+    assert permutation_p(np.ones(10), np.full(10, 9)) < 1e-6
 
 
 def test_verdicts_go_by_the_interval() -> None:
@@ -337,15 +340,75 @@ def test_the_summary_says_whether_the_published_pattern_is_there() -> None:
     confirmed = CounterfactualResult(aligned).summary()
     assert "(the router aligned on confident tokens, uninformative on fragile ones) is confirmed" in confirmed
     assert "is not confirmed" in CounterfactualResult(data).summary()
+    few = CounterfactualResult(aligned.isel(token=slice(0, 32))).summary()  # eight sequences
+    assert "uninformative on fragile ones) is undecided" in few
+    assert "with fewer than 10 sequences" in few
+    assert "by bootstrap over sequences; of fewer than 20 sequences they are too short." in few
+
+
+def test_a_class_without_tokens_cannot_be_said_and_counts_are_in_the_singular() -> None:
+    text = CounterfactualResult(exchangeable(40, spread=0.01, centre=9)).summary()
+    assert "of fragile tokens it cannot be said (no token in the class)" in text
+    assert "- fragile: no token." in text
+    logp = np.log([[[0.4, 0.3]], [[0.95, 0.94]]])
+    one = CounterfactualResult(dataset(logp, np.log([0.2, 0.96]), entropy=[2.0, 0.01], sequence=[0, 1])).summary()
+    assert "- confident: 1 token of 1 sequence, regret" in one
+    single = CounterfactualResult(exchangeable(40, n_routes=1))
+    assert "up to 1 route each" in single.summary()
+    assert "The first other route beats the standard one by" in single.summary()
+    assert "alignment undefined, undefined on 100%" in single.summary()
+
+
+def test_heated_tokens_are_said() -> None:
+    data = exchangeable(400)
+    assert "temperature" not in CounterfactualResult(data).summary()
+    heating = data["heating"].copy()
+    heating[:10] = 4.0
+    heated = CounterfactualResult(data.assign(heating=heating)).summary()
+    assert "2.5% of the tokens needed a higher temperature for some of their routes" in heated
+
+
+def test_inclusion_counts_better_routes_beyond_noise() -> None:
+    # four better routes, then five
+    logp = np.log([[[0.5, 0.5, 0.5, 0.5, 0.1, 0.1]], [[0.5, 0.5, 0.5, 0.5, 0.5, 0.1]]])
+    table = CounterfactualResult(dataset(logp, np.log([0.3, 0.3]), sequence=[0, 1])).by_layer()
+    assert table[["positive_rate", "inclusion_1", "inclusion_5"]].to_numpy().tolist() == [[1, 0, 0.5]]
+    # a gain of 19 null differences is none, one of 21 is
+    for gain, rate in ((19e-4, 0.0), (21e-4, 1.0)):
+        null = np.full((4, 1), -1.0 + 1e-4)
+        row = CounterfactualResult(dataset(null[..., None] + gain, np.full(4, -1.0), null=null)).by_layer().iloc[0]
+        assert (row["positive_rate"], row["inclusion_1"]) == (rate, 1 - rate)
+        assert row["regret"] == pytest.approx(gain)
+
+
+def test_the_layers_median_is_the_noise_of_a_token_that_has_less() -> None:
+    null = np.full((9, 1), -1.0 + 1e-3)
+    null[0] = -1.0  # by luck without a difference
+    logp = null[..., None] + 5e-3 * np.array([0.2, 0.5, 1.0])
+    rho, _ = alignment(dataset(logp, np.full(9, -1.0), np.broadcast_to([1.0, 2.0, 3.0], (9, 1, 3)), null=null))
+    assert np.isnan(rho).all()
+
+
+def test_classes_by_entropy_are_those_of_exp_minus_entropy() -> None:
+    data = dataset(np.full((3, 1, 2), -1.0), np.full(3, -1.0), entropy=-np.log([0.51, 0.49, 0.91]))
+    assert classes(confidence(data, "entropy"))[:, 0].tolist() == [1, 0, 2]
 
 
 def test_classes_and_kinds_of_tokens() -> None:
     assert classes(np.array([0.1, 0.5, 0.89, 0.9, np.nan])).tolist() == [0, 1, 1, 2, -1]
-    with pytest.raises(ConfigError, match=r"thresholds=\(0.9, 0.5\)"):
-        classes(np.zeros(1), (0.9, 0.5))
+    wrong: Any
+    for wrong in ((0.9, 0.5), (0.1, 0.5, 0.9), 0.5, ("a", "b"), "ab", (np.nan, 0.9), (0.5, 2)):
+        for refuse in (
+            lambda given: classes(np.zeros(1), given),
+            lambda given: CounterfactualResult(exchangeable(8)).by_confidence(thresholds=given),
+            lambda given: CounterfactualResult(exchangeable(8)).controls(None, given),
+        ):
+            with pytest.raises(ConfigError, match=rf"thresholds={re.escape(repr(wrong))}\. Expected: two numbers"):
+                refuse(wrong)
+    assert classes(np.array([0.6]), np.array([0.5, 0.9])).tolist() == [1]  # type: ignore[arg-type]
     kinds = {" the": "word", "don't": "word", "12": "number", " 7": "number", "+=": "punctuation", "\n": "space"}
     assert {text: token_type(text) for text in kinds} == kinds
-    assert token_type("x1") == token_type("") == "other"
+    assert token_type("x1") == token_type("") == token_type("\ufffd") == token_type(" \ufffd!") == "other"
 
 
 def test_errors() -> None:
@@ -360,11 +423,27 @@ def test_errors() -> None:
             )
             with pytest.raises(ConfigError, match=expected):
                 table(wrong)
-    with pytest.raises(ConfigError, match="by='luck'"):
-        result.by_confidence("luck")  # type: ignore[arg-type]
+    for by in ("luck", ["resampled"], 3):
+        for refuse in (result.by_confidence, result.controls):
+            with pytest.raises(ConfigError, match=rf"by={re.escape(repr(by))}\. Expected: one of"):
+                refuse(by)  # type: ignore[operator]
+    for layer in ([0], "0", 1, -2, True, 0.0):
+        with pytest.raises(ConfigError, match=rf"layer {re.escape(repr(layer))}\. Expected: one of \[0\], or from -1"):
+            result.by_confidence("standard", layer=layer)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="without the coordinate 'token_type'"):
+        CounterfactualResult(data.drop_vars("token_type")).by_token_type()
+    assert len(CounterfactualResult(data.drop_vars(["token_text", "token_type"])).token_table()) == 4
     with pytest.raises(DataError, match="variable 'entropy': none"):
         CounterfactualResult(data.drop_vars("entropy"))
     with pytest.raises(DataError, match="tokens without the coordinate 'pos'"):
         CounterfactualResult(data.drop_vars("pos"))
     with pytest.raises(DataError, match="1 of 4 tokens without a score"):
         CounterfactualResult(data.assign(logp_standard=("token", [-1.0, np.nan, -1.0, -1.0])))
+    with pytest.raises(DataError, match="1 of 4 tokens without a score"):
+        CounterfactualResult(data.assign(logp_null=(("token", "layer"), [[-1.0], [-1.0], [np.nan], [-1.0]])))
+    whole = exchangeable(4)
+    for name in ("second_route", "router_logp_second", "second_share"):
+        with pytest.raises(DataError, match=f"controls without '{name}'. Expected: all variables of a control"):
+            CounterfactualResult(whole.drop_vars(name))
+    with pytest.raises(DataError, match="controls without 'logp_own_standard', 'logp_own_null', 'logp_own_second'"):
+        CounterfactualResult(whole.assign(logp_own=whole["logp"]))

@@ -28,8 +28,8 @@ def planted_routes(
     place = int(np.flatnonzero((sequence == REGRETTED[0]) & (pos == REGRETTED[1]))[0])
     standard[place] = -3.0
     logp[place] = -3.2
-    logp[place, REGRETTED[2], 2] = -0.5
-    logp[0, :, -2:] = np.nan  # a token with fewer routes
+    logp[place, REGRETTED[2], min(2, n_routes - 1)] = -0.5
+    logp[0, :, max(n_routes - 2, 1) :] = np.nan  # a token with fewer routes
     cell = ("token", "layer")
     route = rng.permuted(np.tile(np.arange(experts), (n, n_layers, n_routes, 1)), axis=-1)[..., :2].astype(np.int16)
     variables = {

@@ -65,12 +65,46 @@ def test_the_curve_shows_the_run_and_its_controls(planted):
     (axis,) = plots.regret_curve(planted).axes
     lines = [line for line in axis.lines if not line.get_label().startswith("_")]
     kinds = list(dict.fromkeys(table["kind"]))
-    assert len(lines) == len(kinds) == 5
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 5
-    for line, kind in zip(lines, kinds):
+    # beside a control that compares some of the tokens stands the run's own on these
+    drawn = [(kind, "regret") for kind in kinds]
+    drawn.insert(drawn.index(("fresh_draw", "regret")) + 1, ("fresh_draw", "router_regret"))
+    assert len(kinds) == 5
+    assert len(lines) == len(drawn) == 6
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 6
+    for line, (kind, column) in zip(lines, drawn):
         here = table[table["kind"] == kind].sort_values("n")
         np.testing.assert_array_equal(line.get_xdata(), here["n"])
-        np.testing.assert_array_equal(line.get_ydata(), here["regret"])
+        np.testing.assert_array_equal(line.get_ydata(), here[column])
+
+
+def test_the_drawn_target_is_held_against_the_run_on_the_tokens_that_it_matches(planted):
+    data = planted.data
+    drawn = np.maximum(data["logp_own_standard"].values, -0.5)  # unlikely tokens are never drawn
+    matched = CounterfactualResult(
+        data.assign(
+            logp_own_standard=("token", drawn),
+            logp_own_null=(("token", "layer"), np.broadcast_to(drawn[:, None], data["logp_null"].shape)),
+        )
+    )
+    table = matched.regret_curve()
+    here = table[table["kind"] == "own_prediction"]
+    of_all = table[table["kind"] == "router"]
+    assert (here["matched"] < 0.9).all()
+    assert (here["router_regret"].to_numpy() < of_all["regret"].to_numpy()).all()
+    (axis,) = plots.regret_curve(matched).axes
+    lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+    np.testing.assert_array_equal(
+        lines["router's routes, on the tokens of the drawn target"], here["router_regret"].to_numpy()
+    )
+
+
+def test_a_run_with_one_route_has_whiskers_and_no_alignment():
+    one = planted_routes(n_routes=1)
+    figure = plots.regret_curve(one)
+    assert len(figure.axes[0].containers) == len(set(one.regret_curve()["kind"]))
+    left, right = plots.confidence(one).axes
+    assert [text.get_text() for text in left.texts] == ["undefined"]
+    assert not right.texts
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])

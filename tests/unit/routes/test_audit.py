@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moe_interp.errors import DataError
 from moe_interp.routes import ScreenAudit
 
 
@@ -31,6 +32,19 @@ def test_intervals_resample_sequences():
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(40), rel=0.15)
     assert audit.intervals()["gain_kept"] == (low, high)
     assert all(np.isnan(bound) for bound in planted([3, 3], [1, 1], [1, 1]).intervals()["recall"])
+
+
+def test_a_gain_of_few_tokens_has_an_interval():
+    # an eighth of the resamples have neither of the two tokens with a gain
+    advantage = np.where(np.arange(40) < 2, 1.0, -1.0)
+    audit = planted(np.arange(40), advantage, np.where(np.arange(40) == 1, 0.5, advantage))
+    assert audit.intervals()["gain_kept"] == (0.5, 1.0)
+    assert "the share 0.75 [0.50, 1.00]" in audit.summary()
+
+
+def test_no_audit_cannot_be_merged():
+    with pytest.raises(DataError, match=r"no audit\. Expected: at least one"):
+        ScreenAudit.merge([])
 
 
 def test_merging_batches_equals_the_whole():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import combinations, permutations
+from typing import Any
 
 import pytest
 import scipy.stats
 import torch
 from torch import Tensor
 
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, DataError
 from moe_interp.interventions.streams import uniform_keys
 from moe_interp.routes.sample import AllSubsets, GumbelTopK, OneSwap, RouteSampler, TokenKeys, UniformSubsets
 
@@ -160,13 +161,79 @@ def test_a_route_of_all_experts_has_no_other(sampler: RouteSampler) -> None:
     assert bool(sampled.is_exhausted.all() & (sampled.indices == -1).all())
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_fewer_routes_are_the_first_of_more(sampler: RouteSampler) -> None:
+    logits = logits_of(std=4.0)  # some tokens are heated
+    standard = logits.topk(3).indices
+    whole = sampler.sample(logits, standard, 12, keys_of())
+    for n in (1, 3, 7):
+        few = sampler.sample(logits, standard, n, keys_of())
+        same = whole.indices[:, :, :n]
+        assert torch.equal(few.indices, same) or isinstance(sampler, GumbelTopK)
+        # where all there are were wanted, the last are not drawn but filled in
+        drawn = ~whole.is_exhausted
+        assert torch.equal(few.indices[drawn], same[drawn])
+        assert few.share_other is not None
+        assert whole.share_other is not None
+        assert torch.equal(few.share_other, whole.share_other)
+
+
+def test_exhausted_tokens_have_their_routes_in_drawn_order() -> None:
+    n, standard = 4_000, torch.tensor([0, 1])
+    keys = TokenKeys(0, 0, torch.zeros(1, 1, dtype=torch.int64), torch.arange(n).unsqueeze(0))
+    logits = torch.tensor([1.2, 0.4, -0.3, -1.0])
+    sets = [s for s in combinations(range(4), 2) if s != (0, 1)]
+    law = [law_of_a_set(logits.tolist(), s) for s in sets]
+    for sampler, odds in ((GumbelTopK(), law), (UniformSubsets(), [1.0] * 5), (AllSubsets(), [1.0] * 5)):
+        sampled = sampler.sample(logits.expand(1, n, 4), standard.expand(1, n, 2), 8, keys)
+        assert sampled.n_distinct.unique().tolist() == [5]
+        first = sampled.indices[0, :, 0].sort(-1).values
+        counted = [int((first == torch.tensor(s)).all(-1).sum()) for s in sets]
+        assert scipy.stats.chisquare(counted, [n * p / sum(odds) for p in odds]).pvalue > 0.01
+
+
+def test_the_share_of_other_routes_is_that_of_the_law() -> None:
+    n, logits = 4_000, torch.tensor([2.0, 1.0, -0.3, -1.0, 0.0])
+    standard = torch.tensor([0, 1])
+    keys = TokenKeys(0, 0, torch.zeros(1, 1, dtype=torch.int64), torch.arange(n).unsqueeze(0))
+    itself = law_of_a_set(logits.tolist(), (0, 1))
+    for sampler, expected in (
+        (GumbelTopK(), 1 - itself),
+        (UniformSubsets(), 0.9),
+        (AllSubsets(), 0.9),
+        (OneSwap(), 1.0),
+    ):
+        share = sampler.sample(logits.expand(1, n, 5), standard.expand(1, n, 2), 3, keys).share_other
+        assert share is not None
+        assert float(share.mean()) == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize("tau", [1e-30, 1e-308, 1e-6])
+def test_a_tiny_temperature_ends_within_its_pool(tau: float) -> None:
+    logits = logits_of(n_experts=16)
+    sampled = GumbelTopK(tau, pool=4).sample(logits, logits.topk(2).indices, 4, keys_of())
+    assert sampled.n_distinct.unique().tolist() == [4]
+    pool = logits.topk(4).indices
+    assert bool((sampled.indices.flatten(2).unsqueeze(-1) == pool.unsqueeze(2)).any(-1).all())
+    assert bool((sampled.heating > 1).all())
+
+
 def test_bad_samplers_are_refused() -> None:
     logits = logits_of()
     standard = logits.topk(3).indices
-    with pytest.raises(ConfigError, match=r"tau=0.*tau > 0"):
-        GumbelTopK(tau=0)
-    with pytest.raises(ConfigError, match="pool=0"):
-        GumbelTopK(pool=0)
+    wrong: Any
+    for wrong in (0, -1.0, math.inf, math.nan, "1", True, None):
+        with pytest.raises(ConfigError, match=f"tau={wrong!r} .*a finite tau > 0"):
+            GumbelTopK(tau=wrong)
+    for wrong in (0, 2.5, "3", True):
+        with pytest.raises(ConfigError, match=f"pool={wrong!r}. Expected: .*a whole number of experts"):
+            GumbelTopK(pool=wrong)
+    for value in (math.nan, math.inf):
+        spoilt = logits.clone()
+        spoilt[1, 3, 2] = value
+        for sampler in (GumbelTopK(), UniformSubsets(), OneSwap(), AllSubsets()):
+            with pytest.raises(DataError, match=r"choice logits \[.*\] of token \(1, 3\)\. Expected: finite numbers"):
+                sampler.sample(spoilt, standard, 4, keys_of())
     with pytest.raises(ConfigError, match=r"2 experts to draw from.*at least the 3"):
         GumbelTopK(pool=2).sample(logits, standard, 4, keys_of())
     with pytest.raises(ConfigError, match="0 routes a token"):
