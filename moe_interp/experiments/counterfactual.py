@@ -37,7 +37,7 @@ from moe_interp.routes import (
     check_routes,
     score_from_base,
 )
-from moe_interp.routes.inputs import decoder_layer
+from moe_interp.routes.inputs import check_budget, decoder_layers
 from moe_interp.routes.score import router_logp
 from moe_interp.types import EMPTY
 
@@ -91,8 +91,7 @@ def counterfactual_routes(
     route does to tokens after the next, and what routes at several layers do together.
     """
     read = read_sequences(moe.bridge, sequences)
-    labels: list[Any] = [layers] if isinstance(layers, int) else list(moe.layers if layers is None else layers)
-    chosen = tuple(sorted({decoder_layer(moe, layer) for layer in labels}))
+    chosen, memory_budget = decoder_layers(moe, layers), check_budget(memory_budget)
     sampler = GumbelTopK() if sampler is None else sampler
     _check_options(n_routes, chosen, sampler, seed, method)
     _check_pool(moe, chosen, sampler)

@@ -25,7 +25,7 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass, BranchRunner
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch import LayerRoutes, block_outputs, log_probs
-from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layer, scorable
+from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layers, scorable
 from moe_interp.routes.plan import Plan
 from moe_interp.routes.score import score_from_base
 from moe_interp.types import Layer
@@ -87,11 +87,11 @@ def screen_routes(
     Source: derived (first-order attribution of routes).
     """
     ids, mask = check_tokens(moe, tokens, attention_mask)
-    labels, indices = sorted({decoder_layer(moe, layer) for layer in layers}), by_label(moe, routes)
-    if not labels or set(labels) - set(indices):
+    labels, indices = decoder_layers(moe, layers), by_label(moe, routes)
+    if set(labels) - set(indices):
         raise ConfigError(
-            f"layers {labels}, and routes at layers {sorted(indices)}",
-            "at least one layer, and routes at each",
+            f"layers {list(labels)}, and routes at layers {sorted(indices)}",
+            "routes at each layer",
             "Give routes for every layer to screen.",
         )
     base = BasePass(moe, ids, labels, mask)
