@@ -57,7 +57,9 @@ class StackedExperts:
             return self.module.act_fn(projected)
         if self.gates_plainly and not torch.is_grad_enabled():
             gate, up = projected.chunk(2, dim=-1)
-            return self.module.act_fn(gate).mul_(up)  # in place, and the same bits
+            activated = self.module.act_fn(gate)
+            # the same bits in place, unless somebody may have kept them
+            return activated * up if getattr(self.module.act_fn, "_forward_hooks", None) else activated.mul_(up)
         return self.module._apply_gate(projected)
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,14 +29,11 @@ def can_fuse(moe: MoEHooks) -> bool:
 
 
 @contextmanager
-def native_attention(moe: MoEHooks, implementation: str = "sdpa") -> Iterator[None]:
-    """Inside the ``with``, attention runs as transformers' own, by default as its scaled dot product.
+def fused_attention(moe: MoEHooks) -> Iterator[None]:
+    """Inside the ``with``, attention runs as transformers' scaled dot product.
 
     TransformerLens computes attention step by step, so that its parts can be hooked. The two agree to rounding, except
-    in models where the implementation leaves something out (a soft-cap, say): compare before use.
-
-    Args:
-        implementation: A name in transformers' table of attention functions.
+    in models whose fused path leaves something out (a soft-cap, say): compare before use.
     """
     model: Any = moe.bridge.original_model
     configs: dict[int, Any] = {}
@@ -47,11 +45,29 @@ def native_attention(moe: MoEHooks, implementation: str = "sdpa") -> Iterator[No
             stack.enter_context(swapped_forward(attention, unwrap(attention).forward))
         try:
             for config in configs.values():
-                config._attn_implementation = implementation
+                config._attn_implementation = "sdpa"
             yield
         finally:
             for key, config in configs.items():  # a whole before its parts, which it sets too
                 config._attn_implementation = before[key]
+
+
+@contextmanager
+def attention_function(moe: MoEHooks, name: str) -> Iterator[None]:
+    """Inside the ``with``, the model's attentions, and no other's, call a function of transformers' table.
+
+    Each reads its name in a config, which other models and the making of masks may read as well: so each gets a copy.
+    """
+    with ExitStack() as stack:
+        for attention in _attentions(moe):
+            native: Any = unwrap(attention)
+            stack.enter_context(swapped_forward(attention, native.forward))
+            if (config := getattr(native, "config", None)) is not None:
+                own = copy.copy(config)
+                own._attn_implementation = name
+                stack.callback(setattr, native, "config", config)
+                native.config = own
+        yield
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge.generalized_components import NormalizationBr
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.arch.experts import StackedExperts
-from moe_interp.arch.norms import rms_norm
+from moe_interp.arch.norms import is_watched, rms_norm
 from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear, padded
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.swap import swapped_forward
@@ -57,8 +57,9 @@ class LeanPasses:
             for norm in self._norms:
                 points = (norm.hook_in, norm.hook_scale, norm.hook_normalized, norm.hook_out)
                 if not any(point.has_hooks() for point in points):
-                    own = _own_forward(norm.original_component, self._short.get(id(norm)))
-                    stack.enter_context(swapped_forward(norm, own))
+                    native = norm.original_component
+                    short = None if is_watched(native) else self._short.get(id(norm))
+                    stack.enter_context(swapped_forward(norm, _own_forward(native, short)))
             for native in self._linears:
                 if "forward" not in native.__dict__:
                     stack.enter_context(swapped_forward(native, partial(_linear, native)))
@@ -91,8 +92,8 @@ def looped_experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor
 
     Args:
         module: Of transformers' stacked experts.
-        hidden: ``[token, d_in]``.
-        indices, weights: ``[token, slot]``.
+        hidden: ``[token, d_in]``, at least one token.
+        indices, weights: ``[token, slot]``, without empty slots.
 
     Returns:
         ``[token, d_out]``.

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from moe_interp.arch.modules import unwrap
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.attention import native_attention, queried_only_at
+from moe_interp.hooks.attention import fused_attention, queried_only_at
 from moe_interp.hooks.lean import LeanPasses
 from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
@@ -124,7 +124,7 @@ class PrefixRunner:
         """
         with ExitStack() as stack:
             if self.fuses_attention:
-                stack.enter_context(native_attention(self.moe))
+                stack.enter_context(fused_attention(self.moe))
             before = prefix.stacked(prefix.hidden, copies)
             for index in range(layer):
                 stack.enter_context(swapped_forward(self.layers[index], self._skip(index, before)))

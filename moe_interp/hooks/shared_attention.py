@@ -88,6 +88,11 @@ class SharedCache(DynamicCache):
         return key_states, value_states
 
 
+def forget() -> None:
+    """Let go of what a thread's attention was to read, whether it has come to that or not."""
+    _now.rows = _now.earlier = None
+
+
 def branch_attention(
     module: Any,
     query: Tensor,
@@ -117,7 +122,7 @@ def branch_attention(
         UnknownAttention: a soft-cap, a bias by position, or keys of another form than the recorded ones.
     """
     rows, earlier = _now.rows, _now.earlier
-    _now.rows = _now.earlier = None
+    forget()
     if rows is None or earlier is None or dropout or any(others.get(name) is not None for name in _BEYOND):
         raise UnknownAttention(f"{sorted(others)}, dropout {dropout}")
     keys, values = earlier

@@ -16,6 +16,8 @@ from moe_interp.routes.plan import Plan, score_dtype
 from moe_interp.routes.span import spanned_logits
 from moe_interp.types import EMPTY, Hooks
 
+_WORTH_A_TRIAL = 512  # branches; fewer copy their keys sooner than it is tried whether they need to
+
 
 @dataclass(frozen=True, eq=False)
 class RouteScores:
@@ -105,10 +107,12 @@ def branch_scores(
     with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
     present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
     workers = n_workers(base.moe) if len(routes) == 1 else 1
-    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget, workers)
-    at_once = min(plan.rows_at_once * plan.row_length, int(present.sum()))
+    n_branches = int(present.sum())
+    shares_keys = n_branches >= _WORTH_A_TRIAL and base.shares_keys
+    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget, workers, shares_keys)
+    at_once = min(plan.rows_at_once * plan.row_length, n_branches)
     upper = _UpperRoutes(base, {layer: given for layer, given in with_null.items() if layer != first})
-    runner = BranchRunner(base, first, upper.hooks, at_once, scores_at_once=plan.scores_at_once)
+    runner = BranchRunner(base, first, upper.hooks, at_once, shares_keys, plan.scores_at_once)
     with torch.inference_mode(False), torch.no_grad(), runner as run:
         scorer = _Scorer(base, plan, upper, run, present.shape, targets)
         for tokens in plan.chunks(present.any(dim=-1)):

@@ -16,7 +16,7 @@ from moe_interp.routes.span import pays
 ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
 _DEFAULT_BUDGET = 2**30
 _WORKER_BYTES = 2**25
-_SCORE_BYTES = 3 * 4  # an attention score, what it is made of, and its share
+_SCORE_PARTS = 3  # an attention score, what it is made of, and its share
 
 
 class _AtOnce(NamedTuple):
@@ -65,7 +65,10 @@ class Plan:
         budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
         token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
-        score, one_row = _SCORE_BYTES * self.shares_keys, _attention(base)[0] * self.row_length * self.n_pos
+        score, one_row = (
+            _SCORE_PARTS * base.logits.element_size() * self.shares_keys,
+            _attention(base)[0] * self.row_length * self.n_pos,
+        )
         least = 4 * max(token, row + score * one_row, logits)
         if least > budget:
             raise DataError(
@@ -82,7 +85,7 @@ class Plan:
             workers, budget // 2 // (row + score * one_row), budget // 4 // logits, max(budget // _WORKER_BYTES, 1)
         )
         share = budget // self.workers
-        self.scores_at_once = max(one_row, min(at_once.scores, share // 8 // _SCORE_BYTES))
+        self.scores_at_once = max(one_row, min(at_once.scores, share // 8 // max(score, 1)))
         rows = (share // 2 - score * self.scores_at_once) // row
         self.rows_at_once = max(1, min(rows, at_once.branches // self.row_length))
         self.logits_at_once = min(share // 4 // logits, max(at_once.logits_bytes // logits, 64))
@@ -138,7 +141,7 @@ class Plan:
         branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model) + 2 * heads * widest) * size
         branch += 0 if base.ends_in_head else _logits_bytes(base)
         if self.shares_keys:
-            return self.row_length * branch
+            return self.row_length * (branch + self.n_pos * size)  # and its mask
         cached = [(k.shape[1] + heads) * (k.shape[-1] + v.shape[-1]) for k, v in base.cache.recorded.values()]
         scores = heads * self.row_length * (2 * size + 8)
         return self.row_length * branch + (self.n_pos + self.row_length) * (scores + max(cached, default=0) * size)

@@ -11,7 +11,7 @@ import moe_interp as mi
 from moe_interp.arch.modules import unwrap
 from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
 from moe_interp.experiments.scoring import PrefixScorer
-from moe_interp.hooks.attention import can_fuse, native_attention
+from moe_interp.hooks.attention import can_fuse, fused_attention
 from tests import tiny
 
 TOKENS = tiny.random_tokens(2, 12)
@@ -29,14 +29,14 @@ def logits(moe: mi.MoEHooks) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_moe", "phimoe", "mixtral", "qwen2_moe"])
-def test_native_attention_agrees_and_is_taken_back(name: str) -> None:
+def test_fused_attention_agrees_and_is_taken_back(name: str) -> None:
     moe = attached(name)
     before = logits(moe)
     assert can_fuse(moe)
-    with native_attention(moe):
+    with fused_attention(moe):
         fused = logits(moe)
     torch.testing.assert_close(fused, before, atol=1e-5, rtol=0)
-    with pytest.raises(KeyboardInterrupt), native_attention(moe):
+    with pytest.raises(KeyboardInterrupt), fused_attention(moe):
         raise KeyboardInterrupt
     assert torch.equal(logits(moe), before)
 
@@ -83,7 +83,7 @@ def test_an_image_encoder_keeps_its_own_kind_of_attention() -> None:
     moe = attached("qwen3_vl_moe")
     config: Any = moe.bridge.original_model.config
     config.vision_config._attn_implementation = "sdpa"
-    with native_attention(moe):
+    with fused_attention(moe):
         assert config.text_config._attn_implementation == "sdpa"
     kinds = (config._attn_implementation, config.text_config._attn_implementation)
     assert (*kinds, config.vision_config._attn_implementation) == ("eager", "eager", "sdpa")

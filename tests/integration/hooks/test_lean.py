@@ -13,7 +13,7 @@ from moe_interp.arch.modules import unwrap
 from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
 from moe_interp.experiments.scoring import PrefixScorer
 from moe_interp.hooks import lean as lean_passes
-from moe_interp.hooks.attention import native_attention, queried_only_at
+from moe_interp.hooks.attention import fused_attention, queried_only_at
 from moe_interp.hooks.lean import LOOP, LeanPasses
 from moe_interp.hooks.prefix import Prefix
 from moe_interp.hooks.swap import swapped_forward
@@ -56,6 +56,32 @@ def test_a_hooked_norm_still_fires() -> None:
     with moe.bridge.hooks(fwd_hooks=hooks), lean.modules():
         logits(moe, tokens)
     assert seen == [(2, 12, 1)]
+
+
+def test_a_norm_that_somebody_watches_is_called() -> None:
+    """Neither does the trial of norms call it, nor is it computed around what watches it."""
+    moe, tokens, seen = attached("olmoe"), tiny.random_tokens(2, 12), []
+    native = unwrap(moe.bridge.blocks[1].ln2)
+    before = LeanPasses(moe)
+    handle = native.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    for lean in (before, LeanPasses(moe)):
+        assert not seen
+        with lean.modules():
+            logits(moe, tokens)
+        assert seen == [(2, 12, 32)]
+        seen.clear()
+    handle.remove()
+
+
+def test_an_activation_that_somebody_keeps_stays_as_it_was() -> None:
+    moe, kept = attached("olmoe"), []
+    experts: Any = moe.spec(0).experts
+    handle = experts.act_fn.register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
+    with torch.no_grad():
+        moe.spec(0).expert_functions.hidden(torch.randn(5, 32), 0)
+    handle.remove()
+    assert len(kept) == 1
+    assert torch.equal(*kept[0])
 
 
 def test_a_linear_map_with_a_forward_of_its_own_keeps_it() -> None:
@@ -103,7 +129,7 @@ def test_looped_experts_agree_with_grouped_ones(name: str, monkeypatch: pytest.M
 def test_queries_at_some_positions_give_what_a_whole_pass_gives_there(name: str) -> None:
     moe, tokens = attached(name), tiny.random_tokens(2, 12)
     place = torch.tensor([3, 10, 17, 23])
-    with native_attention(moe):
+    with fused_attention(moe):
         before = logits(moe, tokens).flatten(0, 1)
         with queried_only_at(moe.bridge.blocks[-1], place):
             after = logits(moe, tokens).flatten(0, 1)
@@ -149,8 +175,7 @@ def test_branches_are_lean(entered: list[str]) -> None:
     tokens = tiny.random_tokens(1, 6)
     routes = torch.tensor([0, 1]).expand(1, 6, 1, 2)
     mi.score_routes(moe, tokens, layer=moe.layers[0], routes=routes, method="branch")
-    # the trial of shared keys, with them and without, then the branches
-    assert entered == ["modules", "experts"] * 3
+    assert entered == ["modules", "experts"]
 
 
 def test_low_precision_keeps_its_own_sum_over_slots(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from moe_interp.arch.modules import unwrap
 from moe_interp.hooks import shared_attention
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.branches import BasePass, BranchRunner
 from moe_interp.hooks.shared_attention import NAME, UnknownAttention, branch_attention
-from moe_interp.routes import plan, score_joint_routes, score_routes
+from moe_interp.routes import branch, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,
@@ -87,7 +88,7 @@ def test_half_precision_keeps_the_base_pass_s_own_steps() -> None:
     assert not BasePass(moe, padded_batch()[0], [0], padded_batch()[1]).shares_keys
 
 
-@pytest.mark.parametrize("fault", ["scale", "own", "soft-cap", "shape"])
+@pytest.mark.parametrize("fault", ["scale", "own", "soft-cap", "shape", "first", "attribute", "key"])
 def test_an_attention_that_comes_out_otherwise_is_not_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if fault == "scale":
@@ -98,7 +99,16 @@ def test_an_attention_that_comes_out_otherwise_is_not_used(fault: str, monkeypat
             options["softcap"] = 30.0
         if fault == "shape":
             key = key[..., :-1]
-        return branch_attention(module, query, key, value, mask, **options)
+        if fault == "attribute":  # as an attention that reads a mask which is not there
+            return mask.of_no_such_name
+        if fault == "key":
+            return options["of_no_such_name"]
+        is_first = fault == "first" and shared_attention._now.rows is not None
+        at_start = shared_attention._now.rows.position.eq(0) if is_first and shared_attention._now.rows else None
+        out, pattern = branch_attention(module, query, key, value, mask, **options)
+        if at_start is not None:
+            out = out * torch.where(at_start, 1.5, 1.0)[..., None, None]
+        return out, pattern
 
     moe, (tokens, mask) = attached("olmoe"), padded_batch()
     routes = random_routes(moe, 0, tokens)
@@ -121,19 +131,57 @@ def test_an_interruption_gives_the_model_its_attention_back(
     moe, (tokens, mask) = attached("olmoe"), padded_batch()
     base = BasePass(moe, tokens, [0], mask)
     assert base.shares_keys
-    config: Any = moe.bridge.original_model.config
+    attention: Any = unwrap(moe.bridge.blocks[1].attn)
+    config = attention.config
 
     def fail(*args: Any) -> Tensor:
-        assert config._attn_implementation == NAME
+        assert attention.config._attn_implementation == NAME
+        assert config._attn_implementation == "eager"
         raise error
 
     monkeypatch.setattr(shared_attention, "_attend", fail)
     position = torch.tensor([[3]])
     with pytest.raises(error), BranchRunner(base, 0) as run:
         run(torch.tensor([0]), position, base.block_out(0)[position])
-    assert config._attn_implementation == "eager"
+    assert attention.config is config
     assert "forward" not in moe.bridge.blocks[1].attn.__dict__
     assert shared_attention._now.earlier is None
+
+
+def test_another_model_of_the_same_config_is_not_touched() -> None:
+    """transformers keeps the config object that it is given, so two models may have one."""
+    hf = tiny.build_hf("olmoe", dtype=torch.float32)
+    other = type(hf)(hf.config).eval()
+    moe, (tokens, mask) = attach(tiny.build_bridge(hf, "olmoe")), padded_batch()
+    base = BasePass(moe, tokens, [0], mask)
+    assert base.shares_keys
+    configs: list[Any] = [unwrap(block.attn).config for block in moe.bridge.blocks]
+    with torch.no_grad():
+        before = other(input_ids=tokens, attention_mask=mask).logits
+        with BranchRunner(base, 0):
+            assert torch.equal(other(input_ids=tokens, attention_mask=mask).logits, before)
+    runs = [
+        BranchRunner(base, 0),
+        BranchRunner(BasePass(attach(tiny.build_bridge(other, "olmoe")), tokens, [0], mask), 0),
+    ]
+    for run in runs:
+        run.__enter__()
+    for run in runs:
+        run.__exit__()
+    assert hf.config._attn_implementation == "eager"
+    assert [unwrap(block.attn).config for block in moe.bridge.blocks] == configs
+    assert all(config._attn_implementation == "eager" for config in configs)
+
+
+def test_few_branches_are_not_worth_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branch, "_WORTH_A_TRIAL", 50)
+    tried: list[int] = []
+    monkeypatch.setattr(BasePass, "shares_keys", property(lambda base: bool(tried.append(1)) or True))
+    moe, tokens = attached("olmoe"), tiny.random_tokens(1, 10)
+    score_routes(moe, tokens, 0, random_routes(moe, 0, tokens, n_routes=4), [3], method="branch")
+    assert not tried
+    score_routes(moe, tokens, 0, random_routes(moe, 0, tokens, n_routes=6), method="branch")
+    assert tried
 
 
 def test_a_mask_that_only_says_what_is_earlier_is_left_out() -> None:
