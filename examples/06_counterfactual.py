@@ -2,7 +2,7 @@
 
     python examples/06_counterfactual.py
 
-Claim: the best of many routes beats the standard one on most tokens; controls say how much of that is luck.
+Claim: the best of many routes beats the standard one on many tokens; controls say how much of that is luck.
 """
 
 import torch

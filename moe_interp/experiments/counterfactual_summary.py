@@ -91,7 +91,8 @@ def _heating_line(data: xr.Dataset) -> str:
     if not share:
         return ""
     said = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
-    return f"{said} of the tokens needed a higher temperature for some of their routes, so sure is the router."
+    where = f"{said} of the tokens, counted at each layer,"
+    return f"{where} needed a higher temperature for some of their routes, so sure is the router."
 
 
 def _regret_line(result: CounterfactualTables) -> str:

@@ -180,7 +180,7 @@ def alignment(data: xr.Dataset) -> tuple[FloatArray, NDArray[np.int64]]:
     router = np.concatenate([data["router_logp"].values, data["router_logp_standard"].values[..., None]], -1)
     spread = np.nanmax(utility, axis=-1) - np.nanmin(utility, axis=-1)
     found = stats.spearman(router, utility)
-    is_defined = (spread > 0) & (spread >= noise(data)) & (found.n >= 3)
+    is_defined = (spread >= noise(data)) & (found.n >= 3)  # equal utilities have no rho
     return np.where(is_defined, found.rho, np.nan), found.n
 
 

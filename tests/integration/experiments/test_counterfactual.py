@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moe_interp as mi
 from moe_interp.errors import ConfigError, DataError, HookError, ResultError
-from moe_interp.experiments.counterfactual import matches
+from moe_interp.experiments.counterfactual import first_new, matches
 from moe_interp.experiments.counterfactual_data import CounterfactualPlan
 from moe_interp.experiments.items import Item
 from moe_interp.experiments.sequences import SequenceBatch, read_sequences
@@ -156,6 +156,14 @@ def test_the_drawn_target_has_scores_of_its_own_and_differs_between_sequences(mo
         near = np.abs(values - data["logp_own_standard"].values[differs, None])
         far = np.abs(data[of_realized].values[differs, 0] - data["logp_own_standard"].values[differs, None])
         assert np.nanmedian(near) < np.nanmedian(far) / 2
+
+
+def test_only_so_many_new_routes_of_the_second_draw_are_scored() -> None:
+    known = torch.tensor([[[0, 1], [2, 3]]])
+    drawn = torch.tensor([[[4, 5], [3, 2], [0, 4], [1, 5], [1, 0], [2, 5]]])
+    kept = first_new(drawn, known, 2)
+    assert kept.tolist() == [[[4, 5], [3, 2], [0, 4], [-1, -1], [1, 0], [-1, -1]]]
+    assert matches(kept, known).tolist() == [[-1, 1, -1, -1, 0, -1]]
 
 
 def test_heating_is_kept(moe: MoEHooks) -> None:

@@ -365,7 +365,7 @@ def test_heated_tokens_are_said() -> None:
     heating = data["heating"].copy()
     heating[:10] = 4.0
     heated = CounterfactualResult(data.assign(heating=heating)).summary()
-    assert "2.5% of the tokens needed a higher temperature for some of their routes" in heated
+    assert "2.5% of the tokens, counted at each layer, needed a higher temperature for some of their routes" in heated
 
 
 def test_inclusion_counts_better_routes_beyond_noise() -> None:
