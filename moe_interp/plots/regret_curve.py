@@ -31,7 +31,7 @@ def regret_curve(result: CounterfactualTables) -> Figure:
     colour, the router's routes on the same tokens, not against the line of all tokens.
     """
     table = result.regret_curve()
-    figure, (axis,) = panels([""], 3.8)
+    figure, (axis,) = panels([""], 4.1)
     of_all = table[table["kind"] == "router"].sort_values("n")["regret"].to_numpy()
     for kind in dict.fromkeys(table["kind"]):
         here = table[table["kind"] == kind].sort_values("n")
@@ -52,5 +52,5 @@ def regret_curve(result: CounterfactualTables) -> Figure:
     axis.set_xticks(numbers, [str(n) for n in numbers])
     axis.set_xlabel("distinct routes besides the standard one", fontsize=9)
     axis.set_ylabel("regret (nats)", fontsize=9)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
