@@ -90,8 +90,8 @@ def counterfactual_routes(
     Source: "When Are Experts Misrouted?" for routes and scores; the controls are derived. What it does not show: what a
     route does to tokens after the next, and what routes at several layers do together.
     """
-    read = read_sequences(moe.bridge, sequences)
     chosen, memory_budget = decoder_layers(moe, layers), check_budget(memory_budget)
+    read = read_sequences(moe.bridge, sequences)
     sampler = GumbelTopK() if sampler is None else sampler
     _check_options(n_routes, chosen, sampler, seed, method)
     _check_pool(moe, chosen, sampler)

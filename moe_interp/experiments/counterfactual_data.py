@@ -12,6 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moe_interp.errors import DataError
+from moe_interp.experiments.texts import token_texts
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.results.cells import Arrays
 
@@ -111,7 +112,7 @@ def counterfactual_dataset(
         variables[name] = (axis, value[order])
     token = np.array([sequences[i].tokens[p] for i, p in zip(sequence, pos)])
     target = np.array([sequences[i].tokens[p + 1] for i, p in zip(sequence, pos)])
-    texts = _texts(moe, {*token.tolist(), *target.tolist()})
+    texts = token_texts(moe.bridge.tokenizer, {*token.tolist(), *target.tolist()})
     slow = [any(bool(cells[n, layer]["is_slow"]) for n in numbers) for layer in plan.layers]
     spec = moe.spec(plan.layers[0])
     data = xr.Dataset(
@@ -153,11 +154,6 @@ def token_type(text: str) -> str:
     if bare.replace("'", "").replace("\u2019", "").isalpha():
         return "word"
     return "other" if any(character.isalnum() for character in bare) else "punctuation"
-
-
-def _texts(moe: MoEHooks, ids: set[int]) -> dict[int, str]:
-    tokenizer: Any = moe.bridge.tokenizer
-    return {i: f"<{i}>" if tokenizer is None else str(tokenizer.decode([i])) for i in ids}
 
 
 def check_counterfactual(data: xr.Dataset) -> None:
