@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe as transformers_moe
 
-from moe_interp.arch.products import linear
+from moe_interp.arch.products import is_faster, linear
 
 # what transformers gives an experts class that has no gate of its own: act(gate) * up
 _PLAIN_GATE = getattr(transformers_moe, "_default_apply_gate", object())
@@ -48,6 +48,7 @@ class StackedExperts:
         self.down_bias = getattr(module, "down_proj_bias", None)
         self.n_experts = self.up.shape[0]
         self.d_expert = module.down_proj.shape[1 if module.is_transposed else 2]
+        self.d_out = module.down_proj.shape[2 if module.is_transposed else 1]
         self.gates_plainly = getattr(type(module), "_apply_gate", None) is _PLAIN_GATE
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
@@ -66,6 +67,15 @@ class StackedExperts:
         bias = None if self.down_bias is None else self.down_bias[expert]
         out = _linear(hidden, self.module.down_proj[expert], bias, self.module.is_transposed)
         return self.module.post_expert_norm(out) if getattr(self.module, "has_post_expert_norm", False) else out
+
+    def write(self, hidden: Tensor, expert: int, out: Tensor) -> None:
+        """The first rows of an expert's output into ``out`` ``[row, d_out]``; without gradients."""
+        is_bare = self.down_bias is None and not getattr(self.module, "has_post_expert_norm", False)
+        weight = self.module.down_proj[expert]
+        if is_bare and len(hidden) == len(out) and not is_faster(hidden, weight):
+            torch.mm(hidden, weight if self.module.is_transposed else weight.t(), out=out)
+        else:
+            out.copy_(self.output(hidden, expert)[: len(out)])
 
 
 class Llama4Experts:

@@ -32,7 +32,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., d_out]``.
     """
-    if not (_is_faster(rows, weight) and _is_plain(bias, weight)):
+    if not (is_faster(rows, weight) and _is_plain(bias, weight)):
         return nn.functional.linear(rows, weight, bias)
     flat = rows.reshape(-1, rows.shape[-1])
     if missing := padded(len(flat)) - len(flat):
@@ -53,7 +53,8 @@ def padded(n_rows: int) -> int:
     return -(-n_rows // step) * step
 
 
-def _is_faster(rows: Tensor, weight: Tensor) -> bool:
+def is_faster(rows: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is to multiply these."""
     return (
         _is_wide()
         and rows.dtype == weight.dtype == torch.float32

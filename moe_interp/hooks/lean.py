@@ -102,18 +102,19 @@ def looped_experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor
     order = indices.flatten().argsort(stable=True)
     tokens = order.div(indices.shape[1], rounding_mode="floor")
     sizes = torch.bincount(indices.flatten(), minlength=experts.n_experts).tolist()
-    outputs, start = [], 0
+    outputs, start = hidden.new_empty(len(order), experts.d_out), 0
     for expert, size in enumerate(sizes):
         if size:
             # a product pads its rows: here it costs no copy
             rows = torch.nn.functional.pad(tokens[start : start + size], (0, padded(size) - size))
-            outputs.append(experts.output(experts.hidden(hidden.index_select(0, rows), expert), expert)[:size])
+            neurons = experts.hidden(hidden.index_select(0, rows), expert)
+            experts.write(neurons, expert, outputs[start : start + size])
             start += size
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     # shape: (token * slot, d_out), sorted by expert -> (token, d_out)
     return torch.nn.functional.embedding_bag(
-        place.view(indices.shape), torch.cat(outputs), per_sample_weights=weights.to(hidden.dtype), mode="sum"
+        place.view(indices.shape), outputs, per_sample_weights=weights.to(hidden.dtype), mode="sum"
     )
 
 

@@ -27,7 +27,7 @@ class _AtOnce(NamedTuple):
     scores: int
 
 
-_AT_ONCE = {"cpu": _AtOnce(1536, 3 * 2**24, 2**18), "cuda": _AtOnce(16384, 2**29, 2**26)}
+_AT_ONCE = {"cpu": _AtOnce(4608, 3 * 2**24, 2**18), "cuda": _AtOnce(16384, 2**29, 2**26)}
 
 
 class Plan:
@@ -87,7 +87,9 @@ class Plan:
         share = budget // self.workers
         self.scores_at_once = max(one_row, min(at_once.scores, share // 8 // max(score, 1)))
         rows = (share // 2 - score * self.scores_at_once) // row
-        self.rows_at_once = max(1, min(rows, at_once.branches // self.row_length))
+        # copies of keys leave the caches sooner
+        branches = at_once.branches if self.shares_keys else at_once.branches // 3
+        self.rows_at_once = max(1, min(rows, branches // self.row_length))
         self.logits_at_once = min(share // 4 // logits, max(at_once.logits_bytes // logits, 64))
         # what the routes of a token can span at the last layer: its experts' outputs, its residual, a norm's centring
         spec = base.moe.spec(layer)
