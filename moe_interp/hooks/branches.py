@@ -28,9 +28,9 @@ from moe_interp.arch.products import linear
 from moe_interp.hooks import shared_attention
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.attention import attention_function
-from moe_interp.hooks.caches import BranchCache, RecordingCache
+from moe_interp.hooks.caches import BranchCache, RecordingCache, SharedCache
 from moe_interp.hooks.lean import LeanPasses
-from moe_interp.hooks.shared_attention import Rows, SharedCache
+from moe_interp.hooks.shared_attention import Rows
 from moe_interp.hooks.swap import swapped_forward
 from moe_interp.types import Hooks
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from moe_interp.hooks.shared_attention import Rows
+from moe_interp.hooks.shared_attention import Rows, offer
 
 _PLAIN_CACHES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # by name: the classes move between versions
 
@@ -56,3 +56,13 @@ class BranchCache(DynamicCache):
         base = base[..., : self.rows.crop, :]
         rows = base.expand(len(own), -1, -1, -1) if len(base) == 1 else base[self.rows.sequence]
         return torch.cat([rows, own], dim=-2)
+
+
+class SharedCache(BranchCache):
+    """Hands a layer its branches' own keys and values, and its attention those of the base pass."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        offer(self.rows, self.recorded[layer_idx])
+        return key_states, value_states

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface
 
 NAME = "moe_interp_branches"
 
@@ -73,19 +73,9 @@ class _Now(threading.local):
 _now = _Now()
 
 
-class SharedCache(DynamicCache):
-    """Hands a layer its branches' own keys and values, and its attention those of the base pass."""
-
-    def __init__(self, recorded: dict[int, tuple[Tensor, Tensor]], rows: Rows) -> None:
-        super().__init__()
-        self.recorded, self.rows = recorded, rows
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        # the attention that asks reads them next, in the same thread
-        _now.rows, _now.earlier = self.rows, self.recorded[layer_idx]
-        return key_states, value_states
+def offer(rows: Rows, earlier: tuple[Tensor, Tensor]) -> None:
+    """What this thread's next attention is to read: the branches, and their base pass's keys and values."""
+    _now.rows, _now.earlier = rows, earlier
 
 
 def forget() -> None:

@@ -103,11 +103,11 @@ def test_an_attention_that_comes_out_otherwise_is_not_used(fault: str, monkeypat
             return mask.of_no_such_name
         if fault == "key":
             return options["of_no_such_name"]
-        is_first = fault == "first" and shared_attention._now.rows is not None
-        at_start = shared_attention._now.rows.position.eq(0) if is_first and shared_attention._now.rows else None
+        rows = shared_attention._now.rows
+        assert rows is not None
         out, pattern = branch_attention(module, query, key, value, mask, **options)
-        if at_start is not None:
-            out = out * torch.where(at_start, 1.5, 1.0)[..., None, None]
+        if fault == "first":
+            out = out * torch.where(rows.position == 0, 1.5, 1.0)[..., None, None]
         return out, pattern
 
     moe, (tokens, mask) = attached("olmoe"), padded_batch()
