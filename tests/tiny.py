@@ -86,17 +86,32 @@ def set_experts_implementation(model: nn.Module, implementation: str) -> None:
             config._experts_implementation = implementation
 
 
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of 101 words ("w3 w4") with the special tokens of the tiny models, made in place; it prepends BOS."""
+def tiny_tokenizer(
+    bos: bool = True, pad: bool = True, side: str = "left", chat_template: str | None = None
+) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of 101 words ("w3 w4") with the special tokens of the tiny models, made in place.
+
+    Args:
+        bos: It has BOS and prepends it; without, it has none.
+        pad: It has a padding token.
+        side: The side it pads on.
+        chat_template: Its chat template, if any.
+    """
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 101)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<eos>"}
+    special = {"eos_token": "<eos>", "unk_token": "<eos>"}
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        special["bos_token"] = "<bos>"
+    if pad:
+        special["pad_token"] = "<pad>"
     # TransformerLens reloads a tokenizer by name unless it says that it adds BOS
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, name_or_path="tiny", add_bos_token=True, padding_side="left", **special
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, name_or_path="tiny", add_bos_token=bos, padding_side=side, **special
     )
+    tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "moe_interp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "types", "progress", "jsonlines"}
+BASE = {"errors", "types", "checks", "progress", "jsonlines", "tokenization"}
 NUMBERS = {"stats", "results"}
 TOWER = ["arch", "hooks", "interventions"]
 METHODS = {"patching", "routes", "traces"}
@@ -27,10 +27,12 @@ METHODS = {"patching", "routes", "traces"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
+    "checks": {"errors"},
+    "tokenization": {"errors", "checks"},
     "progress": {"errors", "types"},
     "jsonlines": {"errors"},
-    "stats": {"errors", "types"},
-    "results": {"errors", "types", "stats"},
+    "stats": {"errors", "types", "checks"},
+    "results": {"errors", "types", "checks", "stats"},
     "plots": {"errors", "types", "stats", "results"},
     "report": {"errors", "types", "stats", "results", "plots"},
     "arch": BASE,
