@@ -23,12 +23,15 @@ from moe_interp.stats.reliability import (
     spearman_brown,
     split_half_reliability,
 )
+from moe_interp.stats.small_samples import cluster_interval, mean_interval, ratio_interval
 from moe_interp.stats.streams import derive_rng
+from moe_interp.stats.verdicts import Decision, decide, verdict
 from moe_interp.stats.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
     "BestOf",
     "CorrectedCorrelation",
+    "Decision",
     "DomainEffect",
     "Estimate",
     "Interval",
@@ -41,7 +44,9 @@ __all__ = [
     "best_of",
     "bootstrap_interval",
     "cluster_bootstrap",
+    "cluster_interval",
     "corrected_correlation",
+    "decide",
     "derive_rng",
     "domain_effect",
     "expected_spearman",
@@ -50,11 +55,13 @@ __all__ = [
     "in_top",
     "items_needed",
     "latent_pearson",
+    "mean_interval",
     "mean_rho_permutation",
     "median_interval",
     "paired_permutation",
     "plan_wilcoxon",
     "pseudomedian_interval",
+    "ratio_interval",
     "rejected",
     "smallest_attainable_p",
     "spearman",
@@ -62,6 +69,7 @@ __all__ = [
     "split_half_reliability",
     "tests_needed_at_floor",
     "two_group_permutation",
+    "verdict",
     "wilcoxon_power",
     "wilcoxon_signed_rank",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
 from moe_interp.stats.checks import (
@@ -29,14 +29,16 @@ _CELLS_AT_ONCE = 4_000_000
 class Interval:
     """An estimate with its interval over the leading axes.
 
-    ``attained`` is the coverage that an exact interval guarantees (at least the level asked for); for a bootstrap
-    interval it is the nominal level, which small samples do not reach.
+    ``attained`` is the coverage that an exact interval guarantees (at least the level asked for); for any other it is
+    what the interval covers at this number of units, tabulated in docs/stats-coverage.md. ``n`` is the number of
+    independent units behind it, where they are counted.
     """
 
     estimate: FloatArray
     low: FloatArray
     high: FloatArray
     attained: FloatArray
+    n: NDArray[np.int64] | None = None
 
 
 def median_interval(x: ArrayLike, *, axis: int = -1, level: float = 0.95) -> Interval:
