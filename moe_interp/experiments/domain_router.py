@@ -26,6 +26,7 @@ from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.prefix import PrefixRunner
+from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions import set_routes
 from moe_interp.progress import Report, reporting
 from moe_interp.results import Result, checksum
@@ -115,6 +116,7 @@ class DomainRouterResult(Result, kind="domain_router"):
         return "\n".join(lines)
 
 
+@threads_asleep()
 def score_domain_router(
     moe: MoEHooks,
     items: Sequence[Any],

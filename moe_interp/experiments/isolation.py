@@ -32,6 +32,7 @@ from moe_interp.experiments.routing_stats import RoutingStats
 from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
 from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets
 from moe_interp.hooks.attach import MoEHooks, check_attached
+from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions.force import Mass, check_mass
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum
@@ -39,6 +40,7 @@ from moe_interp.results.cells import Arrays, CellStore
 from moe_interp.stats import derive_rng
 
 
+@threads_asleep()
 def isolate_experts(
     moe: MoEHooks,
     items: Sequence[Any],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_interp.errors import AttachError
 from moe_interp.hooks.checks import CHECKS, Check, Finding
+from moe_interp.hooks.threads import threads_asleep
 from moe_interp.hooks.trial import Attached, Trial, as_tokens, at_rest
 from moe_interp.types import Layer
 
@@ -69,6 +70,7 @@ class Verification(pd.DataFrame):
         return f"{text}\n{int(self['passed'].sum())} of {len(self)} checks passed"
 
 
+@threads_asleep()
 def verify(
     moe: Attached,
     tokens: Tensor | str | None = None,

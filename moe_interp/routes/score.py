@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
+from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs
 from moe_interp.routes.inputs import Tokens, by_label, check_budget, check_routes, check_tokens, decoder_layer, scorable
@@ -30,6 +31,7 @@ class SlowRoutesWarning(UserWarning):
 _said: WeakKeyDictionary[MoEHooks, set[str]] = WeakKeyDictionary()
 
 
+@threads_asleep()
 def score_routes(
     moe: MoEHooks,
     tokens: Tokens,
@@ -81,6 +83,7 @@ def score_routes(
     ).logp
 
 
+@threads_asleep()
 def score_joint_routes(
     moe: MoEHooks,
     tokens: Tokens,

@@ -23,6 +23,7 @@ from torch import Tensor
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.hooks.threads import threads_asleep
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch import LayerRoutes, block_outputs, log_probs
 from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layers, scorable
@@ -51,6 +52,7 @@ class ScreenedRoutes:
     audit: ScreenAudit
 
 
+@threads_asleep()
 def screen_routes(
     moe: MoEHooks,
     tokens: Tensor,

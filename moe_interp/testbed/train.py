@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.hooks.threads import threads_asleep
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.evaluate import Evaluation, max_violation, unigram_loss
@@ -63,6 +64,7 @@ class TrainedRun:
         return routing_metrics(self.trace)
 
 
+@threads_asleep()
 def train(
     config: TestbedConfig,
     *,
