@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.hooks.layer import OpenLayer, Pass, carries_gradient, is_edited
-from moe_interp.hooks.router import choose
+from moe_interp.hooks.router import choose, with_gradient
 
 EXPERT_HOOKS = ("expert_post", "expert_out")
 
@@ -33,7 +33,8 @@ class OpenedExperts:
             if changed:
                 slots = new_indices.shape[-1]
                 indices = new_indices.reshape(-1, slots)
-                weights = _unscale(new_weights, scale).reshape(-1, slots)
+                written = _unscale(new_weights, scale).reshape(-1, slots)
+                weights = written if run.is_edited else with_gradient(weights, written)
             routed = self.native_forward(hidden, indices, weights)
             if layer.spec.family.latent is not None or not layer.is_hooked("routed_out", "shared_out"):
                 return routed

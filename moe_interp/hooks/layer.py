@@ -26,6 +26,7 @@ class Pass:
     scores: Tensor | None = None  # [batch, pos, expert], only where router_probs was edited
     indices: Tensor | None = None  # [batch, pos, slot], as edited
     weights: Tensor | None = None
+    is_edited: bool = False  # whether a hook changed the route, rather than only read what it is made of
     handed_on: Any = None  # what the opened router returned, before TransformerLens' own hooks on it
     writer: Tensor | None = None  # [batch, pos], the intervention that wrote a token's route last
     shared_in: Tensor | None = None  # set where the block calls its shared experts before the routed ones

@@ -22,15 +22,14 @@ class OpenedRouter:
         run, spec = self.layer.running, self.layer.spec
         if run is None:
             return self.native_forward(hidden, *args, **kwargs)
-        if self.layer.is_hooked("router_in"):
-            folded = run.fold(hidden)
-            new = self.layer.fire("router_in", folded)
-            # unedited, the block's own tensor goes on: in training some routers write their jitter into it
-            if is_edited(new, folded) or carries_gradient(new):
-                hidden = new.reshape(hidden.shape)
-        out = self.native_forward(hidden, *args, **kwargs)
+        read = self._hooked_input(run, hidden)
+        jitters = read is not hidden and spec.router.training
+        state = _random_state(hidden.device) if jitters else None
+        out = self.native_forward(read, *args, **kwargs)
+        if state is not None:
+            self._jitter(hidden, state, args, kwargs)
         run.rule = spec.rule_for(hidden.dtype)
-        flat_logits, *route = spec.family.layout.read(spec.router, run.rule, hidden, out)
+        flat_logits, *route = spec.family.layout.read(spec.router, run.rule, read, out)
         leading = flat_logits.shape[:-1]
         logits, indices, weights = run.fold(flat_logits), run.fold(route[0]), run.fold(route[1])
         indices, weights, changed = self._reroute(run, run.rule, logits, indices, weights)
@@ -41,36 +40,85 @@ class OpenedRouter:
             assert run.logits is not None
             scores = None if run.scores is None else run.scores.reshape(*leading, -1)
             flat = (indices.reshape(*leading, -1), weights.reshape(*leading, -1))
-            out = spec.family.layout.write(run.rule, run.logits.reshape(*leading, -1), scores, flat, out)
+            written = spec.family.layout.write(run.rule, run.logits.reshape(*leading, -1), scores, flat, out)
+            out = written if run.is_edited else _as_returned(out, written)
         run.handed_on = out
         return out
+
+    def _hooked_input(self, run: Pass, hidden: Tensor) -> Tensor:
+        """What the router reads: the block's own tensor, unless a hook edited it or its gradient must arrive."""
+        if not self.layer.is_hooked("router_in"):
+            return hidden
+        folded = run.fold(hidden)
+        new = self.layer.fire("router_in", folded)
+        if not (is_edited(new, folded) or carries_gradient(new)):
+            return hidden
+        # in training some routers write their jitter into their input, and the hook's tensor is not theirs to write to
+        return new.reshape(hidden.shape).clone() if self.layer.spec.router.training else new.reshape(hidden.shape)
+
+    def _jitter(self, hidden: Tensor, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the router write the jitter that it wrote into the hook's tensor into the block's, where the experts read.
+
+        The same random numbers are drawn twice, and the generator is left as one call leaves it.
+        """
+        after = _random_state(hidden.device)
+        if torch.equal(after, state):
+            return
+        _set_random_state(hidden.device, state)
+        self.native_forward(hidden, *args, **kwargs)
+        _set_random_state(hidden.device, after)
 
     def _reroute(
         self, run: Pass, rule: RoutingRule, logits: Tensor, indices: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, bool]:
-        """Fire the hooks before selection, and select anew where they edited or must carry a gradient."""
+        """Fire the hooks before selection; select anew where they edited, carry a gradient where one must arrive."""
         run.logits = self.layer.fire("router_logits", logits)
-        edited = is_edited(run.logits, logits)
-        rerouted = edited or self._differentiates(rule, run.logits, "router_logits")
-        if rerouted:
+        changed = self._differentiates(rule, run.logits, "router_logits")
+        if is_edited(run.logits, logits):
             indices, weights = _route(rule, run.logits, indices)
+            run.is_edited = True
+        elif changed:
+            weights = with_gradient(weights, rule.weights(run.logits, indices))
         if self.layer.is_hooked("router_probs"):
             scores = rule.scores(run.logits)
             assert scores is not None
             new = self.layer.fire("router_probs", scores)
-            changed = is_edited(new, scores)
-            if changed or self._differentiates(rule, new, "router_probs"):
-                run.scores = new
+            if is_edited(new, scores):
+                run.scores, run.is_edited = new, True
                 indices, weights = _route_scores(rule, new, indices)
-                rerouted, edited = True, edited or changed
-        if edited:
+            elif self._differentiates(rule, new, "router_probs"):
+                run.scores, changed = new, True
+                weights = with_gradient(weights, rule.weights_from_scores(new, indices))
+        if run.is_edited:
             check_weights(weights, self.layer)
-        return indices, weights, rerouted
+        return indices, weights, changed or run.is_edited
 
     def _differentiates(self, rule: RoutingRule, value: Tensor, name: str) -> bool:
         """Whether the route must be recomputed from the hooked tensor so that its gradient arrives."""
         random_choice = isinstance(rule, SparseMixer) and self.layer.spec.router.training
         return self.layer.is_hooked(name) and carries_gradient(value) and not random_choice
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def with_gradient(value: Tensor, carrier: Tensor) -> Tensor:
+    """``value`` bit for bit, with the gradient of ``carrier``, which differs from it by rounding at most."""
+    return value.detach() + (carrier - carrier.detach()).to(value.dtype)
+
+
+def _as_returned(out: tuple[Any, ...], written: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a router returned, bit for bit, with the gradients of what it would return for the hooked tensors."""
+    carries = [isinstance(new, Tensor) and carries_gradient(new) for new in written]
+    return tuple(with_gradient(old, new) if c else old for old, new, c in zip(out, written, carries))
 
 
 def choose(layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -79,10 +127,12 @@ def choose(layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> tup
     changed = is_edited(new_indices, indices)
     if changed:
         weights = _reweigh(layer, run, indices, weights, new_indices)
-    run.indices = new_indices
+    run.indices, run.is_edited = new_indices, run.is_edited or changed
     new_weights = layer.fire("expert_weights", weights)
     if new_weights is not weights:
-        changed = changed or is_edited(new_weights, weights) or carries_gradient(new_weights)
+        changed = changed or is_edited(new_weights, weights)
+        run.is_edited = run.is_edited or changed
+        changed = changed or carries_gradient(new_weights)
         new_weights = new_weights.masked_fill(new_indices < 0, 0.0)
     run.weights = new_weights
     return new_indices, new_weights, changed

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import ConfigError
+from moe_interp.hooks.eval_mode import eval_mode
 from moe_interp.types import Layer
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -124,22 +125,17 @@ class Trial:
 def at_rest(bridge: TransformerBridge) -> Iterator[None]:
     """No hooks, eval mode, no gradients inside; everything as it was after, also after an exception."""
     modules = {*bridge.modules(), *bridge.original_model.modules()}
-    modes = {module: module.training for module in modules}
     points = [module for module in modules if isinstance(module, HookPoint)]
     state = [(point, {name: vars(point)[name] for name in _HOOK_STATE}) for point in points]
     try:
-        for module in modules:
-            module.training = False
         for point, held in state:
             # new containers of the same kind: handles go on pointing at the old ones
             vars(point).update({name: type(value)() for name, value in held.items()})
-        with torch.inference_mode(False), torch.no_grad():
+        with eval_mode(bridge), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for point, held in state:
             vars(point).update(held)
-        for module, training in modes.items():
-            module.training = training
 
 
 def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int = 0) -> Tensor:

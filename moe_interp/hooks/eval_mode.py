@@ -1,0 +1,47 @@
+"""Eval mode for as long as a model is measured, and every submodule's own mode back afterwards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from transformer_lens.model_bridge import TransformerBridge
+
+P = ParamSpec("P")
+M = TypeVar("M")
+R = TypeVar("R")
+
+
+@contextmanager
+def eval_mode(bridge: TransformerBridge) -> Iterator[None]:
+    """Eval mode inside: no dropout, no router jitter, no random routes.
+
+    Afterwards each submodule is in the mode it was in, also where some trained and others did not, and also after an
+    exception or an interruption.
+    """
+    modes = {module: module.training for module in {*bridge.modules(), *bridge.original_model.modules()}}
+    try:
+        for module in modes:
+            # not module.eval(): a subclass may do more in it, and it reaches the submodules
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def in_eval_mode(function: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """A function of attached hooks, of which the model is in eval mode while it runs; see :func:`eval_mode`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> R:
+        moe = args[0] if args else kwargs.get("moe")
+        bridge = getattr(moe, "bridge", None)
+        if not isinstance(bridge, TransformerBridge):
+            return function(*args, **kwargs)  # which refuses it in its own words
+        with eval_mode(bridge):
+            return function(*args, **kwargs)
+
+    return run
