@@ -23,6 +23,7 @@ from moe_interp.experiments.naming import model_name, weights_checksum
 from moe_interp.experiments.sequences import ScoredSequence, SequenceBatch, batches_of_sequences, read_sequences
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
+from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions.streams import uniform_keys
 from moe_interp.progress import Report, reporting
@@ -46,6 +47,7 @@ SECOND = 16  # routes of the second draw that are scored besides the main draw's
 
 
 @threads_asleep()
+@in_eval_mode
 def counterfactual_routes(
     moe: MoEHooks,
     sequences: Sequence[Any],

@@ -25,6 +25,7 @@ from moe_interp.experiments.items import (
 from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks, check_attached
+from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.prefix import PrefixRunner
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions import set_routes
@@ -117,6 +118,7 @@ class DomainRouterResult(Result, kind="domain_router"):
 
 
 @threads_asleep()
+@in_eval_mode
 def score_domain_router(
     moe: MoEHooks,
     items: Sequence[Any],

@@ -32,6 +32,7 @@ from moe_interp.experiments.routing_stats import RoutingStats
 from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
 from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets
 from moe_interp.hooks.attach import MoEHooks, check_attached
+from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions.force import Mass, check_mass
 from moe_interp.progress import Report, reporting
@@ -41,6 +42,7 @@ from moe_interp.stats import derive_rng
 
 
 @threads_asleep()
+@in_eval_mode
 def isolate_experts(
     moe: MoEHooks,
     items: Sequence[Any],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 P = ParamSpec("P")
@@ -15,13 +16,18 @@ R = TypeVar("R")
 
 
 @contextmanager
-def eval_mode(bridge: TransformerBridge) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside: no dropout, no router jitter, no random routes.
 
     Afterwards each submodule is in the mode it was in, also where some trained and others did not, and also after an
     exception or an interruption.
+
+    Args:
+        model: A bridge, or a transformers model.
     """
-    modes = {module: module.training for module in {*bridge.modules(), *bridge.original_model.modules()}}
+    # not all that a bridge wraps is among its own submodules
+    wrapped: Any = getattr(model, "original_model", model)
+    modes = {module: module.training for module in {*model.modules(), *wrapped.modules()}}
     try:
         for module in modes:
             # not module.eval(): a subclass may do more in it, and it reaches the submodules

@@ -57,7 +57,7 @@ class OpenedRouter:
         return new.reshape(hidden.shape).clone() if self.layer.spec.router.training else new.reshape(hidden.shape)
 
     def _jitter(self, hidden: Tensor, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the router write the jitter that it wrote into the hook's tensor into the block's, where the experts read.
+        """Let the router write the jitter of the hook's tensor into the block's as well, where the experts read.
 
         The same random numbers are drawn twice, and the generator is left as one call leaves it.
         """

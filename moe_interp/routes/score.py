@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
+from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs
@@ -32,6 +33,7 @@ _said: WeakKeyDictionary[MoEHooks, set[str]] = WeakKeyDictionary()
 
 
 @threads_asleep()
+@in_eval_mode
 def score_routes(
     moe: MoEHooks,
     tokens: Tokens,
@@ -84,6 +86,7 @@ def score_routes(
 
 
 @threads_asleep()
+@in_eval_mode
 def score_joint_routes(
     moe: MoEHooks,
     tokens: Tokens,

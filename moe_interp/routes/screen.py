@@ -23,6 +23,7 @@ from torch import Tensor
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass, BranchRunner
+from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch import LayerRoutes, block_outputs, log_probs
@@ -53,6 +54,7 @@ class ScreenedRoutes:
 
 
 @threads_asleep()
+@in_eval_mode
 def screen_routes(
     moe: MoEHooks,
     tokens: Tensor,
@@ -134,6 +136,7 @@ def route_credits(
     }
 
 
+@torch.inference_mode(False)
 def own_gradients(
     base: BasePass, layers: Sequence[int], wanted: Tensor, memory_budget: int | None = None
 ) -> dict[int, Tensor]:
@@ -156,7 +159,11 @@ def own_gradients(
     targets = base.tokens.roll(-1, dims=1).reshape(-1)
     # with copies of the keys, whose attention can be differentiated
     plan = Plan(base, first, 1, memory_budget, shares_keys=False)
-    with torch.enable_grad(), BranchRunner(base, first, shares_keys=False) as run, _Recorder(base, above) as recorded:
+    with (
+        torch.enable_grad(),
+        BranchRunner(base, first, shares_keys=False) as run,
+        _Recorder(base, above) as recorded,
+    ):
         for sequence, token in _rows(plan, wanted, len(base.blocks) - first):
             leaf = block_out[token].detach().requires_grad_()
             states = run(sequence, token % plan.n_pos, leaf)

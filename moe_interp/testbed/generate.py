@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from moe_interp.hooks.eval_mode import eval_mode
+
 
 def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     width = max(len(p) for p in prompts)
@@ -40,7 +42,8 @@ def complete(
     done: list[list[str]] = [[] for _ in prompts]
     for start in range(0, len(rows), batch):
         chunk = rows[start : start + batch]
-        new = _continue(model, [encoded[i] for i in chunk], tokenizer, max_new_tokens, temperature, generator)
+        with eval_mode(model):
+            new = _continue(model, [encoded[i] for i in chunk], tokenizer, max_new_tokens, temperature, generator)
         for i, text in zip(chunk, tokenizer.batch_decode(new, skip_special_tokens=True)):
             done[i].append(text)
     return done

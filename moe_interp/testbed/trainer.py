@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError, ResultError, TrainingError
 from moe_interp.hooks.attach import attach
+from moe_interp.hooks.eval_mode import eval_mode
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.evaluate import Evaluation, evaluate, token_losses
@@ -138,10 +139,8 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Validation losses and routes, under the strategy as it is outside training."""
-        self.bridge.eval()
-        found = evaluate(partial(self.forward, training=False), self.validation, self.accelerator.device)
-        self.bridge.train()
-        return found
+        with eval_mode(self.bridge):
+            return evaluate(partial(self.forward, training=False), self.validation, self.accelerator.device)
 
     def save_state(self, path: Path) -> None:
         """Everything that the next step depends on; written beside and then moved, so a kill leaves the old one."""

@@ -1,4 +1,4 @@
-"""In training, too, a hook that only reads changes nothing: dropout, jitter and random routes are on in these models."""
+"""In training, too, a hook that only reads changes nothing: dropout, jitter and random routes are on here."""
 
 from __future__ import annotations
 
@@ -158,3 +158,23 @@ def test_with_gradient_checkpointing(name: str) -> None:
             assert_same(step(moe, name, reading(moe, hook)), natural, hook, ROUNDING)
     finally:
         disable()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe", "phimoe", "gpt_oss"])
+def test_the_auxiliary_loss_is_computed_from_the_same_logits(name: str) -> None:
+    moe = in_training(name)
+    model: Any = moe.bridge.original_model
+
+    def losses(hooks: Hooks) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        with moe.bridge.hooks(fwd_hooks=hooks):
+            out = model(TOKENS, labels=TOKENS, output_router_logits=True)
+        out.loss.backward()
+        router = moe.spec(moe.layers[0]).router
+        return out.loss.detach(), out.aux_loss.detach(), next(p.grad for p in router.parameters() if p.ndim == 2)
+
+    natural, read = losses([]), losses(reading(moe, "router_in", "router_logits", "expert_indices", "expert_weights"))
+    assert torch.equal(read[0], natural[0])
+    assert torch.equal(read[1], natural[1])
+    torch.testing.assert_close(read[2], natural[2])
