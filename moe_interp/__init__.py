@@ -29,6 +29,7 @@ _HOME = {
     "isolate_experts": "moe_interp.experiments.isolation",
     "load_demo": "moe_interp.testbed.bundled",
     "load_items": "moe_interp.experiments.items",
+    "load_sequences": "moe_interp.experiments.sequence_texts",
     "score_domain_router": "moe_interp.experiments.domain_router",
     "MoEHooks": "moe_interp.hooks.attach",
     "attach": "moe_interp.hooks.attach",

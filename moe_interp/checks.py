@@ -57,12 +57,13 @@ def check_seed(value: Any, name: str = "seed") -> int:
     return check_whole(value, name, -(2**63), 2**63 - 1)
 
 
-def check_name(value: Any, what: str) -> str:
+def check_name(value: Any, what: str, is_file: bool = False) -> str:
     """An id, a domain or a model's name as a text that files, results and terminals can hold.
 
     Args:
         value: A text, or a whole number, which is written out.
         what: What it is and where it stands, for the error, such as ``items.jsonl, line 3: id``.
+        is_file: It becomes the name of a file: without slashes, and no dot first.
 
     Raises:
         DataError: neither of these, an empty text, or one with a control character (NUL, line breaks and the escape
@@ -79,6 +80,9 @@ def check_name(value: Any, what: str) -> str:
         if kind := _NOT_IN_A_NAME.get(unicodedata.category(character)):
             given = f"{what} {value[:60]!r} with the {kind} {character!r}"
             raise DataError(given, "a name without control characters, of whole characters", "Remove the character.")
+    if is_file and (value.startswith(".") or set(value) & {"/", "\\"}):
+        given = f"{what} {value[:60]!r}, which names a file"
+        raise DataError(given, "a name without slashes and without a dot at its start", "Rename it.")
     return str(value)
 
 

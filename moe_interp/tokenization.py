@@ -115,17 +115,15 @@ class TextReader:
         Raises:
             DataError: not one row of integers of the vocabulary, or none.
         """
-        try:
-            ids = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-        except (ValueError, TypeError):  # rows of different lengths
-            ids = np.empty(0, dtype=object)
-        is_row = ids.dtype.kind in "iu" and ids.ndim == 1 and ids.size > 0 and not isinstance(value, str | bytes)
-        is_out = is_row and (int(ids.min()) < 0 or bool(self.vocabulary and int(ids.max()) >= self.vocabulary))
-        if not is_row or is_out:
-            found = f"ids from {ids.min()} to {ids.max()}" if is_out else _described(value, ids)
-            expected = "a text, or a list of ids" + (f" from 0 to {self.vocabulary - 1}" if self.vocabulary else "")
-            raise DataError(f"{place}: {field} {found}", expected, "Tokenise it for this model.")
-        return tuple(ids.tolist())
+        row = id_row(value)
+        if row is None:
+            given = f"{place}: {field} {str(value)[:40]} of type {type(value).__name__}"
+            raise DataError(given, "a text, or a list of token ids", "Correct it, or tokenise it for this model.")
+        if strange := [i for i in row if i < 0 or (self.vocabulary and i >= self.vocabulary)]:
+            expected = f"ids from 0 to {self.vocabulary - 1}" if self.vocabulary else "ids from 0"
+            given = f"{place}: token id {strange[0]} in {field}"
+            raise DataError(given, expected, "Tokenise it for this model.")
+        return row
 
     def warn(self, noun: str) -> None:
         """Say once what begins with BOS, and name it.
@@ -210,6 +208,61 @@ def check_messages(value: Any, place: str) -> Messages:
     return tuple(dict(message) for message in value)
 
 
+def warn_of_two_bos(bridge: TransformerBridge, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Warn where real tokens ``[row, pos]`` begin with two BOS.
+
+    Warns:
+        RepeatedBOSWarning: once, naming the rows.
+    """
+    reader = TextReader(bridge)
+    if reader.bos is None:
+        return
+    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_one_of_two = real & (real.long().cumsum(dim=1) <= 2)
+    both = ((tokens == reader.bos) & is_one_of_two).sum(dim=1) == 2
+    reader.begins_with_two += [f"row {row}" for row in both.nonzero()[:, 0].tolist()]
+    reader.warn("sequence")
+
+
+def prompt_of(fields: Mapping[str, Any], place: str, name: str = "prompt") -> tuple[Any, Messages | None]:
+    """A record's prompt and its conversation, of which it has at most one; the prompt may be a conversation itself.
+
+    Args:
+        fields: The record.
+        place: Where it stands, for errors.
+        name: The prompt's field.
+
+    Raises:
+        DataError: both, or messages that are none.
+    """
+    prompt, messages = fields.get(name), fields.get("messages")
+    if messages is not None and name != "messages" and prompt is not None:
+        raise DataError(f"{place}: messages beside {name}", "one of them", "Leave one of them out.")
+    is_conversation = isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
+    if messages is None and not is_conversation:
+        return prompt, None
+    return None, check_messages(prompt if messages is None else messages, place)
+
+
+def id_row(value: Any) -> tuple[int, ...] | None:
+    """One row of integers, of a list, a tuple, an array or a tensor, as Python's; None for anything else or none."""
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        ids = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+    except (ValueError, TypeError, RuntimeError):  # such as rows of different lengths
+        return None
+    return tuple(ids.tolist()) if ids.dtype.kind in "iu" and ids.ndim == 1 and ids.size else None
+
+
+def bos_first(bos: int | None, ids: Sequence[int]) -> list[int]:
+    """``bos`` and then the ids, without those that repeat it at their start; the ids alone where there is no BOS."""
+    start = 0
+    while bos is not None and start < len(ids) and ids[start] == bos:
+        start += 1
+    return [*(() if bos is None else (bos,)), *ids[start:]]
+
+
 def padded_ids(rows: Sequence[Sequence[int]], at_end: bool) -> tuple[Tensor, Tensor]:
     """``[row, pos]`` ids and their mask; the id at padding is 0, and the mask is 0 there."""
     width = max(map(len, rows))
@@ -239,12 +292,6 @@ def same_content(names: Sequence[str], contents: Iterable[Iterable[int]]) -> lis
     for name, ids in zip(names, contents, strict=True):
         found.setdefault(content_key(ids), []).append(name)
     return [tuple(group) for group in found.values() if len(group) > 1]
-
-
-def _described(value: Any, ids: np.ndarray) -> str:
-    if isinstance(value, list | tuple | np.ndarray | Tensor):
-        return f"of type {type(value).__name__} and shape {ids.shape}, {str(value)[:40]}"
-    return f"{str(value)[:40]} of type {type(value).__name__}"
 
 
 def _named(places: Sequence[str], noun: str) -> str:

@@ -14,12 +14,12 @@ from moe_interp.cli import console
 from moe_interp.cli.figures import write_figures
 from moe_interp.cli.load import DEMO, Device, Dtype, Model, Seed, load_hooks
 from moe_interp.cli.runs import check_out, finished_cells, layer_labels, memory_bytes
-from moe_interp.errors import ConfigError, DataError
+from moe_interp.errors import ConfigError
 from moe_interp.experiments.counterfactual import counterfactual_routes
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
-from moe_interp.experiments.sequences import FIELDS, ScoredSequence, read_sequences, unread_fields
+from moe_interp.experiments.sequence_texts import FIELDS, load_sequences, unread_fields
+from moe_interp.experiments.sequences import ScoredSequence, read_sequences
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.jsonlines import read_json_lines
 from moe_interp.plots import confidence, layer_regret, regret_curve
 from moe_interp.report import counterfactual_page, write_page
 from moe_interp.results.tables import unselected
@@ -53,6 +53,10 @@ def counterfactual(
             "solutions and answers."
         ),
     ] = None,
+    prompt_field: Annotated[str, typer.Option(help="The field of the files that holds the prompt.")] = "prompt",
+    answer_field: Annotated[
+        str, typer.Option(help="The field of the files that is scored after the prompt, e.g. trajectory.")
+    ] = "answer",
     first: Annotated[
         int | None, typer.Option(min=1, help="Keep the first N sequences of each file (demo: domain).")
     ] = None,
@@ -73,14 +77,16 @@ def counterfactual(
     know better routes where it is not?
 
     A line of --sequences is a text, a list of ids, or an object of these fields:
-    text, tokens (ids), or prompt and answer; id; and which tokens to score, as
-    mask (0 or 1 for each) or score_from (the index of the first one). Without
-    these it is the answer where there is one, else all: to score a worked
-    solution, put all of it in answer. Other fields are not read.
+    text, tokens (ids), messages (for the chat template), or prompt and answer;
+    id; and which tokens to score, as mask (0 or 1 for each) or score_from (the
+    index of the first one). Without these it is the answer where there is one,
+    else all: to score a worked solution, name its field as --answer-field.
+    Other fields are not read.
     """
     check_out(out)
     budget = memory_bytes(memory)
-    chosen = read_sequence_files(sequences or ([DEMO] if model == DEMO else []), first)
+    sources = sequences or ([DEMO] if model == DEMO else [])
+    chosen = read_sequence_files(sources, first, prompt_field, answer_field)
     draw = _sampler(sampler, tau, pool)
     moe = load_hooks(model, device, dtype)
     labels = layer_labels(moe, layers)
@@ -107,19 +113,27 @@ def counterfactual(
     console.point_to(out / "index.html", out / RESULT)
 
 
-def read_sequence_files(sources: list[str], first: int | None = None) -> list[dict[str, Any]]:
+def read_sequence_files(
+    sources: list[str], first: int | None = None, prompt_field: str = "prompt", answer_field: str = "answer"
+) -> list[Any]:
     """Sequences of files and of the bundled set, as :func:`moe_interp.counterfactual_routes` takes them.
+
+    Args:
+        sources: Files, or "demo".
+        first: Keep so many of each file, and of each domain of the bundled set.
+        prompt_field, answer_field: What the fields are called in the files.
 
     Raises:
         ConfigError: no file named.
         DataError: a file that cannot be read or holds no sequence, or a line that is not JSON (with its number).
     """
     if not sources:
-        expected = "--sequences FILE.jsonl (id and text, tokens, or prompt and answer)"
+        expected = "--sequences FILE.jsonl (id and text, tokens, messages, or prompt and answer)"
         raise ConfigError("no sequences", expected, "Or use --sequences demo.")
-    found: list[dict[str, Any]] = []
+    names = {"prompt_field": prompt_field, "answer_field": answer_field}
+    found: list[Any] = []
     for source in sources:
-        found += demo_sequences(first) if source == DEMO else _read_lines(Path(source))[:first]
+        found += demo_sequences(first) if source == DEMO else load_sequences(source, **names)[:first]
     return found
 
 
@@ -144,7 +158,7 @@ def demo_sequences(first: int | None = None, longest: int | None = None) -> list
     return found
 
 
-def _announced(moe: MoEHooks, sequences: list[dict[str, Any]], n_layers: int, n_routes: int) -> list[ScoredSequence]:
+def _announced(moe: MoEHooks, sequences: list[Any], n_layers: int, n_routes: int) -> list[ScoredSequence]:
     """The sequences as they are scored, after saying how much that is and what of them is not read."""
     read = read_sequences(moe.bridge, sequences)
     parts = [
@@ -184,22 +198,6 @@ def group_table(result: CounterfactualResult) -> Any:
         for name, row in named
     ]
     return console.table("", ["", "tokens", "regret (nats)", "alignment", "router is"], rows)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    expected = "a file of JSON lines, each a sequence"
-    found = [
-        {"id": f"{path.stem}-{number}"} | (record if isinstance(record, dict) else _bare(record))
-        for number, record in read_json_lines(path, expected)
-    ]
-    if not found:
-        raise DataError(f"{path} without a sequence", expected, "Add lines, or name another file.")
-    return found
-
-
-def _bare(record: Any) -> dict[str, Any]:
-    """A line that is a text or a list of ids alone."""
-    return {"text": record} if isinstance(record, str) else {"tokens": record}
 
 
 def _sampler(name: str, tau: float, pool: int | None) -> RouteSampler:

@@ -39,6 +39,9 @@ def isolate(
     model: Model,
     out: Out,
     items: Annotated[list[str] | None, typer.Option(help="JSON-lines files, or 'demo' for the bundled items.")] = None,
+    prompt_field: Annotated[str, typer.Option(help="The field of the files that holds the prompt.")] = "prompt",
+    answer_field: Annotated[str, typer.Option(help="The field of the files that holds the answer.")] = "answer",
+    domain_field: Annotated[str, typer.Option(help="The field of the files that names the domain.")] = "domain",
     domains: Annotated[str | None, typer.Option(help="Keep these domains only, e.g. math,science.")] = None,
     per_domain: Annotated[int | None, typer.Option(help="Keep the first N items of each domain.")] = None,
     layers: Annotated[str | None, typer.Option(help="MoE layers, e.g. 0,3,-1; all by default.")] = None,
@@ -55,7 +58,8 @@ def isolate(
     router prefer them?"""
     check_out(out)
     budget = memory_bytes(memory)
-    chosen = read_items(items or ([DEMO] if model == DEMO else []), domains, per_domain)
+    names = {"prompt_field": prompt_field, "answer_field": answer_field, "domain_field": domain_field}
+    chosen = read_items(items or ([DEMO] if model == DEMO else []), domains, per_domain, **names)
     moe = load_hooks(model, device, dtype)
     sets = _experts(experts)
     labels = layer_labels(moe, layers)
@@ -79,8 +83,11 @@ def isolate(
     console.point_to(out / "index.html", out / "isolation.nc")
 
 
-def read_items(sources: list[str], domains: str | None, per_domain: int | None) -> list[Item]:
-    """Items of files and of the bundled set, the first ``per_domain`` of each domain."""
+def read_items(sources: list[str], domains: str | None, per_domain: int | None, **names: str) -> list[Item]:
+    """Items of files and of the bundled set, the first ``per_domain`` of each domain.
+
+    ``names`` are the ``*_field`` arguments of :func:`moe_interp.load_items`.
+    """
     if not sources:
         raise ConfigError("no items", "--items FILE.jsonl (id, domain, prompt, answer)", "Or use --items demo.")
     if per_domain is not None and per_domain < 1:
@@ -91,7 +98,7 @@ def read_items(sources: list[str], domains: str | None, per_domain: int | None) 
         if source == DEMO:
             found += check_items([item for group in load_demo_assets().items.values() for item in group])
         else:
-            found += load_items(source)
+            found += load_items(source, **names)
     return first_of_each(check_items(found, wanted), per_domain)
 
 

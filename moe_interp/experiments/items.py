@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from moe_interp.checks import check_name
 from moe_interp.errors import DataError
 from moe_interp.hooks.prefix import Reads
 from moe_interp.jsonlines import read_json_lines
+from moe_interp.tokenization import Messages, TextReader, content_key, id_row, prompt_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Item:
         domain: Label of its domain.
         prompt, answer: Texts, tokenised apart, their ids concatenated. Lists of ids are taken as they are.
         line, source: Where it was read: the line, and the file's name.
+        messages: A conversation in the place of the prompt, which is then empty: the tokenizer's chat template renders
+            it and opens the assistant's turn, which the answer begins.
     """
 
     id: str
@@ -35,6 +38,7 @@ class Item:
     answer: str | tuple[int, ...]
     line: int | None = None
     source: str | None = None
+    messages: Messages | None = field(default=None, hash=False)
 
     @property
     def place(self) -> str:
@@ -46,32 +50,45 @@ class Item:
     @property
     def content(self) -> tuple[Any, ...]:
         """What the item is, wherever it was read: what a checksum is taken of."""
-        return self.id, self.domain, self.prompt, self.answer
+        given = (self.id, self.domain, self.prompt, self.answer)
+        return given if self.messages is None else (*given, self.messages)
 
 
-def load_items(*paths: str | Path, domains: Sequence[str] | None = None) -> list[Item]:
+def load_items(
+    *paths: str | Path,
+    domains: Sequence[str] | None = None,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+    domain_field: str = "domain",
+    id_field: str = "id",
+) -> list[Item]:
     """Read JSON-lines files with the fields id, domain, prompt and answer; further fields are ignored.
+
+    A line may have ``messages`` (a list of ``{"role": ..., "content": ...}``) in the place of the prompt. Where it has
+    no answer and its last message is the assistant's, that message's content is the answer.
 
     Args:
         paths: One or more files.
         domains: Keep these domains only.
+        prompt_field, answer_field, domain_field, id_field: What the fields are called in the files.
 
     Raises:
         DataError: a file that does not exist, a line that is not such an item, ids that occur twice, or a domain that
-            no item has. The message names the item and its line.
+            no item has. The message names the file, the line, the item and the field.
     """
-    items = [item for path in paths for item in _read(Path(path))]
+    names = {"id": id_field, "domain": domain_field, "prompt": prompt_field, "answer": answer_field}
+    items = [item for path in paths for item in _read(Path(path), names)]
     return check_items(items, domains)
 
 
 def check_items(items: Iterable[Any], domains: Sequence[str] | None = None) -> list[Item]:
-    """Items from items, or from mappings with the same fields.
+    """Items from items, or from mappings with the same fields (or with ``messages``: see :func:`load_items`).
 
     Raises:
         DataError: no items, missing or malformed fields, ids that occur twice, or an unknown domain.
     """
     found = [
-        item if isinstance(item, Item) else _item(_fields(item), f"entry {number} of the items")
+        _named(item) if isinstance(item, Item) else _item(_fields(item), f"entry {number} of the items")
         for number, item in enumerate(items)
     ]
     twice = [name for name, count in Counter(item.id for item in found).items() if count > 1]
@@ -89,51 +106,83 @@ def check_items(items: Iterable[Any], domains: Sequence[str] | None = None) -> l
     return found
 
 
+NAMES = {name: name for name in ("id", "domain", "prompt", "answer")}
+
+
 def _fields(item: Any) -> Any:
     """Any object with the four fields counts as an item."""
-    names = ("id", "domain", "prompt", "answer")
-    return {name: getattr(item, name) for name in names} if all(hasattr(item, name) for name in names) else item
+    return {name: getattr(item, name) for name in NAMES} if all(hasattr(item, name) for name in NAMES) else item
 
 
-def _read(path: Path) -> list[Item]:
+def _named(item: Item) -> Item:
+    """An item whose names can be stored and shown."""
+    check_name(item.id, "item id")
+    check_name(item.domain, f"{item.place}: domain")
+    return item
+
+
+def _read(path: Path, names: Mapping[str, str]) -> list[Item]:
     lines = read_json_lines(path, "a JSON-lines file of items: one JSON object a line")
-    return [_item(fields, f"{path}, line {number}", number, path.name) for number, fields in lines]
+    return [_item(fields, f"{path}, line {number}", number, path.name, names) for number, fields in lines]
 
 
-def _item(fields: Any, where: str, line: int | None = None, source: str | None = None) -> Item:
+def _item(
+    fields: Any, where: str, line: int | None = None, source: str | None = None, names: Mapping[str, str] = NAMES
+) -> Item:
     if not isinstance(fields, Mapping):
+        expected = f"an object with {', '.join(names.values())}"
+        raise DataError(f"{where}: {type(fields).__name__}", expected, "Mend the line.")
+    given = {name: fields.get(field_name) for name, field_name in names.items()}
+    if given["id"] is not None:
+        given["id"] = check_name(given["id"], f"{where}: {names['id']}")
+        where = f"{where} (item {given['id']!r})"
+    given["prompt"], messages = prompt_of(fields, where, names["prompt"])
+    if messages:
+        messages, given["answer"] = _question_and_answer(messages, given["answer"], where, names["answer"])
+        given["prompt"] = "in messages"
+    if missing := [names[name] for name, value in given.items() if value is None or _is_empty(value)]:
         raise DataError(
-            f"{where}: {type(fields).__name__}", "an object with id, domain, prompt, answer", "Mend the line."
+            f"{where}: no {' and no '.join(missing)} among its fields {', '.join(map(str, fields))}",
+            f"an item with {names['id']}, {names['domain']}, {names['prompt']} (or messages) and {names['answer']}",
+            "Complete the item, leave it out, or name the fields that it has (prompt_field, answer_field, ...).",
         )
-    names = ("id", "domain", "prompt", "answer")
-    missing = [name for name in names if fields.get(name) is None or len(str(fields[name])) == 0 or fields[name] == []]
-    name = f" (item {fields['id']!r})" if "id" not in missing else ""
-    if missing:
-        raise DataError(
-            f"{where}{name}: no {' and no '.join(missing)}",
-            "an item with id, domain, prompt and answer",
-            "Complete the item, or leave it out.",
-        )
-    for field in ("prompt", "answer"):
-        if not isinstance(fields[field], str) and not _is_ids(fields[field]):
-            raise DataError(
-                f"{where}{name}: {field} {str(fields[field])[:40]} of type {type(fields[field]).__name__}",
-                "text, or a list of token ids",
-                "Put quotation marks around it.",
-            )
-    texts = [
-        fields[field] if isinstance(fields[field], str) else tuple(fields[field]) for field in ("prompt", "answer")
-    ]
-    return Item(str(fields["id"]), str(fields["domain"]), texts[0], texts[1], line, source)
+    domain = check_name(given["domain"], f"{where}: {names['domain']}")
+    prompt, answer = (_text(given[name], f"{where}: {names[name]}") for name in ("prompt", "answer"))
+    return Item(str(given["id"]), domain, "" if messages else prompt, answer, line, source, messages)
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in value)
+def _question_and_answer(messages: Messages, answer: Any, where: str, name: str) -> tuple[Messages, Any]:
+    """A conversation up to the answer, and the answer: the one given, or else the assistant's last message."""
+    if messages[-1]["role"] != "assistant":
+        return messages, answer
+    if answer is not None:
+        raise DataError(
+            f"{where}: {name} beside messages that end with the assistant's",
+            "messages up to the question, and the answer; or messages that end with the answer",
+            "Leave one of them out.",
+        )
+    question, last = messages[:-1], messages[-1].get("content")
+    if not question or not isinstance(last, str):
+        given = f"{where}: a last message without a text, or without a message before it"
+        raise DataError(given, "a question and its answer", "Give the answer as text.")
+    return question, last
+
+
+def _is_empty(value: Any) -> bool:
+    return value == "" if isinstance(value, str) else hasattr(value, "__len__") and not len(value)
+
+
+def _text(value: Any, where: str) -> str | tuple[int, ...]:
+    text = value if isinstance(value, str) else id_row(value)
+    if text is None:
+        given = f"{where} {str(value)[:40]} of type {type(value).__name__}"
+        raise DataError(given, "text, or a list of token ids", "Put quotation marks around it.")
+    return text
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedItem:
-    """An item's ids: ``prompt`` (with the leading special token the model expects), then ``answer``."""
+    """An item's ids: ``prompt`` (with BOS first, where the model expects it), then ``answer``."""
 
     item: Item
     prompt: tuple[int, ...]
@@ -142,20 +191,34 @@ class TokenizedItem:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
 
+    @property
+    def content_key(self) -> str:
+        """What the item asks and answers, whatever its id: see :func:`moe_interp.tokenization.content_key`."""
+        return content_key(self.prompt + self.answer)
+
 
 def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[TokenizedItem]:
-    """Tokenise prompts and answers apart; answers without special tokens.
+    """Tokenise prompts and answers apart; answers without special tokens before or after them.
+
+    A prompt begins with BOS exactly once, where the model expects it, whatever the text or the chat template writes.
 
     Raises:
         DataError: an answer that is empty after tokenising or begins with a special token, an item longer than the
-            model's context, ids that the vocabulary does not have, or text without a tokenizer.
+            model's context, ids that the vocabulary does not have, text without a tokenizer, or messages that the
+            chat template refuses.
+
+    Warns:
+        RepeatedBOSWarning: prompts that begin with BOS themselves, or ids that begin with two; once, naming the items.
     """
-    tokenizer, context = bridge.tokenizer, int(getattr(bridge.cfg, "n_ctx", 0) or 0)
-    vocabulary = int(bridge.cfg.d_vocab)
-    special = set(getattr(tokenizer, "all_special_ids", ()) or ())
+    reader, context = TextReader(bridge), int(getattr(bridge.cfg, "n_ctx", 0) or 0)
+    special = set(getattr(bridge.tokenizer, "all_special_ids", ()) or ())
     tokenized = []
     for item in items:
-        prompt, answer = _ids(bridge, item.prompt, item, True), _ids(bridge, item.answer, item, False)
+        if item.messages is None:
+            prompt = reader.start(item.prompt, item.place, "prompt") if item.prompt else ()
+        else:
+            prompt = reader.messages(item.messages, item.place, is_prompt=True)
+        answer = reader.rest(item.answer, item.place) if item.answer else ()
         if not prompt or not answer:
             raise DataError(
                 f"{item.place}: an empty {'prompt' if not prompt else 'answer'} after tokenising",
@@ -166,11 +229,7 @@ def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[Tok
             raise DataError(
                 f"{item.place}: an answer that begins with the special token {answer[0]}",
                 "an answer of ordinary tokens",
-                "The tokenizer adds it although told not to: give the answer as a list of ids.",
-            )
-        if strange := [i for i in (*prompt, *answer) if not 0 <= i < vocabulary]:
-            raise DataError(
-                f"{item.place}: token id {strange[0]}", f"ids from 0 to {vocabulary - 1}", "Correct the item's ids."
+                "Leave it out; if the tokenizer adds it although told not to, give the answer as a list of ids.",
             )
         if context and len(prompt) + len(answer) > context:
             raise DataError(
@@ -179,18 +238,8 @@ def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[Tok
                 "Shorten the item, or leave it out.",
             )
         tokenized.append(TokenizedItem(item, prompt, answer))
+    reader.warn("item")
     return tokenized
-
-
-def _ids(bridge: TransformerBridge, text: str | tuple[int, ...], item: Item, is_prompt: bool) -> tuple[int, ...]:
-    if not isinstance(text, str):
-        return tuple(int(i) for i in text)
-    if bridge.tokenizer is None:
-        raise DataError(f"{item.place}: text, but the model has no tokenizer", "ids", "Give prompt and answer as ids.")
-    if is_prompt:
-        # not truncated: an item that does not fit is refused, not cut
-        return tuple(bridge.to_tokens(text, truncate=False)[0].tolist())
-    return tuple(bridge.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @dataclass(frozen=True, eq=False)

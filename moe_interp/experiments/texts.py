@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +14,16 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     """The text of each token by itself, ``<id>`` without a tokenizer.
 
     A token that is not whole characters shows the bytes that make none by their values, such as ``<E2><82>``: by itself
-    it would decode to U+FFFD, whatever it is.
+    it would decode to U+FFFD, whatever it is. Control characters but tabs and line ends are shown likewise (``<1B>``):
+    files cannot hold all of them, and a terminal would obey them.
     """
-    return {i: f"<{i}>" if tokenizer is None else _text(tokenizer, i) for i in ids}
+    return {i: f"<{i}>" if tokenizer is None else _shown(_text(tokenizer, i)) for i in ids}
+
+
+def _shown(text: str) -> str:
+    return "".join(
+        f"<{ord(c):02X}>" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" else c for c in text
+    )
 
 
 def _text(tokenizer: Any, token_id: int) -> str:

@@ -12,8 +12,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.eval_mode import eval_mode
+from moe_interp.tokenization import TextReader
 from moe_interp.types import Layer
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -141,12 +142,21 @@ def at_rest(bridge: TransformerBridge) -> Iterator[None]:
 def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int = 0) -> Tensor:
     """Ids ``[batch, pos]`` on the model's device; two random sequences of eight by default, special ids left out.
 
+    A text begins with BOS once, where the model expects it.
+
     Raises:
+        DataError: text without a tokenizer, or longer than the model's context.
         ConfigError: not 2-D, or not integers.
     """
     device = next(bridge.original_model.parameters()).device
     if isinstance(tokens, str):
-        return bridge.to_tokens(tokens)
+        reader = TextReader(bridge)
+        row = reader.start(tokens, "the text", "tokens")
+        context = int(getattr(bridge.cfg, "n_ctx", 0) or len(row))
+        if len(row) > context:
+            raise DataError(f"a text of {len(row)} tokens", f"at most the model's context of {context}", "Shorten it.")
+        reader.warn("text")
+        return torch.tensor([row], device=device)
     if tokens is None:
         ids = torch.arange(int(bridge.cfg.d_vocab))
         ids = ids[~torch.isin(ids, torch.tensor(sorted(_special_ids(bridge.original_model.config)), dtype=ids.dtype))]

@@ -13,6 +13,7 @@ from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.branches import BasePass
 from moe_interp.hooks.layer import check_route, plain_label
 from moe_interp.routes.branch import LayerRoutes, ruled_routes
+from moe_interp.tokenization import TextReader, padded_ids, warn_of_two_bos
 from moe_interp.types import Layer
 
 Tokens = Tensor | str | Sequence[str]
@@ -21,18 +22,25 @@ Tokens = Tensor | str | Sequence[str]
 def check_tokens(moe: MoEHooks, tokens: Tokens, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Token ids and their mask as ``[batch, pos]`` on the model's device, refused where the model cannot read them.
 
-    A text, or several, become the ids that ``bridge.to_tokens`` makes of them, and a mask of what it pads.
+    A text, or several, become the ids that ``bridge.to_tokens`` makes of them, with BOS once, also where a text begins
+    with it, and a mask of their padding. Ids are taken as they are.
 
     Raises:
         AttachError: hooks that were detached, or something else in their place.
         DataError: no integer ids, ids outside of the vocabulary, a mask of another shape, text without a tokenizer, or
             sequences beyond the context.
+
+    Warns:
+        RepeatedBOSWarning: texts that begin with BOS themselves, or ids that begin with two.
     """
     check_attached(moe)
     expected = "integer ids [batch, pos], and a mask of that shape if any; or texts alone"
     remedy = "Tokenise the text and pad it to one width."
     device = moe.bridge.cfg.device
-    if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and any(isinstance(text, str) for text in tokens)):
+    is_text = isinstance(tokens, str) or (
+        isinstance(tokens, list | tuple) and any(isinstance(text, str) for text in tokens)
+    )
+    if is_text:
         if attention_mask is not None or not all(isinstance(text, str) for text in tokens):
             raise DataError("texts with an attention mask, or among other things", expected, remedy)
         tokens, attention_mask = _tokenised(moe, [tokens] if isinstance(tokens, str) else list(tokens))
@@ -54,22 +62,20 @@ def check_tokens(moe: MoEHooks, tokens: Tokens, attention_mask: Tensor | None = 
             f"at most {context}, the model's context",
             "Split the sequences.",
         )
+    if not is_text:
+        warn_of_two_bos(moe.bridge, ids, mask)
     return ids.long(), mask
 
 
 def _tokenised(moe: MoEHooks, texts: list[str]) -> tuple[Tensor, Tensor | None]:
-    """Ids of texts and the mask of their padding, on the side that ``to_tokens`` pads; None where there is none.
+    """Ids of texts and the mask of their padding, on the side that the tokenizer pads; None where there is none.
 
     One by one: in a batch, padding cannot be told from a text's own tokens where they share an id.
     """
-    if moe.bridge.tokenizer is None:
-        raise DataError("text, but the model has no tokenizer", "integer ids [batch, pos]", "Pass ids.")
-    rows = [moe.bridge.to_tokens(text, truncate=False)[0].long() for text in texts]
-    width, at_end = max(map(len, rows)), getattr(moe.bridge.tokenizer, "padding_side", "right") != "left"
-    ids, mask = rows[0].new_zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.long)
-    for row, own in enumerate(rows):
-        place = slice(0, len(own)) if at_end else slice(width - len(own), width)
-        ids[row, place], mask[row, place] = own, 1
+    reader = TextReader(moe.bridge)
+    rows = [reader.start(text, f"text {number}", "tokens") for number, text in enumerate(texts)]
+    reader.warn("text")
+    ids, mask = padded_ids(rows, getattr(moe.bridge.tokenizer, "padding_side", "right") != "left")
     return ids, None if bool(mask.all()) else mask
 
 

@@ -52,7 +52,7 @@ def score_routes(
 
     Args:
         moe: Attached hooks.
-        tokens: ``[batch, pos]`` ids, or texts: they become what ``bridge.to_tokens`` makes of them.
+        tokens: ``[batch, pos]`` ids, or texts: they become what ``bridge.to_tokens`` makes of them, with BOS once.
         layer: An MoE layer.
         routes: ``[batch, pos, route, slot]`` expert ids, as many slots as the router uses. -1 is an empty slot, a route
             of -1 only is absent (NaN).

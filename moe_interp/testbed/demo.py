@@ -15,6 +15,7 @@ import torch
 from scipy.stats import hypergeom
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from moe_interp.checks import check_name
 from moe_interp.errors import DataError
 from moe_interp.hooks.attach import attach
 from moe_interp.testbed.config import TestbedConfig
@@ -85,7 +86,8 @@ def write_assets(run: TrainedRun, assets: Path = ASSETS, n_samples: int = 64) ->
     (assets / "items").mkdir(parents=True, exist_ok=True)
     save_checkpoint(run.moe.bridge.original_model, run.tokenizer, assets / "model", torch.float16)
     for domain in run.domains:
-        write_items(domain.items, assets / "items" / f"{domain.name}.jsonl")
+        name = check_name(domain.name, "domain", is_file=True)
+        write_items(domain.items, assets / "items" / f"{name}.jsonl")
     provenance = {
         "config": run.config.model_dump(mode="json"),
         "fingerprint": run.config.fingerprint(),

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_interp.checks import check_name, check_text
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.jsonlines import read_json_lines
 
@@ -51,6 +52,7 @@ class Domain:
     split_by: str = "document"
 
     def __post_init__(self) -> None:
+        check_name(self.name, "domain")
         for split in ("train", "validation"):
             if not getattr(self, split):
                 raise DataError(
@@ -67,7 +69,7 @@ class Domain:
                 "splits without overlap",
                 "Drop the copies, or split by a key that they share.",
             )
-        ids = [item.id for item in self.items]
+        ids = [check_name(item.id, f"domain {self.name!r}: item id") for item in self.items]
         if len(set(ids)) < len(ids):
             raise DataError(
                 f"domain {self.name!r} has items of the same id",
@@ -182,13 +184,21 @@ def read_items(path: Path) -> tuple[Item, ...]:
     """Read what :func:`write_items` wrote; names beyond the four go to ``fields``.
 
     Raises:
-        DataError: A line that is not JSON or lacks one of the four names.
+        DataError: A line that is not JSON or lacks one of the four names, or holds something else than texts there.
     """
-    items, expected = [], "a JSON object with id, domain, prompt, answer"
+    items, expected = [], "a JSON object with id, domain, prompt, answer, each a text"
     for number, record in read_json_lines(path, expected):
         try:
             core = {k: record.pop(k) for k in ("id", "domain", "prompt", "answer")}
         except (KeyError, AttributeError, TypeError) as error:
             raise DataError(f"{path}, line {number}: {error}", expected, "Fix the line.") from None
+        place = f"{path}, line {number}"
+        for name, value in core.items():
+            if not isinstance(value, str):
+                given = f"{place}: {name} {str(value)[:40]} of type {type(value).__name__}"
+                raise DataError(given, expected, "Fix the line.")
+            check_text(value, f"{place}: {name}") if name in ("prompt", "answer") else check_name(
+                value, f"{place}: {name}"
+            )
         items.append(Item(**core, fields=record))
     return tuple(items)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from moe_interp.hooks.eval_mode import eval_mode
+from moe_interp.tokenization import bos_first
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ def complete(
         ``[prompt][sample]`` texts without the prompt.
     """
     bos = tokenizer.bos_token_id
-    encoded = [[bos, *tokenizer(p, add_special_tokens=False).input_ids] for p in prompts]
+    encoded = [bos_first(bos, tokenizer(p, add_special_tokens=False).input_ids) for p in prompts]
     rows = sorted((i for i in range(len(prompts)) for _ in range(n_samples)), key=lambda i: len(encoded[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     done: list[list[str]] = [[] for _ in prompts]

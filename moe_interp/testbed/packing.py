@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_interp.errors import ConfigError
 from moe_interp.testbed.domains import Domain, check_domains
+from moe_interp.tokenization import bos_first
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,13 @@ class PackedSequences:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], length: int) -> list[np.ndarray]:
-    """``<bos> document <eos>``, cut into pieces of at most ``length`` tokens that each start with ``<bos>``."""
+    """``<bos> document <eos>``, cut into pieces of at most ``length`` tokens that each start with ``<bos>``, once."""
     pieces = []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for encoding in tokenizer.backend_tokenizer.encode_batch(list(documents), add_special_tokens=False):
         ids = [*encoding.ids, eos]
-        pieces += [np.array([bos, *ids[i : i + length - 1]], np.int32) for i in range(0, len(ids), length - 1)]
+        cuts = [ids[i : i + length - 1] for i in range(0, len(ids), length - 1)]
+        pieces += [np.array(bos_first(bos, cut), np.int32) for cut in cuts]
     return pieces
 
 

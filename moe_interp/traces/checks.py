@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moe_interp.checks import check_name
 from moe_interp.errors import DataError
 
 
@@ -127,7 +128,8 @@ def checked_domain(values: ArrayLike | None, lengths: NDArray[np.int64]) -> NDAr
     """One label per token, from one label for all, one per sequence or one per token."""
     if values is None:
         return None
-    labels = np.asarray(values)
+    # as objects: a fixed-width text of numpy would drop what NUL cuts off
+    labels = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     n_tokens = int(lengths.sum())
     if labels.shape not in {(), (len(lengths),), (n_tokens,)}:
         raise DataError(
@@ -135,7 +137,8 @@ def checked_domain(values: ArrayLike | None, lengths: NDArray[np.int64]) -> NDAr
             f"one label, {len(lengths)} labels (one per sequence) or {n_tokens} (one per token)",
             "Give one label for each sequence, in the order of the trace.",
         )
-    labels = labels.astype(np.str_)
+    names = {label: check_name(label, "domain") for label in set(labels.ravel().tolist())}
+    labels = np.array([names[label] for label in labels.ravel().tolist()], dtype=np.str_).reshape(labels.shape)
     if labels.shape == (len(lengths),):
         return np.repeat(labels, lengths)
     return np.broadcast_to(labels, (n_tokens,)).copy()

@@ -13,7 +13,7 @@ import moe_interp as mi
 from moe_interp.cli import counterfactual as command
 from moe_interp.cli.main import cli
 from moe_interp.errors import MoEInterpError
-from moe_interp.experiments.sequences import FIELDS
+from moe_interp.experiments.sequence_texts import FIELDS
 from moe_interp.testbed.demo import load_demo_assets
 
 runner = CliRunner(env={"COLUMNS": "80", "HF_HUB_OFFLINE": "1"})
@@ -122,7 +122,7 @@ def test_fields_that_are_not_read_are_named_and_spaces_between_layers_pass(tmp_p
 def test_the_help_says_what_of_a_line_is_read() -> None:
     words = " ".join(runner.invoke(cli, ["counterfactual", "--help"]).output.split())
     assert all(field in words for field in FIELDS)
-    assert "to score a worked solution, put all of it in answer. Other fields are not read" in words
+    assert "to score a worked solution, name its field as --answer-field. Other fields are not read" in words
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_runs(tmp_pat
         ([{"id": "long", "tokens": [5] * 600}], [], ["sequence 'long'", "the model's context of 512"]),
         ([{"id": "long", "text": "one two " * 400}], [], ["sequence 'long'", "the model's context of 512"]),
         ([{"id": "a", "text": "x = 1"}, {"id": "a", "text": "y = 2"}], [], ["sequence id 'a' more than once"]),
-        ([{"id": "one", "tokens": [5]}], [], ["sequence 'one': no token to score among 1"]),
-        ([{"id": "odd", "tekst": "x"}], [], ["sequence 'odd' with the fields"]),
+        ([{"id": "one", "tokens": [5]}], [], ["sequence 'one' (texts.jsonl, line 1): no token to score among 1"]),
+        ([{"id": "odd", "tekst": "x"}], [], ["texts.jsonl, line 1 (sequence 'odd') with the fields"]),
         (None, ["-R", "0"], ["n_routes=0", "at least one route"]),
         (None, ["--layers", "7"], ["layer 7"]),
         (None, ["--sampler", "best"], ["--sampler best", "gumbel, uniform"]),
@@ -191,7 +191,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_lines_may_be_texts_or_ids_alone(tmp_path: Path) -> None:
     path = sequences_file(tmp_path, ["x = 1\ny = 2", [5, 6, 7, 8]])
-    assert [one["id"] for one in command.read_sequence_files([str(path)])] == ["texts-1", "texts-2"]
+    assert [one.id for one in command.read_sequence_files([str(path)])] == ["texts-1", "texts-2"]
     assert len(command.read_sequence_files([str(path), "demo"], first=1)) == 5
 
 
@@ -199,7 +199,7 @@ def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     texts = ["one\u2028two", "three\x85four\x0b", "five"]
     lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
     (path := tmp_path / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    assert [one["text"] for one in command.read_sequence_files([str(path)])] == texts
+    assert [one.start for one in command.read_sequence_files([str(path)])] == texts
 
 
 def test_a_single_short_sequence_without_controls_says_what_it_cannot_show(tmp_path: Path) -> None:

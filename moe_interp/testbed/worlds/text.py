@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from moe_interp.checks import check_text
 from moe_interp.errors import DataError
 from moe_interp.jsonlines import read_json_lines
 from moe_interp.testbed.domains import Domain, Item, split_of
@@ -114,6 +115,7 @@ def read_documents(path: Path, name: str | None = None) -> dict[str, str]:
         for number, record in read_json_lines(path, expected):
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise DataError(f"{path}, line {number} is {str(record)[:40]}", expected, "Fix or drop the line.")
+            check_text(record["text"], f"{path}, line {number}: text")
             if name is None or record.get("domain", name) == name:
                 documents[f"{record.get('path', '')}#{number - 1}"] = record["text"]
     if not documents:

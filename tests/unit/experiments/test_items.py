@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import moe_interp as mi
 from moe_interp.errors import DataError
-from moe_interp.experiments.items import check_items
+from moe_interp.experiments.items import Item, check_items
 
+ASKED = [{"role": "user", "content": "p"}]
+ANSWERED = {"role": "assistant", "content": "q"}
+CHAT = {"id": "b", "domain": "d", "messages": ASKED, "answer": "q"}
 GOOD = {"id": "a", "domain": "d", "prompt": "p", "answer": "q"}
 
 
 def written(folder: Path, *lines: Any, name: str = "items.jsonl") -> Path:
     path = folder / name
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines), "utf-8")
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines), "utf-8")
     return path
 
 
@@ -41,6 +47,17 @@ BAD = [
     ({**GOOD, "id": "b", "prompt": {"a": 1}}, "prompt {'a': 1} of type dict"),
     ("[1, 2]", "line 2: list. Expected: an object"),
     ("{broken", "line 2: Expecting property name"),
+    ({**GOOD, "id": "b\0"}, r"line 2: id 'b\\x00' with the control character"),
+    ({**GOOD, "id": "\ud800"}, "line 2: id .* with the half of a surrogate pair"),
+    ({**GOOD, "id": "b", "domain": "d\x1b[2J"}, r"line 2 \(item 'b'\): domain .* control character '\\x1b'"),
+    ({**GOOD, "id": "b", "domain": ["d"]}, r"line 2 \(item 'b'\): domain \"\['d'\]\" of type list"),
+    ({**GOOD, "id": True}, "line 2: id 'True' of type bool"),
+    ({**GOOD, "id": "b", "messages": [{"role": "user", "content": "p"}]}, r"\(item 'b'\): messages beside prompt"),
+    ({**CHAT, "messages": "p"}, r"line 2 \(item 'b'\): messages of type str"),
+    ({**CHAT, "messages": [{"role": "user"}]}, r"line 2 \(item 'b'\): message 0 is"),
+    ({**CHAT, "messages": [*ASKED, ANSWERED]}, "answer beside messages that end with the assistant's"),
+    ({**CHAT, "answer": None}, r"\(item 'b'\): no answer among its fields id, domain, messages, answer"),
+    ({**CHAT, "answer": None, "messages": [ANSWERED]}, "a last message without a text, or without a message before it"),
     (GOOD, r"id 'a' more than once: item 'a' \(items.jsonl, line 1\), item 'a' \(items.jsonl, line 2\)"),
 ]
 
@@ -67,3 +84,47 @@ def test_bad_files_and_domains_are_refused(tmp_path: Path) -> None:
         mi.load_items(path)
     with pytest.raises(DataError, match="entry 1 of the items: str"):
         check_items([GOOD, "text"])
+
+
+def test_conversations_with_their_answer_apart_or_at_their_end(tmp_path: Path) -> None:
+    whole = {"id": "c", "domain": "d", "messages": [*ASKED, ANSWERED]}
+    as_prompt = {"id": "e", "domain": "d", "prompt": ASKED, "answer": "q"}
+    apart, together, prompt = mi.load_items(written(tmp_path, CHAT, whole, as_prompt))
+    for item in (apart, together, prompt):
+        assert (item.messages, item.answer, item.prompt) == (tuple(ASKED), "q", "")
+    assert [item.content[1:] for item in check_items([CHAT])] == [apart.content[1:]]
+    assert check_items([apart]) == [apart]
+    assert len({apart, together, prompt}) == 3
+
+
+def test_fields_of_other_names(tmp_path: Path) -> None:
+    lines = [
+        {"name": 1, "topic": "d", "question": "p", "solution": "q", "answer": "r", "prompt": "s"},
+        {"name": 2, "topic": "d", "question": "p", "answer": "r"},
+    ]
+    names = {"id_field": "name", "domain_field": "topic", "prompt_field": "question", "answer_field": "solution"}
+    (item,) = mi.load_items(written(tmp_path, lines[0]), **names)
+    assert (item.id, item.domain, item.prompt, item.answer) == ("1", "d", "p", "q")
+    said = (
+        r"line 2 \(item '2'\): no solution among its fields name, topic, question, answer\. Expected: an item with name"
+    )
+    with pytest.raises(DataError, match=said):
+        mi.load_items(written(tmp_path, *lines), **names)
+    (chat,) = mi.load_items(written(tmp_path, CHAT), prompt_field="messages")
+    assert chat.messages == tuple(ASKED)
+
+
+@pytest.mark.parametrize("odd", ["b\0", "b\ud800", "b\nc", "\x1b[0m"])
+def test_names_that_no_file_holds_are_refused_in_python_too(odd: str) -> None:
+    for entry in ({**GOOD, "id": odd}, Item(odd, "d", "p", "q"), SimpleNamespace(**{**GOOD, "id": odd})):
+        with pytest.raises(DataError, match=r"id .* with the (control|half)"):
+            check_items([entry])
+    for entry in ({**GOOD, "domain": odd}, Item("a", odd, "p", "q")):
+        with pytest.raises(DataError, match=r"domain .* with the (control|half)"):
+            check_items([entry])
+
+
+def test_ids_of_any_library(tmp_path: Path) -> None:
+    given = {**GOOD, "id": np.int64(7), "prompt": np.array([3, 4]), "answer": torch.tensor([5])}
+    (item,) = check_items([given])
+    assert (item.id, item.prompt, item.answer) == ("7", (3, 4), (5,))

@@ -41,3 +41,10 @@ def test_byte_fallback_bytes_and_what_is_neither() -> None:
     texts = token_texts(Sentences(), range(1, 7))
     assert texts == {1: "<E2>", 2: "\ufffd", 3: "<E2><82>x", 4: "\ufffd", 5: "x", 6: "\ufffd"}
     assert token_texts(None, [7]) == {7: "<7>"}
+
+
+def test_control_characters_are_shown_by_their_values() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("a\0\x1b[2J\tb\n\x7f\x85")["input_ids"]
+    texts = token_texts(tokenizer, ids)
+    assert "".join(texts[i] for i in ids) == "a<00><1B>[2J\tb\n<7F><C2><85>"
