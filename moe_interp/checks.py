@@ -30,11 +30,7 @@ def check_whole(
     Raises:
         MoEInterpError: (of the class ``error``) something else, or a number outside of the bounds.
     """
-    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith(("bool", "bool_"))
-    try:
-        number = None if is_bool else index(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = None
+    number = as_whole(value)
     if number is None or (low is not None and number < low) or (high is not None and number > high):
         bounds = [f"of at least {low}" if low is not None else "", f"of at most {high}" if high is not None else ""]
         expected = " ".join(["a whole number", " and ".join(part for part in bounds if part)]).strip()
@@ -46,6 +42,16 @@ def check_whole(
 def _digits(number: int) -> str:
     """A number in digits; a very long one by its bits, since Python refuses to write out thousands of digits."""
     return str(number) if number.bit_length() <= 200 else f"a number of {number.bit_length()} bits"
+
+
+def as_whole(value: Any) -> int | None:
+    """A whole number as Python's int; None for anything else, bools and floats without a fraction among it."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith(("bool", "bool_")):
+        return None
+    try:
+        return index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def check_seed(value: Any, name: str = "seed") -> int:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual_data import CounterfactualPlan, counterfactual_dataset
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
@@ -265,12 +265,13 @@ def _controls(logp: Tensor, policy: Tensor, again: Tensor, n: int, n_second: int
 
 
 def _check_options(n_routes: int, layers: Sequence[int], sampler: RouteSampler, seed: int, method: str) -> None:
-    if not isinstance(n_routes, Integral) or n_routes < 1 or not layers:
+    if (as_whole(n_routes) or 0) < 1 or not layers:
         given = f"n_routes={n_routes!r} and {len(layers)} layers"
         raise ConfigError(given, "at least one route a token, and a layer", "Raise n_routes, or name a layer.")
     if isinstance(sampler, type) or not hasattr(sampler, "sample"):
         raise ConfigError(f"sampler={sampler!r}", "a sampler, such as GumbelTopK()", "Make one, with its brackets.")
-    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+    number = as_whole(seed)
+    if number is None or not -(2**63) <= number < 2**63:
         raise ConfigError(f"seed={seed!r}", "a whole number of 64 bits", "Choose a smaller seed.")
     if method not in get_args(Method):
         raise ConfigError(f"method={method!r}", f"one of {get_args(Method)}", 'Use "auto".')

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.isolation_data import (
     FloatArray,
@@ -54,7 +55,7 @@ def best_experts(
     if domain not in groups:
         raise DataError(f"domain {domain!r}", f"one of {list(groups)}", "Correct the name.")
     experts = single_experts(data)
-    if not 1 <= k <= len(experts):
+    if not 1 <= (as_whole(k) or 0) <= len(experts):
         raise ConfigError(f"k={k}", f"1 to {len(experts)}, the number of forced experts", "Choose another k.")
     rows = np.intersect1d(groups[domain], item_positions(data, items))
     if not len(rows):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import check_route
@@ -30,9 +30,9 @@ def expert_sets(experts: Sequence[int | Sequence[int]] | None, n_experts: int) -
     entry: Any
     try:
         for entry in range(n_experts) if experts is None else experts:
-            # numpy's and torch's integers too; index() refuses anything else
-            sets.append(tuple(map(index, entry)) if np.ndim(entry) else (index(entry),))
-    except TypeError as error:
+            # numpy's and torch's integers too
+            sets.append(tuple(check_whole(e, "expert") for e in (entry if np.ndim(entry) else [entry])))
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"experts={experts!r}", "expert ids, or tuples of them", "Correct the list.") from error
     if not sets or not all(sets) or len({frozenset(s) for s in sets}) < len(sets):
         raise ConfigError(f"experts={experts!r}", "different, non-empty sets of experts", "Correct the list.")

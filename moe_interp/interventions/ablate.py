@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import checked_experts
@@ -49,7 +50,7 @@ def ablate_experts(
         ConfigError: an unknown mode, no experts, or fewer experts left than the router needs.
     """
     check_attached(moe)
-    spec = moe.spec(layer)
+    spec, seed = moe.spec(layer), check_seed(seed)
     gone = checked_experts(moe, layer, experts, "ablate_experts")
     if mode not in get_args(Ablation):
         raise ConfigError(f"mode={mode!r}", f"one of {', '.join(get_args(Ablation))}", "Correct the mode.")

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.layer import check_route
@@ -155,7 +157,14 @@ def checked_experts(moe: MoEHooks, layer: Layer, experts: int | Sequence[int] | 
         ConfigError: no experts.
         RouteError: an id that is no integer or out of range, or an expert twice.
     """
-    ids, n_experts = torch.as_tensor(experts).reshape(-1), moe.spec(layer).n_experts
+    n_experts = moe.spec(layer).n_experts
+    if not isinstance(experts, Tensor):
+        flat = np.asarray(experts, dtype=object).reshape(-1).tolist()
+        if strange := [e for e in flat if as_whole(e) is None]:
+            given, expected = f"experts {strange[:4]} for {where}", f"integers from 0 to {n_experts - 1}"
+            raise RouteError(given, expected, "Name existing experts.")
+        experts = [int(e) for e in flat]
+    ids = torch.as_tensor(experts).reshape(-1)
     if not len(ids):
         raise ConfigError(f"no experts for {where}", f"ids from 0 to {n_experts - 1}", "Name at least one expert.")
     if ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):

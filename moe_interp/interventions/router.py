@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
@@ -60,6 +61,7 @@ def random_routing(
         positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
     """
     check_attached(moe)
+    seed = check_seed(seed)
     where = Where(moe, positions, attention_mask)
 
     def draw(layer: Layer) -> Hooks:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_interp.checks import as_whole, check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass, BranchRunner
@@ -90,6 +91,7 @@ def screen_routes(
     of each token, chosen for being good: it shows gaps and regrets, not alignment or the share of better routes.
     Source: derived (first-order attribution of routes).
     """
+    _check_counts(keep, audit, seed)
     ids, mask = check_tokens(moe, tokens, attention_mask)
     labels, indices = decoder_layers(moe, layers), by_label(moe, routes)
     if set(labels) - set(indices):
@@ -113,14 +115,20 @@ def screen_from_base(
     memory_budget: int | None = None,
 ) -> dict[int, ScreenedRoutes]:
     """As :func:`screen_routes`, on the sequences of a base pass; layers are screened one by one, not jointly."""
-    if keep < 1 or audit < 1:
-        raise ConfigError(f"keep={keep} and audit={audit}", "at least one of each", "Raise them.")
+    keep, audit, seed = _check_counts(keep, audit, seed)
     wanted = scorable(base, positions)
     credits = route_credits(base, routes, wanted, memory_budget)
     return {
         layer: _screen(base, layer, given, credits[layer], wanted, keep, _sample(wanted, audit, seed), memory_budget)
         for layer, given in routes.items()
     }
+
+
+def _check_counts(keep: int, audit: int, seed: int) -> tuple[int, int, int]:
+    kept, audited = as_whole(keep) or 0, as_whole(audit) or 0
+    if kept < 1 or audited < 1:
+        raise ConfigError(f"keep={keep} and audit={audit}", "at least one of each", "Raise them.")
+    return kept, audited, check_seed(seed)
 
 
 def route_credits(

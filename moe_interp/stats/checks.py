@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def check_probability(value: float, name: str) -> None:
 
 def check_at_least(value: Any, low: int, name: str) -> None:
     """Refuse a count below ``low``."""
-    is_whole = isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_whole or value < low:
         raise ConfigError(
             f"{name} is {value if isinstance(value, Real) else repr(value)}",

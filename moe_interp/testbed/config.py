@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from moe_interp.errors import ConfigError
-from moe_interp.testbed.model import ModelConfig
+from moe_interp.testbed.model import ModelConfig, whole_fields
 
 _COUNTS = ("length", "micro_batch", "micro_batches", "steps", "log_every", "validate_every", "checkpoint_every")
 _POSITIVE = (*_COUNTS, "validation_sequences", "lr", "clip", "data_scale", "capacity_factor")
@@ -70,6 +70,11 @@ class TestbedConfig(BaseModel):
     validate_every: int = 500
     checkpoint_every: int = 500
     validation_sequences: int = 24
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_whole(cls, fields: Any) -> Any:
+        return whole_fields(cls, fields)
 
     @model_validator(mode="after")
     def _check(self) -> TestbedConfig:

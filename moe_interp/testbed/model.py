@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,24 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError
 from moe_interp.testbed.domains import Domain, check_domains
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
+
+
+def whole_fields(model: type[BaseModel], fields: Any) -> Any:
+    """The fields of a configuration with whole numbers of any library as Python's.
+
+    Raises:
+        ConfigError: a bool, a float or anything else where a whole number belongs.
+    """
+    if not isinstance(fields, Mapping):
+        return fields
+    kinds = {name: model.model_fields[name].annotation for name in fields if name in model.model_fields}
+    whole = {name for name, kind in kinds.items() if kind is int or (kind == int | None and fields[name] is not None)}
+    return {name: check_whole(value, name) if name in whole else value for name, value in fields.items()}
 
 
 class ModelConfig(BaseModel):
@@ -47,6 +61,11 @@ class ModelConfig(BaseModel):
     n_shared_experts: int = 0
     norm_topk_prob: bool = True
     max_length: int = 512
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_whole(cls, fields: Any) -> Any:
+        return whole_fields(cls, fields)
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

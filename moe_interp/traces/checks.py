@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moe_interp.checks import check_name
+from moe_interp.checks import as_whole, check_name, check_whole
 from moe_interp.errors import DataError
 
 
@@ -34,18 +34,22 @@ def checked_indices(values: ArrayLike) -> NDArray[np.int32]:
 
 def checked_count(n_experts: int | None, indices: NDArray[np.int32]) -> int:
     """The number of experts, which the indices alone do not tell."""
-    if n_experts is None or int(n_experts) < 1:
+    if (as_whole(n_experts) or 0) < 1:
         raise DataError(
             f"n_experts={n_experts}",
             "the number of experts of a layer",
             f"Pass n_experts; the largest index in the trace is {int(indices.max())}.",
         )
-    return int(n_experts)
+    return check_whole(n_experts, "n_experts", error=DataError)
 
 
 def checked_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
     """The model's layer indices, one per layer of the trace, none twice."""
-    given = tuple(range(n_layers)) if layers is None else tuple(int(layer) for layer in layers)
+    given = (
+        tuple(range(n_layers))
+        if layers is None
+        else tuple(check_whole(layer, "a layer of the trace", error=DataError) for layer in layers)
+    )
     if len(given) != n_layers or len(set(given)) != n_layers:
         raise DataError(
             f"layers={list(given)} for a trace with {n_layers} layers",
