@@ -34,5 +34,17 @@ def read_json_lines(path: Path, expected: str) -> Iterator[tuple[int, Any]]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: {error}", expected, "Correct the line.") from error
+                remedy = ONE_A_LINE if _is_json(text) else "Correct the line."
+                raise DataError(f"{path}, line {number}: {error}", expected, remedy) from error
             yield number, value
+
+
+ONE_A_LINE = "The file is one JSON document: write one object a line instead (jq -c '.[]' does so for a list)."
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

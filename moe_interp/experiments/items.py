@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,8 @@ def _fields(item: Any) -> Any:
 
 def _named(item: Item) -> Item:
     """An item whose names can be stored and shown."""
-    check_name(item.id, "item id")
-    check_name(item.domain, f"{item.place}: domain")
-    return item
+    name, domain = check_name(item.id, "item id"), check_name(item.domain, f"{item.place}: domain")
+    return item if (name, domain) == (item.id, item.domain) else replace(item, id=name, domain=domain)
 
 
 def _read(path: Path, names: Mapping[str, str]) -> list[Item]:

@@ -147,6 +147,12 @@ def _entry(
     is_chosen = names["answer"] != "answer"  # a field that is asked for has to be there
     has_prompt, fits = not starts.keys() & {names["text"], "tokens"}, len(starts) == 1
     fits &= (answer is not None or (messages is not None and not is_chosen)) if has_prompt else answer is None
+    if answer is None and (is_chosen or (starts.keys() == {names["prompt"]} and not messages)):
+        raise DataError(
+            f"{place}: no {names['answer']} among its fields {', '.join(map(str, record))}",
+            f"{names['prompt']} (or messages) and {names['answer']}",
+            "Complete the line, leave it out, or name the field that it has (answer_field).",
+        )
     if not fits or {"mask", "score_from"} <= fields.keys():
         both = f"{names['prompt']} (or messages) and {names['answer']}"
         raise DataError(

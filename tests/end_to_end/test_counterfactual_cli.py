@@ -214,3 +214,17 @@ def test_a_single_short_sequence_without_controls_says_what_it_cannot_show(tmp_p
     assert bool(result.data["exhausted"].all())
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3
+
+
+def test_a_named_field_is_scored(tmp_path: Path) -> None:
+    lines: list[object] = [{"id": "a", "question": "37+28=", "steps": "7+8=15\n30+20=50", "answer": "65"}]
+    path, out = sequences_file(tmp_path, lines), tmp_path / "out"
+    named = ["--prompt-field", "question", "--answer-field", "steps", "-R", "1", "--layers", "0"]
+    done = runner.invoke(cli, arguments(path, out, *named))
+    assert done.exit_code == 0, done.output
+    assert "Not read: answer (of 1 sequence)" in " ".join(done.stderr.split())
+    data = mi.load_result(out / "counterfactual.nc").data
+    assert "".join(data["target_text"].values.tolist()) == "7+8=15\n30+20=50"
+    wrong = runner.invoke(cli, arguments(path, out, "--answer-field", "solution"))
+    said = "texts.jsonl, line 1 (sequence 'a'): no solution among its fields id, question, steps, answer"
+    assert said in str(wrong.exception)

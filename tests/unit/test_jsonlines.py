@@ -16,6 +16,13 @@ def test_lines_end_at_line_feeds_and_blank_ones_are_counted(tmp_path: Path) -> N
     assert list(read_json_lines(file, "lines")) == [(1, {"a": "one\u2028two"}), (3, [1])]
 
 
+def test_one_document_over_several_lines_is_told_from_a_bad_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('[\n {"a": 1},\n {"a": 2}\n]\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: .*The file is one JSON document: write one object a line"):
+        list(read_json_lines(file, "lines"))
+
+
 @pytest.mark.parametrize(
     ("content", "said"), [(b"1\nno\n", "line 2: Expecting value"), (b"\xff", "decode .* in UTF-8")]
 )

@@ -138,3 +138,13 @@ def test_plain_texts_and_messages_say_nothing() -> None:
         counterfactual(moe, {"messages": [QUESTION]})
         isolate(moe, {"prompt": "w3 w4"})
     assert not [one for one in said if issubclass(one.category, RepeatedBOSWarning)]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "a\ud800"])
+def test_a_model_whose_name_no_file_holds_is_refused_before_it_runs(name: str) -> None:
+    moe = attached()
+    moe.bridge.cfg.model_name = name
+    for call in CALLS.values():
+        with rows_given(moe) as rows, pytest.raises(DataError, match=r"the model.s name, bridge\.cfg\.model_name"):
+            call(moe, {"prompt": "w3 w4"})
+        assert not rows

@@ -95,6 +95,7 @@ def test_conversations_with_their_answer_apart_or_at_their_end(tmp_path: Path) -
     assert [item.content[1:] for item in check_items([CHAT])] == [apart.content[1:]]
     assert check_items([apart]) == [apart]
     assert len({apart, together, prompt}) == 3
+    assert check_items([Item(7, "d", "p", "q")])[0].id == "7"  # type: ignore[arg-type]
 
 
 def test_fields_of_other_names(tmp_path: Path) -> None:

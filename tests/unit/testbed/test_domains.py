@@ -18,6 +18,7 @@ from moe_interp.testbed.domains import (
     split_of,
     write_items,
 )
+from moe_interp.testbed.worlds.text import read_documents
 
 ITEM = Item("d-0", "d", "question?", " answer", {"steps": 3})
 
@@ -86,3 +87,28 @@ def test_a_generator_that_runs_dry_is_refused():
 
     with pytest.raises(DataError, match="distinct train examples"):
         generated_domain("few", draw, n_train=100, n_validation=1, n_items=1, seed=0, split_by="number")
+
+
+@pytest.mark.parametrize("odd", ["a\0", "a\n", "\x1b[2J", "a\ud800", "", 3.5])
+def test_names_that_no_file_holds_are_refused(tmp_path, odd):
+    with pytest.raises(DataError, match="domain"):
+        Domain(odd, ("one",), ("two",))
+    with pytest.raises(DataError, match="domain 'd': item id"):
+        Domain("d", ("one",), ("two",), (Item(odd, "d", "p", "q"),))
+    file = tmp_path / "items.jsonl"
+    for field in ("id", "domain"):
+        line = {"id": "a", "domain": "d", "prompt": "p", "answer": "q"} | {field: odd}
+        file.write_text(json.dumps(line), encoding="utf-8")
+        with pytest.raises(DataError, match=rf"items.jsonl, line 1: {field} "):
+            read_items(file)
+
+
+def test_texts_of_half_characters_are_refused_by_line(tmp_path):
+    file = tmp_path / "items.jsonl"
+    for field, odd in (("prompt", "p\ud800"), ("answer", 3)):
+        file.write_text(json.dumps({"id": "a", "domain": "d", "prompt": "p", "answer": "q"} | {field: odd}))
+        with pytest.raises(DataError, match=rf"items.jsonl, line 1: {field} "):
+            read_items(file)
+    file.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": "\udfff"}))
+    with pytest.raises(DataError, match=r"line 2: text with .*half of a surrogate pair"):
+        read_documents(file)

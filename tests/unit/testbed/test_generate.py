@@ -51,3 +51,8 @@ def test_samples_follow_the_distribution_and_the_seed(model, tokenizer):
     for text in {"", written[int(probs.argmax())]}:
         p = sum(float(q) for q, other in zip(probs, written) if other == text)
         assert np.mean([t == text for t in texts]) == pytest.approx(p, abs=4.5 * (p * (1 - p) / 2000) ** 0.5 + 1e-3)
+
+
+def test_a_prompt_that_begins_with_bos_is_completed_as_one_without(model, tokenizer):
+    plain, rendered = complete(model, tokenizer, ["ab", "<bos>ab"], max_new_tokens=6)
+    assert plain == rendered

@@ -88,3 +88,10 @@ def test_validation_is_pure_and_from_validation_documents(domains, tokenizer):
 def test_too_short_sequences_are_refused():
     with pytest.raises(ConfigError, match="length 4"):
         pack(pieces_of(), "abc", n_sequences=1, length=4)
+
+
+def test_a_document_that_begins_with_bos_gets_no_second_one(tokenizer):
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain = tokenizer("ab", add_special_tokens=False).input_ids
+    for text in ("ab", "<bos>ab", "<bos><bos>ab"):
+        assert [piece.tolist() for piece in encode_documents(tokenizer, [text], length=16)] == [[bos, *plain, eos]]

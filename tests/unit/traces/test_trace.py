@@ -206,3 +206,15 @@ def test_an_interrupted_save_keeps_the_earlier_trace(tmp_path, monkeypatch):
         labelled(1).save(path)
     assert_same(RoutingTrace.read(path), labelled(0))
     assert os.listdir(tmp_path) == ["trace.npz"]
+
+
+@pytest.mark.parametrize("odd", ["a\0", "a\nb", "\x1b[2J", "a\ud800", "", None, 1.5, True])
+def test_labels_that_no_file_holds_are_refused(odd):
+    indices = np.zeros((2, 1, 1), int)
+    for domain in (odd if odd is not None else [odd] * 2, ["fine", odd]):
+        with pytest.raises(DataError, match="domain "):
+            RoutingTrace.from_arrays(indices, n_experts=2, domain=domain)
+    trace = RoutingTrace.from_arrays(indices, n_experts=2, domain=np.array([3, 12]))
+    assert trace.domains == ("12", "3")
+    with pytest.raises(DataError, match="domain "):
+        trace.with_domain(odd if odd is not None else [odd] * 2)
