@@ -11,9 +11,8 @@ from scipy import stats as scipy_stats
 
 from moe_interp.errors import DataError
 from moe_interp.experiments.calibration import ALL, Pair
-from moe_interp.experiments.impact import stratified_interval
 from moe_interp.experiments.isolation_data import FloatArray, items_by_domain, quality_array, routing_array
-from moe_interp.stats import derive_rng
+from moe_interp.stats import derive_rng, stratified_interval
 
 
 def item_calibration_table(
@@ -34,7 +33,7 @@ def item_calibration_table(
 
     Returns:
         domain (and one row for all of at least 2 items), positions (``"all"``, ``"answer"``), n_items; rho, the mean
-        over layers and items, with low and high (bootstrap over items within domains); p (expert labels permuted
+        over layers and items, with low and high (over items within domains, :func:`moe_interp.stats.stratified_interval`); p (expert labels permuted
         within a layer, the same way for all items); rho_other_items, the same with the quality of **other** items of
         the domain; specificity = rho - rho_other_items, what routing knows about the item beyond the domain, with
         specificity_p (items of a domain permuted against each other). A layer where an item's experts are all equal
@@ -74,16 +73,13 @@ def _row(pairs: Sequence[Pair], level: float, n_permutations: int, seed: int) ->
     scaled = [_scaled(*pair) for pair in pairs]
     own = [(x * y).sum((1, 2)) for x, y in scaled]
     rho = float(np.mean([values.mean() for values in own]))
-    low, high = float("nan"), float("nan")
-    if min(map(len, own)) > 1:
-        _, *bounds = stratified_interval(own, level, seed=seed)
-        low, high = (float(bound) for bound in bounds)
+    found = stratified_interval(own, level=level, bounds=(-1, 1))
     crossed = [x.reshape(len(x), -1) @ y.reshape(len(y), -1).T for x, y in scaled]  # [item, other item]
     row: dict[str, object] = {
         "n_items": sum(map(len, own)),
         "rho": rho,
-        "low": low,
-        "high": high,
+        "low": float(found.low),
+        "high": float(found.high),
         "p": expert_permutation_p(scaled, n_permutations, seed),
     }
     return row | _specificity(crossed, rho, n_permutations, seed)

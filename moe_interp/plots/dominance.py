@@ -12,7 +12,8 @@ from moe_interp.results.tables import IsolationTables
 def dominance(result: IsolationTables) -> Figure:
     """Each expert's share of a domain's slots (mean over layers) with its interval, one panel a domain.
 
-    The dashed line is even use, 1/E. Experts whose whole interval lies above it are orange.
+    The dashed line is even use, 1/E. Experts of which the table says so are orange: intervals above
+    it, of enough items.
     """
     table = result.dominance()
     domains = list(dict.fromkeys(table["domain"]))
@@ -25,7 +26,7 @@ def dominance(result: IsolationTables) -> Figure:
             places,
             share,
             yerr=whiskers(share, low, high),
-            color=np.where(low > even, ORANGE, BLUE).tolist(),
+            color=np.where(here["verdict"] == "above even use", ORANGE, BLUE).tolist(),
             width=0.8,
             error_kw={"elinewidth": 0.9, "ecolor": "black"},
         )

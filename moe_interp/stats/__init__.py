@@ -1,6 +1,7 @@
 """Statistics on plain arrays: numpy and scipy only, vectorised over leading axes, importable without torch."""
 
 from moe_interp.stats.best_of import BestOf, best_of, in_top
+from moe_interp.stats.bootstrap import bootstrap_interval
 from moe_interp.stats.clusters import cluster_bootstrap
 from moe_interp.stats.corrected import CorrectedCorrelation, Estimate, corrected_correlation
 from moe_interp.stats.correlation import (
@@ -12,9 +13,15 @@ from moe_interp.stats.correlation import (
     mean_rho_permutation,
     spearman,
 )
-from moe_interp.stats.intervals import Interval, bootstrap_interval, median_interval, pseudomedian_interval
+from moe_interp.stats.intervals import Interval, median_interval, pseudomedian_interval
 from moe_interp.stats.multiple import adjust_p, items_needed, rejected, tests_needed_at_floor
-from moe_interp.stats.permutation import DomainEffect, domain_effect, paired_permutation, two_group_permutation
+from moe_interp.stats.permutation import (
+    DomainEffect,
+    domain_effect,
+    paired_permutation,
+    shifted_group_test,
+    two_group_permutation,
+)
 from moe_interp.stats.power import plan_wilcoxon, wilcoxon_power
 from moe_interp.stats.reliability import (
     Reliability,
@@ -23,9 +30,9 @@ from moe_interp.stats.reliability import (
     spearman_brown,
     split_half_reliability,
 )
-from moe_interp.stats.small_samples import cluster_interval, mean_interval, ratio_interval
+from moe_interp.stats.small_samples import cluster_interval, mean_interval, ratio_interval, stratified_interval
 from moe_interp.stats.streams import derive_rng
-from moe_interp.stats.verdicts import Decision, decide, verdict
+from moe_interp.stats.verdicts import FEWEST_UNITS, Decision, decide, verdict
 from moe_interp.stats.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "Decision",
     "DomainEffect",
     "Estimate",
+    "FEWEST_UNITS",
     "Interval",
     "MeanCorrelation",
     "PermutationResult",
@@ -63,10 +71,12 @@ __all__ = [
     "pseudomedian_interval",
     "ratio_interval",
     "rejected",
+    "shifted_group_test",
     "smallest_attainable_p",
     "spearman",
     "spearman_brown",
     "split_half_reliability",
+    "stratified_interval",
     "tests_needed_at_floor",
     "two_group_permutation",
     "verdict",

@@ -10,6 +10,8 @@ TABULATED_N = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200)
 # exponential units, and for clusters sizes that are equal or log-normal with sd .5 and 1.
 COVERAGE: dict[str, tuple[float, ...]] = {
     "small_sample": (0.95,) * 4 + (0.945,) * 9,
+    "stratified": (0.83, 0.88, 0.905, 0.92, 0.93, 0.938, 0.943, 0.945, 0.945, 0.945, 0.945, 0.945, 0.945),
+    **{name: (0.5,) * 13 for name in ("percentile","percentile_plain","percentile_expanded","bca_plain","bca_expanded","studentized","median_percentile","median_percentile_expanded","median_bca","median_bca_expanded")},
 }
 
 

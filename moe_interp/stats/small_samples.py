@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -120,6 +121,47 @@ def cluster_interval(
     return _interval(estimate, np.moveaxis(apart, 0, -1), np.moveaxis(weights, 0, -1), level, bounds)
 
 
+def stratified_interval(
+    parts: Sequence[ArrayLike], *, level: float = 0.95, bounds: tuple[float, float] | None = None
+) -> Interval:
+    """Interval of the mean over groups (such as domains) of the groups' means over items, groups being fixed.
+
+    Items vary within their group: se^2 = sum_g s_g^2 / (n_g G^2), s_g the sd within group g of G. Degrees of freedom
+    are at most Satterthwaite's, se^4 / sum_g (s_g^2 / (n_g G^2))^2 / (n_g - 1); else as :func:`cluster_interval`.
+
+    Args:
+        parts: One array ``[item, ...]`` per group, the same trailing axes.
+
+    Returns:
+        The interval over the trailing axes; NaN bounds where a group has a single item. ``n`` is the number of items of
+        the smallest group, by which the interval covers: .83 with 2 of them beside many, .93 from 6 on.
+
+    Source: Satterthwaite (1946); skew and level as :func:`cluster_interval`.
+    """
+    arrays = [np.moveaxis(sample_last(part, 0, "parts"), -1, 0) for part in parts]
+    for array in arrays:
+        check_no_missing(array, "parts")
+        check_at_least(len(array), 1, "the number of items of a group")
+    estimate = np.mean([array.mean(0) for array in arrays], axis=0)
+    n, groups = sum(map(len, arrays)), len(arrays)
+    variances, apart, sizes = [], [], []
+    for array in arrays:
+        size = len(array)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            from_mean = (array - array.mean(0)) / groups
+            # scaled so that the sum of squares over n (n - 1) is the variance of the estimate
+            apart.append(from_mean * np.sqrt(n * (n - 1) / (size * np.float64(size - 1))))
+            variances.append((from_mean**2).sum(0) / (size * np.float64(size - 1)))
+        sizes.append(np.full(array.shape, n / (groups * size)))
+    share = np.sum([v**2 / max(len(array) - 1, 1) for v, array in zip(variances, arrays)], axis=0)
+    whole = np.sum(variances, axis=0)
+    df = np.where(share > 0, whole**2 / np.where(share > 0, share, 1), n - groups)
+    joined = [np.moveaxis(np.concatenate(side), 0, -1) for side in (apart, sizes)]
+    found = _interval(estimate, *joined, level, bounds, df)
+    fewest = np.full(found.low.shape, min(map(len, arrays)))
+    return replace(found, attained=attained_coverage(fewest, level, "stratified"), n=fewest)
+
+
 def _sizes(sizes: ArrayLike | None, last: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """``[cluster, ...]`` in the statistic's shape."""
     if sizes is None:
@@ -146,6 +188,7 @@ def _interval(
     sizes: FloatArray,
     level: float,
     bounds: tuple[float, float] | None,
+    df_most: FloatArray | float = np.inf,
 ) -> Interval:
     """From leave-one-out deviations ``[..., unit]``, 0 and of size 0 where a unit has no part."""
     check_probability(level, "level")
@@ -158,14 +201,14 @@ def _interval(
         skew, kurtosis = (z**3).sum(-1) / n, (z**4).sum(-1) / n
         by_size = sizes.sum(-1) ** 2 / (sizes**2).sum(-1) - 1
         by_tails = np.where(kurtosis > 0, 3 * n / kurtosis - 1, n - 1)
-        df = np.maximum(np.minimum(np.minimum(by_size, by_tails), n - 1), 1)
+        df = np.maximum(np.minimum.reduce([by_size, by_tails, n - 1.0, df_most + 0 * by_size]), 1)
         a = skew / np.sqrt(n)
         tail = (1 - level) / 2 * np.exp(-WIDER_BY_SKEW * np.abs(a) - WIDER_BY_FEW / (df + 1))
         t = scipy_stats.t.isf(tail, df)
         se = np.sqrt(squares / (n * (n - 1)))
         low = estimate - np.maximum(t, _skewed(t, a)) * se
         high = estimate + np.maximum(t, -_skewed(-t, a)) * se
-    is_given = (n > 1) & np.isfinite(estimate)
+    is_given = (n > 1) & np.isfinite(estimate) & np.isfinite(squares)
     low, high = np.where(is_given, low, np.nan), np.where(is_given, high, np.nan)
     if bounds is not None:
         low, high = np.clip(low, *bounds), np.clip(high, *bounds)
