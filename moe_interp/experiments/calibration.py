@@ -20,6 +20,7 @@ from moe_interp.experiments.isolation_data import (
     FloatArray,
     chosen,
     items_by_domain,
+    pooled_name,
     quality_array,
     routing_array,
 )
@@ -118,7 +119,7 @@ def calibration_by_domain(
         _, whole = stats.mean_rho_permutation(x[kept], y[kept], n_permutations=n_permutations, seed=seed)
         permuted = (float(whole.statistic), float(whole.p_value))
         pooled = [pair for pair, keep in zip(pairs.values(), kept) if keep]
-        rows.append(_domain_row(ALL, pooled, rho[kept], permuted, level, n_resamples, seed))
+        rows.append(_domain_row(pooled_name(pairs, ALL), pooled, rho[kept], permuted, level, n_resamples, seed))
         if left_out := [domain for domain, keep in zip(pairs, kept) if not keep]:
             rows[-1]["verdict"] = f"{rows[-1]['verdict']} (without {', '.join(left_out)}: fewer than {MIN_ITEMS} items)"
     return pd.DataFrame(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from moe_interp.errors import ConfigError, DataError
+from moe_interp.checks import check_seed, check_whole
+from moe_interp.errors import DataError
 from moe_interp.experiments.expert_choice import best_experts, split_items
+from moe_interp.experiments.isolation_data import pooled_name
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.experiments.items import (
     Item,
@@ -23,6 +26,7 @@ from moe_interp.experiments.items import (
     tokenize_items,
 )
 from moe_interp.experiments.memory import tokens_per_pass
+from moe_interp.experiments.repeats import distinct_items
 from moe_interp.experiments.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.eval_mode import in_eval_mode
@@ -31,7 +35,7 @@ from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions import set_routes
 from moe_interp.progress import Report, reporting
 from moe_interp.results import Result, checksum
-from moe_interp.stats import bootstrap_interval, derive_rng, paired_permutation
+from moe_interp.stats import derive_rng, mean_interval, paired_permutation, verdict
 from moe_interp.types import Hooks
 
 Routes = dict[int, list[int]]
@@ -78,42 +82,52 @@ class DomainRouterResult(Result, kind="domain_router"):
     main = "score"
 
     def compare(self, against: str = "natural", level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """Paired differences to one router, by domain and over all: mean with a bootstrap interval by item, and p.
+        """Paired differences to one router, by domain and over all: mean with an interval over items, p, and a verdict.
 
-        Positive where the router is better than ``against``. p is of a sign-flip permutation test.
+        Positive where the router is better than ``against``. p is of a sign-flip permutation test; a verdict needs both
+        it and the interval (:func:`moe_interp.stats.verdict`). The row over all is named "all" unless a domain is:
+        ``.attrs["pooled"]``.
         """
         score, rows = self.data["score"], []
-        labels = self.data["domain"].values
+        labels = self.data["domain"].values.astype(str)
+        names = sorted(set(labels.tolist()))
+        pooled = pooled_name(names, "all")
         for router in [r for r in score["router"].values if r != against]:
             difference = (score.sel(router=router) - score.sel(router=against)).values
-            for name in [*sorted(set(labels)), "all"]:
-                values = difference if name == "all" else difference[labels == name]
-                interval = bootstrap_interval(values, level=level, seed=seed)
+            for name in [*names, pooled]:
+                values = difference if name == pooled else difference[labels == name]
+                found = mean_interval(values, level=level)
+                low, high, p = float(found.low), float(found.high), float(paired_permutation(values, seed=seed).p_value)
                 rows.append(
                     {
                         "router": str(router),
                         "against": against,
-                        "domain": str(name),
+                        "domain": name,
                         "n": len(values),
                         "mean": float(values.mean()),
-                        "ci_low": float(interval.low),
-                        "ci_high": float(interval.high),
-                        "p": float(paired_permutation(values, seed=seed).p_value),
+                        "ci_low": low,
+                        "ci_high": high,
+                        "p": p,
+                        "verdict": verdict(low, high, n=len(values), words=("better", "worse"), p=p, alpha=1 - level),
                     }
                 )
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        table.attrs = {"pooled": pooled, "level": level}
+        return table
 
     def summary(self) -> str:
         """In words: what replacing the router changes on held-out items."""
         table = self.compare()
+        n = self.data.sizes["item"]
         lines = [
             f"The router replaced by each domain's {self.data.attrs['k']} best experts a layer, chosen on half of the "
-            "items and measured on the other (nats per answer token, against natural routing):"
+            f"items and measured on the other (nats per answer token, against natural routing; 95% intervals over {n} "
+            f"item{'s' * (n != 1)}):"
         ]
-        for row in table[table["domain"] == "all"].to_dict("records"):
+        for row in table[table["domain"] == table.attrs["pooled"]].to_dict("records"):
             low, high = float(row["ci_low"]), float(row["ci_high"])
-            verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-            lines.append(f"  {row['router']}: {float(row['mean']):+.3f} [{low:+.3f}, {high:+.3f}], {verdict}")
+            interval = "no interval" if np.isnan(low) else f"{low:+.3f}, {high:+.3f}"
+            lines.append(f"  {row['router']}: {float(row['mean']):+.3f} [{interval}], {row['verdict']}")
         return "\n".join(lines)
 
 
@@ -138,7 +152,7 @@ def score_domain_router(
 
     Args:
         moe: Attached hooks.
-        items: The items of the isolation run.
+        items: The items of the isolation run; of the same tokens, they count once.
         isolation_result: Its result.
         k: Experts per token; the family's own number by default.
         random_draws: Draws of ``k`` random experts a layer, the same for all tokens.
@@ -153,15 +167,18 @@ def score_domain_router(
     Source: derived. What it does not show: what a trained router could reach.
     """
     check_attached(moe)
-    if random_draws < 1:
-        raise ConfigError(f"random_draws={random_draws}", "at least 1", "Draw more.")
+    random_draws, seed = check_whole(random_draws, "random_draws", 1), check_seed(seed)
     k = moe.spec(moe.layers[0]).top_k if k is None else k
-    checked = check_items(items)
+    tokenized, merged = distinct_items(tokenize_items(moe.bridge, check_items(items)))
+    checked = [item.item for item in tokenized]
+    aliases = {
+        other: name for name, others in isolation_result.data.attrs.get("merged", {}).items() for other in others
+    }
     known = set(isolation_result.data["item"].values.astype(str))
-    if unknown := [item.place for item in checked if item.id not in known]:
+    if unknown := [item.place for item in checked if aliases.get(item.id, item.id) not in known]:
         raise DataError(f"{unknown[0]}", f"one of the result's {len(known)} items", "Pass the items of that run.")
-    routers = _routers(moe, checked, isolation_result, k, random_draws, mass, seed)
-    tokenized = tokenize_items(moe.bridge, checked)
+    of_run = [replace(item, id=aliases.get(item.id, item.id)) for item in checked]
+    routers = _routers(moe, of_run, isolation_result, k, random_draws, mass, seed)
     scores = {name: np.zeros((2, len(checked))) for name in [*routers, *(["reference"] if reference else [])]}
     width, reads = max(len(item) for item in tokenized), reads_per_token(tokenized)
     tokens = tokens_per_pass(moe, width, memory_budget, reads_per_token=reads)
@@ -185,7 +202,7 @@ def score_domain_router(
             "item": [item.id for item in checked],
             "domain": ("item", [item.domain for item in checked]),
         },
-        attrs={"k": k, "random_draws": random_draws},
+        attrs={"k": k, "random_draws": random_draws} | ({"merged": merged} if merged else {}),
     )
     config = {"k": k, "random_draws": random_draws, "mass": mass}
     return DomainRouterResult(

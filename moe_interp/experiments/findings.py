@@ -12,7 +12,7 @@ import xarray as xr
 from moe_interp import stats
 from moe_interp.errors import DataError
 from moe_interp.experiments.calibration import ALL
-from moe_interp.experiments.isolation_data import chosen, items_by_domain, masses, sign
+from moe_interp.experiments.isolation_data import chosen, items_by_domain, masses, pooled_name, sign
 from moe_interp.experiments.published import (
     DOMINANT_SHARE,
     LARGE,
@@ -109,7 +109,7 @@ def _rho_rows(result: IsolationTables) -> list[dict[str, Any]]:
     rows = []
     seen = set()
     for row in table.to_dict("records"):
-        is_all = row["domain"] == ALL
+        is_all = row["domain"] == pooled_name(result.domains, ALL)
         name = str(row["domain"]).lower()
         seen.add(name)
         rows.append(
@@ -196,7 +196,7 @@ def summary_text(result: IsolationTables, alpha: float = 0.05) -> str:
     counts = ", ".join(f"{name} {n}" for name, n in sizes.items())
     lines = [
         f"{verb} of {data.sizes['expert']} experts in each of {data.sizes['layer']} layers of "
-        f"{data.attrs.get('model', 'the model')}; {sum(sizes.values())} items ({counts}).",
+        f"{data.attrs.get('model', 'the model')}; {sum(sizes.values())} items ({counts}){_merged(data)}.",
         plan_isolation(sizes, data.sizes["layer"], data.sizes["expert"], alpha),
         _score_line(data),
         *_specialization_lines(result, alpha),
@@ -205,6 +205,12 @@ def summary_text(result: IsolationTables, alpha: float = 0.05) -> str:
         _domain_line(result),
     ]
     return "\n".join(lines)
+
+
+def _merged(data: xr.Dataset) -> str:
+    """How many items were given under another id as well."""
+    n = sum(map(len, data.attrs.get("merged", {}).values()))
+    return f"; of the same content as one of them, and not counted: {n} more" if n else ""
 
 
 def _score_line(data: xr.Dataset) -> str:
@@ -220,6 +226,8 @@ def _specialization_lines(result: IsolationTables, alpha: float) -> list[str]:
     for mass in masses(result.data):
         counts = result.specialization(baseline=baseline, mass=mass, alpha=alpha).attrs
         unused = f"; {counts['unused']} experts never used" if counts["unused"] else ""
+        if counts["out_of_reach"]:
+            unused += f"; {counts['out_of_reach']} used only where they cannot reach the answer"
         lines.append(
             f"Against {baseline} routing, mass {mass}: of {counts['n_tests']} tests at q <= {alpha}, "
             f"{counts['helped']} helped and {counts['hurt']} hurt{unused}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -36,7 +38,7 @@ def dominance_table(data: xr.Dataset, by_layer: bool = False, level: float = 0.9
     Returns:
         domain, (layer,) expert, share, low, high (over items, :func:`moe_interp.stats.mean_interval`; NaN with one
         item), uniform = 1/E, ratio = share / uniform, rank (1 = most used in its domain and layer), verdict (each
-        expert by itself: of 16 unbiased ones, one in two or three domains gets a word by chance).
+        expert by itself: of 16 experts used evenly, .8 get a word by chance).
 
     Source: the Phi-mini-MoE study; the interval is derived. Expert 3 of one layer has nothing to do with expert 3 of
     another: a mean over layers shows dominance of a number, not of an expert.
@@ -48,7 +50,7 @@ def dominance_table(data: xr.Dataset, by_layer: bool = False, level: float = 0.9
         part = rows if by_layer else rows.mean(1, keepdims=True)
         found = stats.mean_interval(part, axis=0, level=level, bounds=(0, 1))
         mean, even = found.estimate, 1 / len(experts)
-        columns = {"domain": np.full(mean.size, domain)}
+        columns: dict[str, Any] = {"domain": np.full(mean.size, domain)}
         if by_layer:
             columns["layer"] = np.repeat(layers, len(experts))
         columns |= {
@@ -177,8 +179,8 @@ def two_regimes(
     p, difference = float(test.p_value), float(test.statistic)
     low, high = difference - half_width, difference + half_width
     if max(smallest, least) > 0.05:
-        verdict = f"not testable: {len(outer)} layers allow no p below {max(smallest, least):.2g}"
-        verdict += "" if smallest > 0.05 else ", as layers next to each other may be alike"
+        bound, why = (smallest, "") if smallest > 0.05 else (least, ", as layers next to each other may be alike")
+        verdict = f"not testable: {len(outer)} layers allow no p below {bound:.2g}{why}"
     else:
         n = stats.FEWEST_UNITS if n_items is None else n_items
         verdict = stats.verdict(low, high, n=n, words=REGIMES, units="items in a domain", p=max(p, shifted))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from moe_interp.checks import check_seed, check_whole
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.isolation_cells import BASELINES, Baseline, IsolationPlan, isolation_dataset
 from moe_interp.experiments.isolation_result import IsolationResult
@@ -28,8 +29,9 @@ from moe_interp.experiments.items import (
 )
 from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.naming import model_name, weights_checksum
+from moe_interp.experiments.repeats import distinct_items
 from moe_interp.experiments.routing_stats import RoutingStats
-from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item
+from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item, rounding
 from moe_interp.experiments.variants import ExpertSet, Mode, expert_sets
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.eval_mode import in_eval_mode
@@ -65,7 +67,8 @@ def isolate_experts(
 
     Args:
         moe: Attached hooks of a decoder-only model.
-        items: Items, or mappings with id, domain, prompt and answer.
+        items: Items, or mappings with id, domain, prompt and answer. Items of the same tokens count once, with a
+            warning that names them: ``data.attrs["merged"]``, from the id that is kept to those that are not.
         layers: MoE layers; all by default.
         experts: Expert ids, or tuples of ids that are forced (or ablated) together; each expert by default.
         baselines: "natural" routing; "uniform" (every expert, 1/E); "random" (the mean over ``random_draws`` experts,
@@ -91,11 +94,11 @@ def isolate_experts(
     serve alone.
     """
     check_attached(moe)
+    random_draws, seed = check_whole(random_draws, "random_draws", 1), check_seed(seed)
     if method not in ("prefix", "naive"):
         raise ConfigError(f"method={method!r}", "'prefix' or 'naive'", "Choose one of these.")
-    checked = check_items(items)
-    tokenized = tokenize_items(moe.bridge, checked)
-    plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed)
+    tokenized, merged = distinct_items(tokenize_items(moe.bridge, check_items(items)))
+    plan = _plan(moe, [item.item for item in tokenized], layers, experts, baselines, mode, mass, random_draws, seed)
     width = max(len(item) for item in tokenized)
     tokens = tokens_per_pass(
         moe,
@@ -122,6 +125,8 @@ def isolate_experts(
         "null_difference": np.nan if scorer.null_difference is None else scorer.null_difference,
         "method": method,
     }
+    if merged:
+        data.attrs["merged"] = merged
     return IsolationResult(data, config=asdict(plan), seeds=seed, data_checksum=plan.items)
 
 
@@ -141,10 +146,10 @@ def _plan(
         if not given or len(set(given)) < len(given):
             raise ConfigError(f"{name}={list(given)}", "at least one, each once", f"Correct {name}.")
     n_experts = moe.spec(labels[0]).n_experts
-    if set(baselines) - set(BASELINES) or mode not in ("force", "ablate") or random_draws < 1:
+    if set(baselines) - set(BASELINES) or mode not in ("force", "ablate"):
         raise ConfigError(
-            f"baselines={tuple(baselines)}, mode={mode!r}, random_draws={random_draws}",
-            f"baselines among {BASELINES}, mode 'force' or 'ablate', at least one draw",
+            f"baselines={tuple(baselines)}, mode={mode!r}",
+            f"baselines among {BASELINES}, mode 'force' or 'ablate'",
             "Correct the options.",
         )
     for name in mass:
@@ -206,9 +211,28 @@ def _run_batch(
             cell = {"natural": by_item(natural, batch.reads, len(index)), **stats.arrays(layer)}
             scores = [scorer.sets(layer, plan.to_score(layer), m, stats.natural_mass(layer)) for m in plan.mass]
             cell["sets"] = np.stack([by_item(s, batch.reads, len(index)) for s in scores], axis=1)
+            if plan.mode == "ablate":
+                _spare_out_of_reach(cell, plan.to_score(layer), rounding(moe))
             if "uniform" in plan.baselines:
                 even = [scorer.uniform(layer, m) for m in plan.mass]
                 cell["uniform"] = np.stack([by_item(s, batch.reads, len(index)) for s in even], axis=1)
             if cells is not None:
                 cells.save(cell, number, layer)
         yield layer, cell
+
+
+def _spare_out_of_reach(cell: Arrays, sets: list[ExpertSet], tolerance: float) -> None:
+    """Without experts that no position uses whose output can reach the answer, the score is the natural one exactly.
+
+    Passes of different shapes round differently, and that noise would be tested and ranked. What differs by more than
+    rounding was reached after all, as by a hook that mixes positions, and is kept.
+    """
+    natural = cell["natural"][:, None, :, None]
+    moved = (np.abs(cell["sets"] - natural) > tolerance).any((0, 1))  # [item, set]
+    for column, chosen in enumerate(sets):
+        ids = list(chosen)
+        is_used = cell["uses"][:, ids].any(-1)
+        reached = cell["reaches"][:, ids].any(-1) | (moved[:, column] & is_used)
+        cell["sets"][..., column] = np.where(reached, cell["sets"][..., column], natural[..., 0])
+        if len(ids) == 1:
+            cell["reaches"][:, ids[0]] = reached

@@ -78,6 +78,8 @@ def isolation_dataset(
             "random_sd": (("mass", "item", "layer"), random_sd[0]),
             "routing_item": (per_item, routing),
             "share_item": (per_item, share),
+            "uses_item": (per_item[1:], gathered["uses"]),
+            "reaches_item": (per_item[1:], gathered["reaches"]),
             "routing_prob": (per_domain, by_domain[0]),
             "slot_share": (per_domain, by_domain[1]),
             "margin_min": ((), min(float(cell["margin"]) for cell in cells.values())),
@@ -107,7 +109,7 @@ def _gathered(plan: IsolationPlan, batches: list[list[int]], cells: dict[tuple[i
     """
     order = np.argsort([i for batch in batches for i in batch])
     widest = max(len(plan.to_score(layer)) for layer in plan.layers)
-    item_axes = {"natural": 1, "routing": 1, "share": 1, "sets": 2}
+    item_axes = {"natural": 1, "routing": 1, "share": 1, "uses": 0, "reaches": 0, "sets": 2}
     item_axes |= {"uniform": 2} if "uniform" in plan.baselines else {}
     gathered = {}
     for name, axis in item_axes.items():

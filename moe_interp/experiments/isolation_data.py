@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xarray as xr
@@ -55,6 +55,14 @@ def items_by_domain(data: xr.Dataset) -> dict[str, NDArray[np.int64]]:
     """Positions of each domain's items, domains sorted by name."""
     labels = data["domain"].values.astype(str)
     return {str(name): np.flatnonzero(labels == name) for name in np.unique(labels)}
+
+
+def pooled_name(domains: Iterable[str], usual: str) -> str:
+    """What the row over all domains is called: ``usual``, or another name where a domain has that one."""
+    taken, name = set(domains), usual
+    while name in taken:
+        name = f"{name} (pooled)"
+    return name
 
 
 def masses(data: xr.Dataset) -> list[str]:

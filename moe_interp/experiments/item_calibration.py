@@ -11,7 +11,13 @@ from scipy import stats as scipy_stats
 
 from moe_interp.errors import DataError
 from moe_interp.experiments.calibration import ALL, Pair
-from moe_interp.experiments.isolation_data import FloatArray, items_by_domain, quality_array, routing_array
+from moe_interp.experiments.isolation_data import (
+    FloatArray,
+    items_by_domain,
+    pooled_name,
+    quality_array,
+    routing_array,
+)
 from moe_interp.stats import derive_rng, stratified_interval
 
 
@@ -33,11 +39,11 @@ def item_calibration_table(
 
     Returns:
         domain (and one row for all of at least 2 items), positions (``"all"``, ``"answer"``), n_items; rho, the mean
-        over layers and items, with low and high (over items within domains, :func:`moe_interp.stats.stratified_interval`); p (expert labels permuted
-        within a layer, the same way for all items); rho_other_items, the same with the quality of **other** items of
-        the domain; specificity = rho - rho_other_items, what routing knows about the item beyond the domain, with
-        specificity_p (items of a domain permuted against each other). A layer where an item's experts are all equal
-        is left out for that item.
+        over layers and items, with low and high (over items within domains,
+        :func:`moe_interp.stats.stratified_interval`); p (expert labels permuted within a layer, the same way for all
+        items); rho_other_items, the same with the quality of **other** items of the domain; specificity = rho -
+        rho_other_items, what routing knows about the item beyond the domain, with specificity_p (items of a domain
+        permuted against each other). A layer where an item's experts are all equal is left out for that item.
 
     Raises:
         DataError: Fewer than 3 experts.
@@ -56,7 +62,9 @@ def item_calibration_table(
             rows.append({"domain": domain, "positions": positions} | _row([pair], level, n_permutations, seed))
         if len(pairs) > 1:
             pooled = [pair for pair in pairs.values() if len(pair[0]) > 1] or list(pairs.values())
-            rows.append({"domain": ALL, "positions": positions} | _row(pooled, level, n_permutations, seed))
+            rows.append(
+                {"domain": pooled_name(pairs, ALL), "positions": positions} | _row(pooled, level, n_permutations, seed)
+            )
     return pd.DataFrame(rows).sort_values("positions", kind="stable", ignore_index=True)
 
 

@@ -18,11 +18,17 @@ POSITIONS = ("all", "prompt", "answer")
 predictions, and those that predict the answer."""
 
 
+READ = ("routing", "share", "uses", "reaches", "margin")
+
+
 class RoutingStats:
     """Mean routing probability and slot share of each expert, by item, layer and kind of position.
 
     Routing probability is exp of ``rule.log_policy``; an item's last position predicts nothing and is left out, padding
-    too. A slot share counts how often an expert fills a slot; empty slots do not count.
+    too. A slot share counts how often an expert fills a slot; empty slots do not count. ``uses`` is whether any token
+    of the item uses an expert, its last one included; ``reaches``, whether one does whose output can reach a prediction
+    of the answer: not the last token's, and in the model's last block, behind which nothing mixes positions, only those
+    that predict the answer.
     """
 
     def __init__(self, moe: MoEHooks, batch: ItemBatch, layers: Sequence[int]) -> None:
@@ -31,6 +37,8 @@ class RoutingStats:
         predicts = column < (batch.length - 1).unsqueeze(1)
         answers = predicts & (column >= (batch.prompt_length - 1).unsqueeze(1))
         self.masks = torch.stack([predicts, predicts & ~answers, answers])  # [positions, row, pos]
+        self.real = column < batch.length.unsqueeze(1)
+        self.last = len(moe.bridge.blocks) - 1
         self.found: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
 
     def hooks(self) -> Hooks:
@@ -49,8 +57,9 @@ class RoutingStats:
         return self.found[layer]["mass"]
 
     def arrays(self, layer: int) -> dict[str, Any]:
-        """``routing`` and ``share`` as ``[positions, row, expert]``, and the smallest ``margin`` of a choice."""
-        return {name: np.asarray(self.found[layer][name]) for name in ("routing", "share", "margin")}
+        """``routing`` and ``share`` as ``[positions, row, expert]``, ``uses`` and ``reaches`` as ``[row, expert]``, and
+        the smallest ``margin`` of a choice."""
+        return {name: np.asarray(self.found[layer][name]) for name in READ}
 
     def _reader(self, layer: int, read: Any) -> Any:
         def hook_function(value: Tensor, hook: Any) -> None:
@@ -70,6 +79,9 @@ class RoutingStats:
         n_experts = self.moe.spec(layer).n_experts
         counts = torch.nn.functional.one_hot(indices + 1, n_experts + 1)[..., 1:].sum(dim=-2).double()
         totals = torch.einsum("mrp,rpe->mre", self.masks.double(), counts)
+        reached = totals[POSITIONS.index("answer" if layer == self.last else "all")]
+        self.found[layer]["reaches"] = (reached > 0).cpu().numpy()
+        self.found[layer]["uses"] = ((counts > 0) & self.real.unsqueeze(-1)).any(dim=1).cpu().numpy()
         self.found[layer]["mass"] = self.moe.running(layer).family_weights(indices).sum(dim=-1, keepdim=True)
         self.found[layer]["share"] = (totals / totals.sum(dim=-1, keepdim=True)).cpu().numpy()
 

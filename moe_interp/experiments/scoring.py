@@ -115,6 +115,11 @@ class PrefixScorer:
         return float(torch.cat(found).abs().max())
 
 
+def rounding(moe: MoEHooks) -> float:
+    """What two passes of one input may differ by at the model's precision, in nats."""
+    return NULL_TOLERANCE.get(next(moe.bridge.original_model.parameters()).dtype, 0.1)
+
+
 class NaiveScorer:
     """The reference: ``run_with_hooks`` with the public interventions, one item and one set of experts at a time."""
 

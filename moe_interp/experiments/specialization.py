@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from moe_interp import stats
 from moe_interp.errors import DataError
@@ -14,14 +15,14 @@ from moe_interp.experiments.isolation_data import (
     delta_array,
     items_by_domain,
     masses,
-    per_domain,
+    members,
     quality_array,
     sign,
 )
 
 CELL = ["domain", "layer", "expert"]
 COLUMNS = [*CELL, "n", "mean", "mean_low", "mean_high", "median", "ci_low", "ci_high", "p", "q", "direction"]
-COLUMNS += ["rank_biserial", "unused"]
+COLUMNS += ["rank_biserial", "unused", "out_of_reach"]
 UNTESTABLE = "not testable"
 SAME = 1e-4
 
@@ -49,16 +50,21 @@ def specialization(
         level: Of both intervals.
 
     Returns:
-        domain, layer, expert, n; mean with mean_low, mean_high (bootstrap over items); median with ci_low, ci_high
-        (order statistics: exact at every n, endless below 6 items); p, q; direction ``"helped"`` | ``"hurt"`` |
-        ``"none"`` | ``"not testable"`` (a domain whose smallest attainable p is above alpha; it is not counted among
-        the tests); rank_biserial; unused (all deltas zero: p = 1, counted). Counts are in ``.attrs``.
+        domain, layer, expert, n; mean with mean_low, mean_high (:func:`moe_interp.stats.mean_interval`, endless with
+        one item); median with ci_low, ci_high (order statistics: exact at every n, endless below 6 items); p, q;
+        direction ``"helped"`` | ``"hurt"`` | ``"none"`` | ``"not testable"`` (a domain whose smallest attainable p is
+        above alpha, so one of fewer than 6 items; it is not counted among the tests); rank_biserial. Under ablation,
+        unused: no token of the domain's items uses the experts; out_of_reach: some do, but none whose output can
+        reach the answer (the last token's; in the last block, any before the answer's predictions). Both have deltas
+        of exactly 0 and p = 1, and are counted. When experts are forced, both are False, but for deltas that are all 0
+        (unused). Counts are in ``.attrs``.
 
     Raises:
         ConfigError: A baseline or mass that the run does not have, or options out of range.
 
     Source: Wilcoxon (1945), Pratt (1959), Benjamini & Hochberg (1995); the design is that of the Phi-mini-MoE study.
-    It does not show specialization **between** domains: see :func:`domain_effect_table`.
+    The test's null is that deltas are symmetric about 0: helped and hurt are said of most items, not of the mean, which
+    a few large deltas may turn. It does not show specialization **between** domains: see :func:`domain_effect_table`.
     """
     baseline, mass = chosen(data, "baseline", baseline), chosen(data, "mass", mass)
     table = _tests(data, delta_array(data, mass, baseline, score), level)
@@ -83,6 +89,7 @@ def specialization(
         "helped": int((words == "helped").sum()),
         "hurt": int((words == "hurt").sum()),
         "unused": int(table["unused"].sum()),
+        "out_of_reach": int(table["out_of_reach"].sum()),
         "smallest_p": float(floors.min()),
     }
     return table
@@ -91,27 +98,43 @@ def specialization(
 def _tests(data: xr.Dataset, delta: FloatArray, level: float) -> pd.DataFrame:
     """One row per (domain, layer, expert): the columns that need that row's items only."""
     layers, experts = data["layer"].values, data["expert"].values.astype(str)
+    used, reached = _use(data)
     frames = []
-    for domain, rows in per_domain(delta, items_by_domain(data)).items():
+    for domain, index in items_by_domain(data).items():
+        rows = delta[index]
+        is_zero = (rows == 0).all(0)
+        is_used = np.zeros_like(is_zero) if used is None else used[index].any(0)
         test = stats.wilcoxon_signed_rank(rows, axis=0)
         median = stats.median_interval(rows, axis=0, level=level)
-        mean = stats.bootstrap_interval(rows, axis=0, level=level) if len(rows) > 1 else None
+        mean = stats.mean_interval(rows, axis=0, level=level)
         endless = np.full(median.low.shape, np.inf)
         columns = {
             "n": test.n,
-            "mean": rows.mean(0),
-            "mean_low": mean.low if mean else -endless,
-            "mean_high": mean.high if mean else endless,
+            "mean": mean.estimate,
+            "mean_low": mean.low if len(rows) > 1 else -endless,
+            "mean_high": mean.high if len(rows) > 1 else endless,
             "median": median.estimate,
             "ci_low": median.low,
             "ci_high": median.high,
             "p": test.p_value,
             "rank_biserial": test.effect,
-            "unused": (rows == 0).all(0),
+            "unused": is_zero & ~is_used,
+            "out_of_reach": is_zero & is_used & ~(is_used if reached is None else reached[index].any(0)),
         }
         labels = {"domain": domain, "layer": np.repeat(layers, len(experts)), "expert": np.tile(experts, len(layers))}
         frames.append(pd.DataFrame(labels | {name: value.ravel() for name, value in columns.items()}))
     return pd.concat(frames, ignore_index=True)
+
+
+def _use(data: xr.Dataset) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """Whether an item's tokens use a set of ablated experts, and where they could reach the answer, ``[item, layer,
+    set]``; None where experts were forced, or where a run does not say."""
+    if sign(data) > 0 or "uses_item" not in data:
+        return None, None
+    ids = [[data["routed_expert"].values.tolist().index(e) for e in members(label)] for label in data["expert"].values]
+    both = (data[name].transpose("item", "layer", "routed_expert").values for name in ("uses_item", "reaches_item"))
+    used, reached = (np.stack([values[..., chosen].any(-1) for chosen in ids], axis=-1) for values in both)
+    return used.astype(bool), reached.astype(bool)
 
 
 def mass_agreement(

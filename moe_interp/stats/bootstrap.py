@@ -54,7 +54,7 @@ def bootstrap_interval(
 
     Returns:
         Its ``attained`` is what the method was found to cover with so many items, at the worst of the tabulated laws;
-        that of the same method for a mean where ``statistic`` is a function.
+        that of the same method for a mean where ``statistic`` is a function; NaN for BCa of the median.
 
     Raises:
         DataError: Missing or infinite values.
@@ -93,18 +93,19 @@ def bootstrap_interval(
         if by_mean and method == "percentile" and expand:
             sure = mean_interval(rows, level=level)
             low, high = np.minimum(low, sure.low), np.maximum(high, sure.high)
-    attained = attained_coverage(n, level, _tabulated(method, statistic, expand))
+    column = _tabulated(method, statistic, expand)
+    attained = np.nan if column is None else attained_coverage(n, level, column)
     return Interval(
         estimate.reshape(lead), low.reshape(lead), high.reshape(lead), np.full(lead, attained), np.full(lead, n)
     )
 
 
-def _tabulated(method: str, statistic: str | Statistic, expand: bool) -> str:
+def _tabulated(method: str, statistic: str | Statistic, expand: bool) -> str | None:
     """The name of the column of coverages."""
     if method == "studentized":
         return method
     if statistic == "median":
-        return f"median_{method}" + "_expanded" * expand
+        return None if method == "bca" else "median_percentile" + "_expanded" * expand
     if statistic == "mean" and method == "percentile" and expand:
         return "percentile"
     return method + ("_expanded" if expand else "_plain")
@@ -144,8 +145,10 @@ def _studentized(
     t = np.where(has_spread, shift / np.where(has_spread, se, 1), np.where(shift == 0, 0, np.copysign(np.inf, shift)))
     observed = np.sqrt((centred**2).mean(-1) / (n - 1))
     t[:, observed == 0] = 0  # a constant row: its interval is the point itself
-    ends = [np.quantile(t, tail, axis=0, method=way) for tail, way in zip(tails, ("lower", "higher"))]
-    return mean - ends[1] * np.where(observed > 0, observed, 1), mean - ends[0] * np.where(observed > 0, observed, 1)
+    low = np.quantile(t, float(tails[1]), axis=0, method="higher")
+    high = np.quantile(t, float(tails[0]), axis=0, method="lower")
+    unit = np.where(observed > 0, observed, 1)
+    return mean - low * unit, mean - high * unit
 
 
 def _bca_levels(
@@ -176,5 +179,3 @@ def _row_quantiles(draws: FloatArray, levels: FloatArray) -> tuple[FloatArray, F
     above = np.minimum(floor + 1, len(draws) - 1)
     low, high = ordered[floor, columns] + (place - floor) * (ordered[above, columns] - ordered[floor, columns])
     return low, high
-
-

@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 from moe_interp.stats.checks import FloatArray, check_probability, sample_last
 from moe_interp.stats.wilcoxon import signed_rank_null
 
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its interval over the leading axes.

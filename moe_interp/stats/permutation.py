@@ -202,8 +202,9 @@ def shifted_group_test(x: ArrayLike, group: ArrayLike, *, axis: int = -1) -> Per
     Raises:
         DataError: Labels that do not match, or an empty group.
 
-    Source: derived, after the toroidal shifts of spatial statistics (Lotwick & Silverman 1982); exact where ``x`` is stationary on a circle, and
-    by simulation at or below its level for autoregressive, trending and random-walk ``x`` (docs/stats-coverage.md).
+    Source: derived, after the toroidal shifts of spatial statistics (Lotwick & Silverman 1982). Exact where ``x`` is
+    stationary on a circle; at or below its level for autoregressive, trending and random-walk ``x``, by simulation
+    (docs/stats-coverage.md).
     """
     values = sample_last(x, axis)
     check_no_missing(values, "x")

@@ -156,8 +156,8 @@ def stratified_interval(
     share = np.sum([v**2 / max(len(array) - 1, 1) for v, array in zip(variances, arrays)], axis=0)
     whole = np.sum(variances, axis=0)
     df = np.where(share > 0, whole**2 / np.where(share > 0, share, 1), n - groups)
-    joined = [np.moveaxis(np.concatenate(side), 0, -1) for side in (apart, sizes)]
-    found = _interval(estimate, *joined, level, bounds, df)
+    deviations, weights = (np.moveaxis(np.concatenate(side), 0, -1) for side in (apart, sizes))
+    found = _interval(estimate, deviations, weights, level, bounds, df)
     fewest = np.full(found.low.shape, min(map(len, arrays)))
     return replace(found, attained=attained_coverage(fewest, level, "stratified"), n=fewest)
 

@@ -247,7 +247,12 @@ def test_domain_router_helps_where_the_best_experts_are_known_and_keeps_halves_a
         assert float(scored.data.score.sel(router="domain", item=item["id"])) == pytest.approx(by_hand, abs=2e-5)
     assert "against natural routing" in scored.summary()
     with pytest.raises(DataError, match=r"item 'other'. Expected: one of the result's 8 items"):
-        mi.score_domain_router(moe, [*items, {**items[0], "id": "other"}], result, **QUIET)
+        mi.score_domain_router(moe, [*items, {**items[0], "id": "other", "answer": [5, 5]}], result, **QUIET)
+    for draws in (2.0, 0, True, "2"):
+        with pytest.raises(ConfigError, match="random_draws="):
+            mi.score_domain_router(moe, items, result, random_draws=draws, **QUIET)
+        with pytest.raises(ConfigError, match="random_draws="):
+            mi.isolate_experts(moe, items, random_draws=draws, **QUIET)
 
 
 BAD: list[tuple[dict[str, Any], type[MoEInterpError], str]] = [

@@ -7,7 +7,7 @@ import pytest
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.expert_choice import best_experts, cross_fitted, split_items
-from moe_interp.experiments.impact import regimes, stratified_interval, two_regimes
+from moe_interp.experiments.impact import regimes, two_regimes
 from moe_interp.experiments.isolation_result import IsolationResult
 from tests.unit.experiments.planted_isolation import planted_isolation
 
@@ -91,15 +91,6 @@ def test_with_a_clear_best_expert_the_cross_fitted_error_is_that_of_a_mean():
     np.testing.assert_allclose(error, values[..., 0].std(0, ddof=1) / np.sqrt(60), rtol=0.05)
 
 
-def test_the_stratified_interval_has_the_width_that_theory_gives():
-    rng = np.random.default_rng(0)
-    parts = [rng.normal(0, 1, 40), rng.normal(5, 3, 60)]
-    estimate, low, high = stratified_interval(parts, n_resamples=20000)
-    assert estimate == pytest.approx((parts[0].mean() + parts[1].mean()) / 2)
-    se = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / 2
-    assert (high - low) == pytest.approx(2 * 1.96 * se, rel=0.03)
-
-
 def test_the_regimes_are_those_of_the_study_and_the_test_knows_its_limits():
     names = regimes(np.arange(32))
     assert [names.index("middle"), names.index("late")] == [6, 30]
@@ -116,6 +107,52 @@ def test_the_regimes_are_those_of_the_study_and_the_test_knows_its_limits():
     assert two_regimes(-1.0 * outer, outer)["verdict"] == "larger in the middle"
     assert two_regimes(np.linspace(0, 1, 32) % 0.2, outer)["verdict"] == "no difference shown"
     assert two_regimes(np.ones(2), np.array([True, False]))["verdict"] == "not testable"
+
+
+@pytest.mark.parametrize("kind", ["independent", "autoregressive", "random walk", "trend"])
+def test_layers_that_are_like_their_neighbours_are_no_regimes(kind):
+    rng, runs = np.random.default_rng(len(kind)), 250
+    for n_layers in (24, 32):
+        outer = np.array(regimes(np.arange(n_layers))) != "middle"
+        wrong = 0
+        for _ in range(runs):
+            noise = rng.normal(size=n_layers)
+            impact = noise if kind == "independent" else np.cumsum(noise)
+            if kind == "autoregressive":
+                for layer in range(1, n_layers):
+                    noise[layer] += 0.8 * noise[layer - 1]
+                impact = noise
+            if kind == "trend":
+                impact = rng.normal() * np.arange(n_layers) + noise
+            wrong += str(two_regimes(impact, outer)["verdict"]).startswith("larger")
+        assert wrong / runs <= 0.06 + 2 * np.sqrt(0.06 * 0.94 / runs), n_layers
+
+
+def test_sixteen_layers_are_too_few_to_tell_regimes_from_a_trend():
+    outer = np.array(regimes(np.arange(16))) != "middle"
+    found = two_regimes(outer.astype(float), outer)
+    assert found["p"] < 0.01
+    assert (
+        found["verdict"] == "not testable: 16 layers allow no p below 0.062, as layers next to each other may be alike"
+    )
+    wide = two_regimes(np.resize(outer.astype(float), 16), outer, half_width=2.0, n_items=30)
+    assert wide["verdict"] == found["verdict"]
+
+
+def test_regimes_need_items_as_well():
+    outer = np.array(regimes(np.arange(32))) != "middle"
+    assert two_regimes(outer + 0.0, outer, 0.5, 30)["verdict"] == "larger in early and last layers"
+    assert two_regimes(outer + 0.0, outer, 1.5, 30)["verdict"] == "no difference shown"
+    assert two_regimes(outer + 0.0, outer, 0.5, 5)["verdict"] == "too few items in a domain to say (n = 5)"
+
+
+def test_experts_are_called_unevenly_used_only_beyond_noise():
+    """Even use but for noise: few get a word, each by itself; with few items none."""
+    table = planted_isolation(n_items={"a": 40}, n_layers=2).dominance()
+    assert set(table["verdict"]) <= {"above even use", "below even use", "no difference shown"}
+    assert (table.loc[table["verdict"] == "above even use", "low"] > 1 / 16).all()
+    few = planted_isolation(n_items={"a": 5}, n_layers=2).dominance()
+    assert set(few["verdict"]) == {"too few items to say (n = 5)"}
 
 
 def test_best_experts_are_the_planted_ones_under_every_baseline_and_half(planted):

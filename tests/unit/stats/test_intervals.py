@@ -3,7 +3,13 @@ import pytest
 from scipy import stats as scipy_stats
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.stats import bootstrap_interval, derive_rng, median_interval, pseudomedian_interval
+from moe_interp.stats import (
+    bootstrap_interval,
+    derive_rng,
+    mean_interval,
+    median_interval,
+    pseudomedian_interval,
+)
 
 # Hollander & Wolfe, differences after - before on the depression scale
 DIFFERENCES = np.array([-0.952, 0.147, -1.022, -0.43, -0.62, -0.59, -0.49, 0.08, -0.01])
@@ -85,8 +91,8 @@ def test_plain_bootstrap_agrees_with_scipy(method, theirs):
 def test_bootstrap_of_a_function_equals_that_of_its_name():
     x = derive_rng(5).standard_normal((3, 25))
     for name, function in (("median", lambda a: np.median(a, axis=-1)), ("mean", lambda a: a.mean(-1))):
-        named = bootstrap_interval(x, name, n_resamples=4000)
-        own = bootstrap_interval(x, function, n_resamples=4000)
+        named = bootstrap_interval(x, name, expand=False, n_resamples=4000)
+        own = bootstrap_interval(x, function, expand=False, n_resamples=4000)
         np.testing.assert_allclose(named.low, own.low, atol=0.05)
         np.testing.assert_allclose(named.high, own.high, atol=0.05)
 
@@ -106,9 +112,34 @@ def test_bootstrap_invariances(method):
 
 
 def test_studentized_quantiles_by_hand():
-    # two items a < b: a resample has both (t = 0) or one twice (no spread, no t), so the interval is the mean
+    # two items: half of the resamples have one twice, no spread and an endless t, and so the interval is endless
     result = bootstrap_interval([1.0, 3.0], method="studentized", n_resamples=200)
-    assert (result.low, result.high) == (2.0, 2.0)
+    assert (result.low, result.high) == (-np.inf, np.inf)
+
+
+def test_the_default_holds_the_interval_for_small_samples():
+    x = derive_rng(8).exponential(size=(5, 7))
+    default, sure = bootstrap_interval(x), mean_interval(x)
+    plain = bootstrap_interval(x, lambda a: a.mean(-1))
+    np.testing.assert_allclose(default.low, np.minimum(plain.low, sure.low), atol=1e-12)
+    np.testing.assert_allclose(default.high, np.maximum(plain.high, sure.high), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "method, expand",
+    [("percentile", True), ("percentile", False), ("bca", True), ("bca", False), ("studentized", True)],
+)
+@pytest.mark.parametrize("law", ["normal", "exponential"])
+def test_what_it_attains_is_what_it_covers(method, expand, law):
+    for n in (2, 3, 5, 8, 20):
+        rng = derive_rng(9, law, n)
+        hits = []
+        for seed in range(8):
+            x = rng.standard_normal((100, n)) if law == "normal" else rng.exponential(size=(100, n)) - 1
+            found = bootstrap_interval(x, method=method, expand=expand, n_resamples=400, seed=seed)
+            hits.append(coverage(found))
+        error = np.sqrt(0.25 / 800)
+        assert np.mean(hits) > found.attained[0] - 3 * error, n
 
 
 @pytest.mark.parametrize("law", ["normal", "t3"])

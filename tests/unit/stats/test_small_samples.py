@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from moe_interp.errors import DataError
-from moe_interp.stats import cluster_interval, derive_rng, mean_interval, ratio_interval
+from moe_interp.stats import cluster_interval, derive_rng, mean_interval, ratio_interval, stratified_interval
 
 LAWS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
@@ -110,3 +110,34 @@ def test_bounds_cut_the_interval() -> None:
     found = mean_interval([0.0, 0.0, 0.0, 1.0], bounds=(0, 1))
     assert found.low == 0
     assert found.high == 1
+
+
+def test_groups_count_alike_and_vary_within() -> None:
+    """Against the textbook's standard error and Satterthwaite's degrees of freedom, on parts without skew."""
+    parts = [np.array([-1.0, 0.0, 1.0, 4.0, -4.0]), 5 + np.array([-2.0, -1.0, 1.0, 2.0, 0.0])]
+    found = stratified_interval(parts)
+    variances = [part.var(ddof=1) / 5 / 4 for part in parts]
+    df = sum(variances) ** 2 / sum(v**2 / 4 for v in variances)
+    assert found.estimate == pytest.approx(2.5)
+    half = scipy_stats.t.isf(0.025 * np.exp(-2 / (df + 1)), df) * np.sqrt(sum(variances))
+    apart = np.concatenate([part - part.mean() for part in parts])
+    assert 3 * 10 / ((apart**4).mean() / (apart**2).mean() ** 2) - 1 > df  # tails do not decide here
+    assert [found.low, found.high] == pytest.approx([2.5 - half, 2.5 + half])
+    assert found.n == 5
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_groups_are_covered_from_six_items_on(law: str) -> None:
+    for sizes in ((6, 6), (6, 30), (6, 12, 12, 12), (10, 100)):
+        rng = derive_rng(0, "groups", law, *sizes)
+        parts = [(3 if g == 0 else 1) * LAWS[law](rng, (n, 2000)) + g for g, n in enumerate(sizes)]
+        found = stratified_interval(parts)
+        truth = (len(sizes) - 1) / 2
+        assert np.mean((found.low <= truth) & (found.high >= truth)) > 0.93 - 3 * np.sqrt(0.93 * 0.07 / 2000), sizes
+        assert found.n[0] == min(sizes)
+
+
+def test_a_group_of_one_item_has_no_interval() -> None:
+    found = stratified_interval([[1.0], [2.0, 3.0, 4.0]])
+    assert found.estimate == 2.0
+    assert np.isnan([found.low, found.high]).all()

@@ -1,0 +1,82 @@
+"""Items and sequences that are given more than once: what has the same content counts once.
+
+Every interval and test takes items (or sequences) as independent. The same text under two ids is one observation:
+counted twice, intervals are too short by sqrt(2) and tests reject too often. So experiments run each content once,
+under the id that comes first, warn with the names of the others, and keep these in the result.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_interp.experiments.items import TokenizedItem
+from moe_interp.experiments.sequences import ScoredSequence
+
+NAMED = 5  # merged ones that the warning names
+
+Merged = dict[str, list[str]]
+
+
+class RepeatedContentWarning(UserWarning):
+    """Items or sequences with the same content under several ids, which count once."""
+
+
+def merge_repeats(
+    contents: Iterable[Hashable], names: Sequence[str], kind: str, stacklevel: int = 3
+) -> tuple[list[int], Merged]:
+    """Which of several contents to keep, with a warning where any is given more than once.
+
+    Args:
+        contents: What is compared; equal ones are one.
+        names: Their ids.
+        kind: What they are, in the plural, for the warning.
+        stacklevel: Of the warning, such that it points at the user's call.
+
+    Returns:
+        Places of the first of each content, in order; and the others' ids by the id of the first.
+    """
+    first: dict[Hashable, int] = {}
+    merged: Merged = {}
+    for place, content in enumerate(contents):
+        kept = first.setdefault(content, place)
+        if kept != place:
+            merged.setdefault(names[kept], []).append(names[place])
+    if merged:
+        pairs = [f"{other!r} (as {name!r})" for name, others in merged.items() for other in others]
+        more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+        text = (
+            f"{len(pairs)} {kind} have the content of another under a different id and are not counted again: "
+            f"{', '.join(pairs[:NAMED])}{more}"
+        )
+        warnings.warn(text, RepeatedContentWarning, stacklevel=stacklevel)
+    return list(first.values()), merged
+
+
+def distinct_items(items: Sequence[TokenizedItem], stacklevel: int = 5) -> tuple[list[TokenizedItem], Merged]:
+    """Items whose prompt and answer are the same tokens, counted once, in the domain of the first.
+
+    The same prompt with another answer is another item. Two domains that share an item would not be independent, so the
+    domain's name makes no difference. ``stacklevel`` is that of an experiment's function in its decorator.
+    """
+    contents = [(item.prompt, item.answer) for item in items]
+    kept, merged = merge_repeats(contents, [item.item.id for item in items], "items", stacklevel)
+    return [items[i] for i in kept], merged
+
+
+def distinct_sequences(sequences: Sequence[ScoredSequence], stacklevel: int = 5) -> tuple[list[ScoredSequence], Merged]:
+    """Sequences of the same tokens, counted once; a token is scored where any of them is to score it.
+
+    A sequence that begins as another one does, or is cut from it, has another content.
+    """
+    kept, merged = merge_repeats([s.tokens for s in sequences], [s.id for s in sequences], "sequences", stacklevel)
+    if not merged:
+        return list(sequences), merged
+    scored = {sequences[i].tokens: sequences[i].is_scored for i in kept}
+    for sequence in sequences:
+        scored[sequence.tokens] = np.logical_or(scored[sequence.tokens], sequence.is_scored)
+    first = [sequences[i] for i in kept]
+    return [replace(s, is_scored=scored[s.tokens]) if s.id in merged else s for s in first], merged
