@@ -7,15 +7,19 @@ under the id that comes first, warn with the names of the others, and keep these
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from moe_interp.experiments.items import TokenizedItem
 from moe_interp.experiments.sequences import ScoredSequence
 
+_INSIDE = (str(Path(__file__).parents[1]), contextlib.__file__)
 NAMED = 5  # merged ones that the warning names
 
 Merged = dict[str, list[str]]
@@ -25,16 +29,13 @@ class RepeatedContentWarning(UserWarning):
     """Items or sequences with the same content under several ids, which count once."""
 
 
-def merge_repeats(
-    contents: Iterable[Hashable], names: Sequence[str], kind: str, stacklevel: int = 3
-) -> tuple[list[int], Merged]:
+def merge_repeats(contents: Iterable[Hashable], names: Sequence[str], kind: str) -> tuple[list[int], Merged]:
     """Which of several contents to keep, with a warning where any is given more than once.
 
     Args:
         contents: What is compared; equal ones are one.
         names: Their ids.
         kind: What they are, in the plural, for the warning.
-        stacklevel: Of the warning, such that it points at the user's call.
 
     Returns:
         Places of the first of each content, in order; and the others' ids by the id of the first.
@@ -52,27 +53,35 @@ def merge_repeats(
             f"{len(pairs)} {kind} have the content of another under a different id and are not counted again: "
             f"{', '.join(pairs[:NAMED])}{more}"
         )
-        warnings.warn(text, RepeatedContentWarning, stacklevel=stacklevel)
+        warnings.warn(text, RepeatedContentWarning, stacklevel=_level_of_the_caller())
     return list(first.values()), merged
 
 
-def distinct_items(items: Sequence[TokenizedItem], stacklevel: int = 5) -> tuple[list[TokenizedItem], Merged]:
+def _level_of_the_caller() -> int:
+    """How many frames above this function's caller the user's code stands: outside the package and its decorators."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def distinct_items(items: Sequence[TokenizedItem]) -> tuple[list[TokenizedItem], Merged]:
     """Items whose prompt and answer are the same tokens, counted once, in the domain of the first.
 
     The same prompt with another answer is another item. Two domains that share an item would not be independent, so the
-    domain's name makes no difference. ``stacklevel`` is that of an experiment's function in its decorator.
+    domain's name makes no difference.
     """
     contents = [(item.prompt, item.answer) for item in items]
-    kept, merged = merge_repeats(contents, [item.item.id for item in items], "items", stacklevel)
+    kept, merged = merge_repeats(contents, [item.item.id for item in items], "items")
     return [items[i] for i in kept], merged
 
 
-def distinct_sequences(sequences: Sequence[ScoredSequence], stacklevel: int = 5) -> tuple[list[ScoredSequence], Merged]:
+def distinct_sequences(sequences: Sequence[ScoredSequence]) -> tuple[list[ScoredSequence], Merged]:
     """Sequences of the same tokens, counted once; a token is scored where any of them is to score it.
 
     A sequence that begins as another one does, or is cut from it, has another content.
     """
-    kept, merged = merge_repeats([s.tokens for s in sequences], [s.id for s in sequences], "sequences", stacklevel)
+    kept, merged = merge_repeats([s.tokens for s in sequences], [s.id for s in sequences], "sequences")
     if not merged:
         return list(sequences), merged
     scored = {sequences[i].tokens: sequences[i].is_scored for i in kept}

@@ -82,7 +82,7 @@ def test_sequences_of_the_same_tokens_are_one_and_their_masks_are_united() -> No
 
 def test_many_are_named_up_to_five() -> None:
     with pytest.warns(RepeatedContentWarning, match=r"7 things .* and 2 more") as caught:
-        kept, merged = merge_repeats("xxxxxxxxy", [f"n{i}" for i in range(9)], "things", stacklevel=2)
+        kept, merged = merge_repeats("xxxxxxxxy", [f"n{i}" for i in range(9)], "things")
     assert caught[0].filename == __file__
     assert kept == [0, 8]
     assert merged == {"n0": [f"n{i}" for i in range(1, 8)]}

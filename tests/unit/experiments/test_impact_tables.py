@@ -111,8 +111,8 @@ def test_the_regimes_are_those_of_the_study_and_the_test_knows_its_limits():
 
 @pytest.mark.parametrize("kind", ["independent", "autoregressive", "random walk", "trend"])
 def test_layers_that_are_like_their_neighbours_are_no_regimes(kind):
-    rng, runs = np.random.default_rng(len(kind)), 250
-    for n_layers in (24, 32):
+    rng, runs = np.random.default_rng(len(kind)), 100
+    for n_layers in (24,):
         outer = np.array(regimes(np.arange(n_layers))) != "middle"
         wrong = 0
         for _ in range(runs):
