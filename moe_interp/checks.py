@@ -80,12 +80,12 @@ def check_name(value: Any, what: str, is_file: bool = False) -> str:
     if not isinstance(value, str):
         expected = "a text, or a whole number"
         raise DataError(f"{what} {str(value)[:40]!r} of type {type(value).__name__}", expected, "Write it as a text.")
-    if not value.strip():
-        raise DataError(f"{what} {str(value)[:40]!r}", "a name of at least one character that shows", "Name it.")
     for character in value:
         if kind := _NOT_IN_A_NAME.get(unicodedata.category(character)):
             given = f"{what} {value[:60]!r} with the {kind} {character!r}"
             raise DataError(given, "a name without control characters, of whole characters", "Remove the character.")
+    if not any(unicodedata.category(character)[0] in "LNPS" for character in value):
+        raise DataError(f"{what} {str(value)[:40]!r}", "a name of at least one character that shows", "Name it.")
     if is_file and (value.startswith(".") or set(value) & {"/", "\\"}):
         given = f"{what} {value[:60]!r}, which names a file"
         raise DataError(given, "a name without slashes and without a dot at its start", "Rename it.")

@@ -145,6 +145,8 @@ class TextReader:
     def _read(self, text: str, place: str, field: str, has_front: bool = True) -> tuple[tuple[int, ...], bool]:
         """A text's ids with what belongs in front of it, once, and whether the text begins with BOS itself."""
         put = has_front and self._is_put_in_front()
+        if self.bos is not None and text.lstrip().startswith(self.tokenizer.bos_token):
+            text = text.lstrip()  # white space before BOS is no text
         own = self._own(self.tokenizer.bos_token + text if put else text, place, field)
         front: tuple[int, ...] = ()
         if has_front and not put:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe_interp.errors import DataError
 from moe_interp.tokenization import (
@@ -75,6 +76,24 @@ def test_bos_stands_once_however_often_it_is_written(kind: str, wants_bos: bool)
     with pytest.warns(RepeatedBOSWarning, match=r"^4 texts \(text 1, text 2, text 3, alone\) begin with BOS") as said:
         reader.warn("text")
     assert len(said) == 1
+
+
+def test_white_space_before_bos_is_no_text() -> None:
+    """With a byte-level vocabulary, where a line break is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<bos>", *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<bos>"])
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<bos>", name_or_path="tiny", add_bos_token=True
+    )
+    reader = TextReader(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tokenizer))
+    plain = reader.start("a b", "x")
+    assert plain == (0, *tokenizer("a b", add_special_tokens=False)["input_ids"])
+    assert reader.start("\n <bos>a b", "x") == plain
+    assert len(reader.start("\n a b", "x")) == len(plain) + 2
+    assert len(reader.begins_with_bos) == 1
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
