@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+_INSIDE = (str(Path(__file__).parent), contextlib.__file__)
+
 
 class MoEInterpError(Exception):
     """Base of every error that moe_interp raises on purpose.
@@ -46,3 +53,11 @@ class ResultError(MoEInterpError):
 
 class TrainingError(MoEInterpError):
     """A training run that cannot go on, such as one with a non-finite loss."""
+
+
+def warn(text: str, category: type[Warning]) -> None:
+    """Warn at the user's own line: the nearest one outside of the package and its decorators."""
+    frame, level = sys._getframe(0), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

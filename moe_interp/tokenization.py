@@ -6,9 +6,7 @@ says so), exactly once: also where the text or a chat template writes it already
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.checks import check_text
-from moe_interp.errors import DataError
+from moe_interp.errors import DataError, warn
 
 Messages = tuple[Mapping[str, Any], ...]
 Text = str | tuple[int, ...]
@@ -132,14 +130,16 @@ class TextReader:
             noun: What was read, such as "sequence".
         """
         if self.begins_with_bos:
-            _warn(
+            warn(
                 f"{_named(self.begins_with_bos, noun)} with BOS ({self._shown(self.bos)}) in the text: it is kept "
-                "once. Leave it out of texts; a conversation is given as `messages`."
+                "once. Leave it out of texts; a conversation is given as `messages`.",
+                RepeatedBOSWarning,
             )
         if self.begins_with_two:
-            _warn(
+            warn(
                 f"{_named(self.begins_with_two, noun)} with two BOS (id {self.bos}): lists of ids are taken as they "
-                "are. Tokenise without special tokens what a chat template has rendered."
+                "are. Tokenise without special tokens what a chat template has rendered.",
+                RepeatedBOSWarning,
             )
 
     def _read(self, text: str, place: str, field: str, has_front: bool = True) -> tuple[tuple[int, ...], bool]:
@@ -275,32 +275,7 @@ def padded_ids(rows: Sequence[Sequence[int]], at_end: bool) -> tuple[Tensor, Ten
     return ids, mask
 
 
-def content_key(ids: Iterable[int]) -> str:
-    """What a sequence is, whatever its id and however it was handed in: 16 hex digits of SHA-256 of its token ids.
-
-    Of an item, its prompt's ids and then its answer's.
-    """
-    return hashlib.sha256(np.asarray(list(ids), dtype="<i8").tobytes()).hexdigest()[:16]
-
-
-def same_content(names: Sequence[str], contents: Iterable[Iterable[int]]) -> list[tuple[str, ...]]:
-    """The groups of names whose token ids are the same, in order of their first; alone ones are left out.
-
-    Args:
-        names: ``[entry]`` ids.
-        contents: ``[entry]``, the token ids of each.
-    """
-    found: dict[str, list[str]] = {}
-    for name, ids in zip(names, contents, strict=True):
-        found.setdefault(content_key(ids), []).append(name)
-    return [tuple(group) for group in found.values() if len(group) > 1]
-
-
 def _named(places: Sequence[str], noun: str) -> str:
     shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
     verb = "begins" if len(places) == 1 else "begin"
     return f"{len(places)} {noun}{'' if len(places) == 1 else 's'} ({shown}) {verb}"
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, RepeatedBOSWarning, stacklevel=4)

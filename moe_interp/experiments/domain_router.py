@@ -66,7 +66,7 @@ def domain_router(
 
     Source: derived.
     """
-    k = moe.spec(moe.layers[0]).top_k if k is None else k
+    k = moe.spec(moe.layers[0]).top_k if k is None else check_whole(k, "k", 1)
     chosen = best_experts(isolation_result, domain, k, items, mass)
     return [hook for layer, experts in chosen.items() for hook in set_routes(moe, layer, experts)]
 
@@ -168,7 +168,7 @@ def score_domain_router(
     """
     check_attached(moe)
     random_draws, seed = check_whole(random_draws, "random_draws", 1), check_seed(seed)
-    k = moe.spec(moe.layers[0]).top_k if k is None else k
+    k = moe.spec(moe.layers[0]).top_k if k is None else check_whole(k, "k", 1)
     tokenized, merged = distinct_items(tokenize_items(moe.bridge, check_items(items)))
     checked = [item.item for item in tokenized]
     aliases = {

@@ -16,7 +16,7 @@ from moe_interp.checks import check_name
 from moe_interp.errors import DataError
 from moe_interp.hooks.prefix import Reads
 from moe_interp.jsonlines import read_json_lines
-from moe_interp.tokenization import Messages, TextReader, content_key, id_row, prompt_of
+from moe_interp.tokenization import Messages, TextReader, id_row, prompt_of
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,6 @@ class TokenizedItem:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
-
-    @property
-    def content_key(self) -> str:
-        """What the item asks and answers, whatever its id: see :func:`moe_interp.tokenization.content_key`."""
-        return content_key(self.prompt + self.answer)
 
 
 def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[TokenizedItem]:

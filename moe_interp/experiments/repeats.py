@@ -7,19 +7,15 @@ under the id that comes first, warn with the names of the others, and keep these
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
+from moe_interp.errors import warn
 from moe_interp.experiments.items import TokenizedItem
 from moe_interp.experiments.sequences import ScoredSequence
 
-_INSIDE = (str(Path(__file__).parents[1]), contextlib.__file__)
 NAMED = 5  # merged ones that the warning names
 
 Merged = dict[str, list[str]]
@@ -53,16 +49,8 @@ def merge_repeats(contents: Iterable[Hashable], names: Sequence[str], kind: str)
             f"{len(pairs)} {kind} have the content of another under a different id and are not counted again: "
             f"{', '.join(pairs[:NAMED])}{more}"
         )
-        warnings.warn(text, RepeatedContentWarning, stacklevel=_level_of_the_caller())
+        warn(text, RepeatedContentWarning)
     return list(first.values()), merged
-
-
-def _level_of_the_caller() -> int:
-    """How many frames above this function's caller the user's code stands: outside the package and its decorators."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def distinct_items(items: Sequence[TokenizedItem]) -> tuple[list[TokenizedItem], Merged]:

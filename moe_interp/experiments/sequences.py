@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from moe_interp.checks import check_whole
 from moe_interp.errors import DataError
 from moe_interp.experiments.sequence_texts import as_sequence_text
-from moe_interp.tokenization import TextReader, check_messages, content_key
+from moe_interp.tokenization import TextReader, check_messages
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,6 @@ class ScoredSequence:
         """What the sequence's random numbers are fixed by: its tokens, so neither its place nor its name."""
         digest = hashlib.sha256(repr(self.tokens).encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
-
-    @property
-    def content_key(self) -> str:
-        """What the sequence says, whatever its id: see :func:`moe_interp.tokenization.content_key`."""
-        return content_key(self.tokens)
 
 
 def read_sequences(bridge: TransformerBridge, sequences: Any) -> list[ScoredSequence]:

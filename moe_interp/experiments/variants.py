@@ -32,7 +32,7 @@ def expert_sets(experts: Sequence[int | Sequence[int]] | None, n_experts: int) -
         for entry in range(n_experts) if experts is None else experts:
             # numpy's and torch's integers too
             sets.append(tuple(check_whole(e, "expert") for e in (entry if np.ndim(entry) else [entry])))
-    except (TypeError, ConfigError) as error:
+    except (TypeError, ValueError, ConfigError) as error:
         raise ConfigError(f"experts={experts!r}", "expert ids, or tuples of them", "Correct the list.") from error
     if not sets or not all(sets) or len({frozenset(s) for s in sets}) < len(sets):
         raise ConfigError(f"experts={experts!r}", "different, non-empty sets of experts", "Correct the list.")

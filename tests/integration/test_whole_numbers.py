@@ -21,6 +21,8 @@ STRANGE = [True, np.True_, torch.tensor(True), 1.0, np.float64(1), 1.5, "1x", [1
 TOKENS = tiny.random_tokens(1, 4)
 ROUTES = torch.tensor([0, 1]).expand(1, 4, 1, 2)
 QUIET: dict[str, Any] = {"progress": False}
+ITEMS = [{"id": np.int64(i), "domain": "d", "prompt": [3, 4 + i], "answer": [5]} for i in range(2)]
+ITEM: dict[str, Any] = {"layers": [1], "experts": [0], **QUIET}
 SEQUENCE: dict[str, Any] = {"layers": [1], "n_routes": 1, "controls": False, **QUIET}
 
 
@@ -33,6 +35,11 @@ MODEL_CALLS: dict[str, Callable[[mi.MoEHooks, Any], Any]] = {
     "counterfactual seed": lambda moe, n: mi.counterfactual_routes(moe, TOKENS, **SEQUENCE | {"seed": n}),
     "counterfactual n_routes": lambda moe, n: mi.counterfactual_routes(moe, TOKENS, **SEQUENCE | {"n_routes": n}),
     "counterfactual layer": lambda moe, n: mi.counterfactual_routes(moe, TOKENS, **SEQUENCE | {"layers": [n]}),
+    "isolate seed": lambda moe, n: mi.isolate_experts(moe, ITEMS, **ITEM | {"seed": n}),
+    "isolate random_draws": lambda moe, n: mi.isolate_experts(moe, ITEMS, **ITEM | {"random_draws": n}),
+    "isolate layer": lambda moe, n: mi.isolate_experts(moe, ITEMS, **ITEM | {"layers": [n]}),
+    "isolate expert": lambda moe, n: mi.isolate_experts(moe, ITEMS, **ITEM | {"experts": [n]}),
+    "isolate set": lambda moe, n: mi.isolate_experts(moe, ITEMS, **ITEM | {"experts": [(n, 5)]}),
     "score layer": lambda moe, n: mi.score_routes(moe, TOKENS, n, ROUTES),
     "score position": lambda moe, n: mi.score_routes(moe, TOKENS, 1, ROUTES, positions=[n]),
     "screen keep": lambda moe, n: mi.screen_routes(moe, TOKENS, [1], {1: ROUTES}, keep=n),
@@ -110,3 +117,14 @@ def test_a_seed_of_numpy_is_that_of_python(moe: mi.MoEHooks) -> None:
     one, other = (mi.counterfactual_routes(moe, TOKENS, **SEQUENCE | {"seed": seed}) for seed in (3, np.int64(3)))
     np.testing.assert_array_equal(one.data["route"], other.data["route"])
     assert one.data.attrs == other.data.attrs
+
+
+@pytest.mark.parametrize("name", ["k", "random_draws", "seed"])
+def test_numbers_of_the_domain_router(moe: mi.MoEHooks, name: str) -> None:
+    isolated = mi.isolate_experts(moe, ITEMS, layers=[1], **QUIET)
+    options: dict[str, Any] = {"k": 1, "random_draws": 1, **QUIET}
+    for value in STRANGE:
+        with pytest.raises(MoEInterpError, match=f"{name}="):
+            mi.score_domain_router(moe, ITEMS, isolated, **options | {name: value})
+    for value in WHOLE:
+        mi.score_domain_router(moe, ITEMS, isolated, **options | {name: value})

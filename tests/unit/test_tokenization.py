@@ -18,9 +18,7 @@ from moe_interp.tokenization import (
     RepeatedBOSWarning,
     TextReader,
     check_messages,
-    content_key,
     padded_ids,
-    same_content,
 )
 from tests import tiny
 
@@ -285,20 +283,3 @@ def test_padding_on_either_side() -> None:
     assert (ids.tolist(), mask.tolist()) == ([[5, 0], [6, 7]], [[1, 0], [1, 1]])
     ids, mask = padded_ids([(5,), (6, 7)], at_end=False)
     assert (ids.tolist(), mask.tolist()) == ([[0, 5], [6, 7]], [[0, 1], [1, 1]])
-
-
-def test_the_same_content_is_found_under_other_ids(bridge: TransformerBridge) -> None:
-    reader = TextReader(bridge)
-    contents = [
-        reader.start("w3 w4", "") + reader.rest("w5", ""),
-        reader.start([1, 3, 4], "") + reader.rest([5], ""),
-        reader.start("w3", ""),
-        torch.tensor([1, 3, 4, 5]).tolist(),
-        reader.start("<bos> w3", ""),
-        reader.start("w5 w4 w3", ""),
-    ]
-    assert same_content(list("abcdef"), contents) == [("a", "b", "d"), ("c", "e")]
-    assert same_content(["a"], [(1,)]) == []
-    assert content_key([1, 23]) != content_key([12, 3]) != content_key([123])
-    assert content_key(np.array([3, 4], np.int16)) == content_key((3, 4))
-    assert len(content_key(range(10_000))) == 16

@@ -72,7 +72,8 @@ def test_the_model_sees_bos_once_in_texts_messages_and_ids(call: str) -> None:
     assert rows[0][: len(OPENED)] == OPENED
     with pytest.warns(RepeatedBOSWarning, match="begins with BOS") as said, rows_given(moe) as rows:
         got = CALLS[call](moe, {"prompt": RENDERED})
-    assert sum(one.category is RepeatedBOSWarning for one in said) == 1
+    (one,) = [one for one in said if one.category is RepeatedBOSWarning]
+    assert one.filename == __file__
     np.testing.assert_array_equal(got, expected)
     assert rows[0][: len(OPENED)] == OPENED
     with pytest.warns(RepeatedBOSWarning, match="begins with two BOS"), rows_given(moe) as rows:

@@ -15,9 +15,10 @@ from transformer_lens.model_bridge import TransformerBridge
 import moe_interp as mi
 from moe_interp.errors import DataError
 from moe_interp.experiments.items import check_items
+from moe_interp.experiments.repeats import RepeatedContentWarning, distinct_sequences
 from moe_interp.experiments.sequence_texts import unread_fields
 from moe_interp.experiments.sequences import read_sequences
-from moe_interp.tokenization import RepeatedBOSWarning, same_content
+from moe_interp.tokenization import RepeatedBOSWarning
 from tests import tiny
 
 TEMPLATE = (
@@ -119,11 +120,9 @@ def test_conversations_are_read_whole_or_as_the_prompt_of_an_answer(bridge: Tran
     assert [one.tokens for one in read] == [(1, 50, 3, 4, 50, 5, 2), opened, opened, opened, read[0].tokens]
     scored = [np.flatnonzero(one.is_scored).tolist() for one in read]
     assert scored == [[0, 1, 2, 3, 4, 5], [4], [4], [4], [4, 5]]
-    assert same_content([one.id for one in read], [one.tokens for one in read]) == [
-        ("whole", "last"),
-        ("asked", "prompt", "item"),
-    ]
-    assert len({one.content_key for one in read}) == 2
+    with pytest.warns(RepeatedContentWarning, match=r"'prompt' \(as 'asked'\), 'item' \(as 'asked'\)"):
+        kept, merged = distinct_sequences(read)
+    assert (len(kept), merged) == (2, {"whole": ["last"], "asked": ["prompt", "item"]})
 
 
 def test_a_named_field_is_scored_and_lines_are_kept_by_their_other_fields(tmp_path: Path, bridge: Any) -> None:
@@ -147,8 +146,12 @@ def test_a_named_field_is_scored_and_lines_are_kept_by_their_other_fields(tmp_pa
 
 
 BAD_LINES = [
-    ({"id": "b", "prompt": "w3"}, {}, r"seq.jsonl, line 2 \(sequence 'b'\) with the fields \['id', 'prompt'\]"),
-    ({"id": "b", "prompt": "w3", "answer": "w4"}, {"answer_field": "steps"}, "prompt .or messages. and steps"),
+    ({"id": "b", "prompt": "w3"}, {}, r"seq.jsonl, line 2 \(sequence 'b'\): no answer among its fields id, prompt\. "),
+    (
+        {"id": "b", "prompt": "w3", "answer": "w4"},
+        {"answer_field": "steps"},
+        "'b'.: no steps among its fields id, prompt, answer",
+    ),
     ({"id": "b", "text": "w3", "answer": "w4"}, {}, "line 2 .sequence 'b'. with the fields"),
     ({"id": "b", "messages": ASKED, "prompt": "w3", "answer": "w4"}, {}, "'b'.: messages beside prompt"),
     ({"id": "b", "messages": WHOLE, "answer": "w4"}, {}, "answer beside messages that end with the assistant's"),
