@@ -19,9 +19,14 @@ def say(text: str) -> None:
     err.print(text, markup=False)
 
 
-def fail(error: Exception) -> None:
-    """An error as one red text, so that it breaks between words."""
-    err.print(Text.assemble((f"{type(error).__name__}: ", "bold red"), (str(error), "red")))
+def fail(text: str, kind: str) -> None:
+    """An error of a kind as one red text, so that it breaks between words."""
+    err.print(Text.assemble((f"{kind}: ", "bold red"), (text, "red")))
+
+
+def summary(text: str, soft_wrap: bool = False) -> None:
+    """A result's own words, as they are; with ``soft_wrap`` also its lines."""
+    out.print(text, markup=False, soft_wrap=soft_wrap)
 
 
 def point_to(page: Path, result: Path | None = None) -> None:

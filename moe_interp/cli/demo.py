@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from moe_interp.cli import console
-from moe_interp.cli.counterfactual import STORE, demo_sequences, write_counterfactual
-from moe_interp.cli.isolate import CELLS, first_of_each, read_items, write_isolation
-from moe_interp.cli.load import DEMO, Seed, load_hooks
-from moe_interp.cli.runs import check_out, finished_cells
-from moe_interp.experiments.counterfactual import counterfactual_routes
-from moe_interp.experiments.domain_router import score_domain_router
-from moe_interp.experiments.isolation import isolate_experts
-from moe_interp.report import counterfactual_chapter, isolation_chapter, render_page, write_page
+from moe_interp.cli import console, options
+from moe_interp.cli.options import DEMO, Device, Memory, Resume, Seed
+from moe_interp.cli.startup import work_begins
 
 PER_DOMAIN = 40  # enough for the tests, and within a minute on two cores
 LONGEST = 260  # characters of prompt and answer: long code items would take most of that minute
@@ -41,24 +34,40 @@ class Stages:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results, figures and the page.")] = Path("demo"),
-    per_domain: Annotated[int, typer.Option(help="Items of each domain.")] = PER_DOMAIN,
+    first: Annotated[int, typer.Option(help="Use the first N items of each domain.")] = PER_DOMAIN,
+    memory: Memory = None,
+    device: Device = "cpu",
     seed: Seed = 0,
+    resume: Resume = True,
 ) -> None:
     """Which experts of the bundled model are good for which domain, does its router prefer them, and would other routes
     have predicted the next token better?"""
-    check_out(out)
+    options.check_number("--first", first)
+    options.check_common(DEMO, device, "float32", seed, out)
+    budget = options.memory_bytes(memory)
     stage = Stages()
     with stage("loading the model"):
-        moe = load_hooks(DEMO, "cpu")
+        from moe_interp.cli.inputs import demo_sequences, first_of_each, read_items
+        from moe_interp.cli.load import load_hooks
+        from moe_interp.cli.outputs import CELLS, ROUTE_CELLS, write_counterfactual, write_isolation
+        from moe_interp.cli.runs import finished_cells
+        from moe_interp.experiments.counterfactual import counterfactual_routes
+        from moe_interp.experiments.domain_router import score_domain_router
+        from moe_interp.experiments.isolation import isolate_experts
+        from moe_interp.report import counterfactual_chapter, isolation_chapter, render_page, write_page
+
+        moe = load_hooks(DEMO, device)
         short = [item for item in read_items([DEMO], None, None) if len(item.prompt) + len(item.answer) <= LONGEST]
-        items = first_of_each(short, per_domain)
-    with stage("isolating experts"), finished_cells(out / CELLS):
-        result = isolate_experts(moe, items, seed=seed, store=out / CELLS)
+        items = first_of_each(short, first)
+    work_begins()
+    with stage("isolating experts"), finished_cells(out / CELLS, resume):
+        result = isolate_experts(moe, items, memory_budget=budget, seed=seed, store=out / CELLS)
     with stage("replacing the router"):
         routers = score_domain_router(moe, items, result, seed=seed)
         routers.save(out / "domain_router.nc")
-    with stage("scoring counterfactual routes"), finished_cells(out / STORE):
-        routes = counterfactual_routes(moe, demo_sequences(per_domain, LONGEST), seed=seed, store=out / STORE)
+    with stage("scoring counterfactual routes"), finished_cells(out / ROUTE_CELLS, resume):
+        sequences = demo_sequences(first, LONGEST)
+        routes = counterfactual_routes(moe, sequences, memory_budget=budget, seed=seed, store=out / ROUTE_CELLS)
     with stage("statistics and figures"):
         write_isolation(result, out)
         write_counterfactual(routes, out)
@@ -69,5 +78,5 @@ def demo(
             extra={name: f"{seconds:.1f} s" for name, seconds in stage.seconds.items()},
         )
         write_page(out / "index.html", page)
-    console.out.print(escape("\n\n".join((result.summary(), routers.summary(), routes.summary()))))
+    console.summary("\n\n".join((result.summary(), routers.summary(), routes.summary())))
     console.point_to(out / "index.html")

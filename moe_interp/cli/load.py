@@ -6,27 +6,19 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
+from moe_interp.cli.options import DEMO, check_dtype, check_model
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.testbed.demo import load_demo_assets
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-DEMO = "demo"
-
-Model = Annotated[str, typer.Option("--model", "-m", help="A hub name, a local folder, or 'demo'.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default the best there is.")]
-Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
 def load_bridge(model: str, device: str | None = None, dtype: str = "float32", **options: Any) -> TransformerBridge:
@@ -36,22 +28,23 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
         model: "demo", a folder with a transformers checkpoint, or a hub name. ``HF_HUB_OFFLINE=1`` is honoured: then
             only what is already in the cache is found.
         device: A torch device; TransformerLens' own choice by default.
-        dtype: A key of ``DTYPES``.
+        dtype: A name of ``options.DTYPES``.
         options: Handed on to ``TransformerBridge.boot_transformers``.
 
     Raises:
         ConfigError: an unknown number format or device, a folder that is not there, a name that is not on the hub or
             cannot be reached, or a model that TransformerLens does not bridge.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "Choose a number format.")
+    check_dtype(dtype)
     source = _source(model)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     has_text = not Path(source).is_dir() or _has_tokenizer(Path(source))
     if not has_text:
         options = {"tokenizer": _stand_in(), **options}
     try:
-        bridge = TransformerBridge.boot_transformers(source, device=_device(device), dtype=DTYPES[dtype], **options)
+        bridge = TransformerBridge.boot_transformers(
+            source, device=_device(device), dtype=getattr(torch, dtype), **options
+        )
     except (OSError, ValueError) as error:
         raise _explained(model, error) from error
     if not has_text:
@@ -74,23 +67,9 @@ def load_hooks(model: str, device: str | None = None, dtype: str = "float32") ->
 def _source(model: str) -> str:
     if model == DEMO:
         return str(load_demo_assets().model_path)
-    looks_local = model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+    check_model(model)
     path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"the folder {model} without a config.json",
-                "a folder written by save_pretrained",
-                "Give the folder that holds config.json and the weights.",
-            )
-        return str(path)
-    if looks_local or path.exists():
-        raise ConfigError(
-            f"the path {model}, which is not a folder that exists",
-            "a folder with a transformers checkpoint, a hub name such as allenai/OLMoE-1B-7B-0924, or 'demo'",
-            "Correct the path.",
-        )
-    return model
+    return str(path) if path.is_dir() else model
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -112,7 +91,7 @@ def _device(device: str | None) -> str | None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device {device!r} ({str(error).splitlines()[0]})", "a device that this machine has", "Try --device cpu."
+            f"--device {device} ({str(error).splitlines()[0]})", "a device that this machine has", "Try --device cpu."
         ) from error
     return device
 

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
-from transformer_lens.tools.model_registry import api
 
-from moe_interp.arch.families import FAMILIES
-from moe_interp.cli import console
+from moe_interp.cli import console, options
+
+# of families whose architecture also serves dense models: what the names of those with experts have in common
+WITH_EXPERTS = {
+    "granite_moe_hybrid": r"granite-4\.[0-9]+-(h-)?(tiny|small)",
+    "nemotron_h": r"A[0-9]+B",
+    "llama4": r"Scout|Maverick",
+    "gemma4": r"A[0-9]+B",
+}
+# made for tests of software: random weights, a few layers
+FOR_TESTS = r"tiny-random|random|internal-testing|-testing/|dummy|ci-"
+OWNERS = (
+    *("mistralai", "allenai", "Qwen", "openai", "ibm-granite", "jetmoe", "deepseek-ai", "zai-org", "nvidia", "baidu"),
+    *("LiquidAI", "MiniMaxAI", "arcee-ai", "poolside", "microsoft", "meta-llama", "google", "ai21labs"),
+)
 
 
 def models(
-    family: Annotated[str | None, typer.Option(help="Only this family's.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Only this family's.", autocompletion=options.completes(options.FAMILIES))
+    ] = None,
     all_models: Annotated[bool, typer.Option("--all", help="Every hub name, one a line.")] = False,
 ) -> None:
     """List what --model takes: 'demo', a local folder, or a hub name of a supported family.
 
-    The hub names are those that TransformerLens lists for the families' architectures; some are dense variants, which
-    are refused when loaded.
+    The hub names are those that TransformerLens lists for the families' architectures, without dense variants and
+    models of random weights.
     """
-    chosen = [f for f in FAMILIES if family in (None, f.name)]
-    if not chosen:
-        known = ", ".join(f.name for f in FAMILIES)
-        raise typer.BadParameter(f"{family!r} is not one of {known}", param_hint="--family")
-    names = {f.name: _hub_names(f.architectures) for f in chosen}
+    if family is not None:
+        options.check_one_of("--family", family, options.FAMILIES, "a family")
+
+    from moe_interp.arch.families import FAMILIES
+
+    names = {f.name: hub_names(f.name, f.architectures) for f in FAMILIES if family in (None, f.name)}
     if all_models:
         for name in dict.fromkeys(name for listed in names.values() for name in listed):
             print(name)
@@ -39,7 +55,16 @@ def models(
     )
 
 
-def _hub_names(architectures: tuple[str, ...]) -> list[str]:
-    """Hub names of these architectures: verified ones first, then as TransformerLens orders them."""
+def hub_names(family: str, architectures: tuple[str, ...]) -> list[str]:
+    """Hub names of a family: its makers' first, then those that TransformerLens has verified, then in its order."""
+    from transformer_lens.tools.model_registry import api
+
     entries = [entry for name in architectures for entry in api.get_supported_models(architecture=name)]
-    return [entry.model_id for entry in sorted(entries, key=lambda entry: entry.status != 1)]
+    kept = [
+        entry
+        for entry in entries
+        if re.search(WITH_EXPERTS.get(family, ""), entry.model_id, re.I)
+        and not re.search(FOR_TESTS, entry.model_id, re.I)
+    ]
+    kept.sort(key=lambda entry: (entry.model_id.split("/")[0] not in OWNERS, entry.status != 1))
+    return [entry.model_id for entry in kept]

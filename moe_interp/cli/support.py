@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moe_interp.arch.families import FAMILIES
-from moe_interp.cli import console
-from moe_interp.hooks.names import HOOKS, hooks_of
-from moe_interp.hooks.support import support_markdown, support_table
+from moe_interp.cli import console, options
 
 
 def support(
-    family: Annotated[str | None, typer.Argument(help="Show one family in full.")] = None,
+    family: Annotated[
+        str | None, typer.Argument(help="Show one family in full.", autocompletion=options.completes(options.FAMILIES))
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the documentation page.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print one row a family and hook, comma separated.")] = False,
 ) -> None:
     """Show which MoE families are supported, which hooks each has, and what writing to them does."""
+    if family is not None:
+        options.check_one_of("family", family, options.FAMILIES, "a family")
+
+    from moe_interp.hooks.support import support_markdown, support_table
+
     if markdown:
         print(support_markdown(), end="")
     elif csv:
@@ -25,10 +29,13 @@ def support(
     elif family is None:
         _overview()
     else:
-        _one(family)
+        _one(family, support_table())
 
 
 def _overview() -> None:
+    from moe_interp.arch.families import FAMILIES
+    from moe_interp.hooks.names import HOOKS, hooks_of
+
     hooks = console.table(
         "Hooks: blocks.{layer}.hook_<name>, in the order they fire",
         ["name", "axes", "writing to it means"],
@@ -47,12 +54,8 @@ def _overview() -> None:
     console.out.print("\nmoe-interp support <family> shows what is odd about one.", style="dim")
 
 
-def _one(name: str) -> None:
-    table = support_table()
+def _one(name: str, table: Any) -> None:
     chosen = table[table["family"] == name]
-    if not len(chosen):
-        known = ", ".join(family.name for family in FAMILIES)
-        raise typer.BadParameter(f"{name!r} is not one of {known}", param_hint="family")
     first = chosen.iloc[0]
     console.out.print(f"[bold]{name}[/]: {first['rule']}\narchitectures: {first['architectures']}", soft_wrap=False)
     if first["note"]:

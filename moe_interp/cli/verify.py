@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import typer
 
-from moe_interp.cli import console
-from moe_interp.cli.load import Device, Dtype, Model, Seed, load_hooks
+from moe_interp.cli import console, options
+from moe_interp.cli.options import Device, Dtype, Layers, Model, Seed
 from moe_interp.errors import ConfigError
-from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.trial import as_tokens
-from moe_interp.hooks.verify import Verification
 
 
 def verify_model(
@@ -21,9 +17,7 @@ def verify_model(
     dtype: Dtype = "float32",
     text: Annotated[str | None, typer.Option(help="Text to run on, instead of random tokens.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids to run on, such as 12,7,99.")] = None,
-    layer: Annotated[
-        list[str] | None, typer.Option(help="A layer to check (repeatable), such as 3, -1 or encoder.1.")
-    ] = None,
+    layers: Layers = None,
     seed: Seed = 0,
     full: Annotated[bool, typer.Option("--full", help="One row a layer, instead of the worst of all layers.")] = False,
 ) -> None:
@@ -31,27 +25,39 @@ def verify_model(
 
     Exit code 1 if a check fails.
     """
+    options.check_common(model, device, dtype, seed)
+    layer_names, ids = options.layer_names(layers), _ids(tokens, text)
+
+    import torch
+
+    from moe_interp.cli.load import load_hooks
+    from moe_interp.hooks.trial import as_tokens
+
     moe = load_hooks(model, device, dtype)
-    layers = None if layer is None else [moe.layer_label(label) for label in layer]
-    table = moe.verify(_tokens(moe, text, tokens, seed), layers)
+    labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
+    if ids is not None:
+        given: Any = torch.tensor([ids])
+    else:
+        given = as_tokens(moe.bridge, None, seed) if text is None else text
+    table = moe.verify(given, labels)
     console.out.print(f"{model}: {moe!r}", markup=False)
     _print(table, full)
     if not table.ok:
         raise typer.Exit(1)
 
 
-def _tokens(moe: MoEHooks, text: str | None, ids: str | None, seed: int) -> torch.Tensor | str:
-    if text is not None and ids is not None:
+def _ids(tokens: str | None, text: str | None) -> list[int] | None:
+    if tokens is None:
+        return None
+    if text is not None:
         raise ConfigError("both --text and --tokens", "at most one of them", "Leave one out.")
-    if ids is None:
-        return as_tokens(moe.bridge, None, seed) if text is None else text
-    try:
-        return torch.tensor([[int(part) for part in ids.split(",")]])
-    except ValueError:
-        raise ConfigError(f"--tokens {ids!r}", "integers separated by commas", "Write them as 12,7,99.") from None
+    parts = [part.strip() for part in tokens.split(",")]
+    if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in parts):
+        raise ConfigError(f"--tokens {tokens!r}", "integers separated by commas", "Write them as 12,7,99.")
+    return [int(part) for part in parts]
 
 
-def _print(table: Verification, full: bool) -> None:
+def _print(table: Any, full: bool) -> None:
     """One line a check, and below it one a hook."""
     rows: list[tuple[str, ...]] = []
     shown = table.assign(layers=table["layer"], worst=table["figure"]) if full else table.summary()

@@ -91,12 +91,13 @@ def train(
         ResultError: ``out`` holds a run of another configuration, or a run and ``resume`` is False.
         TrainingError: A loss or gradient is not finite; the last checkpoint stays.
     """
+    _check_precision(mixed_precision)
     check_strategy(config.strategy, config, config.domains if domains is None else [d.name for d in domains])
     folder = None if out is None else RunFolder(Path(out))
     if folder is not None:
         folder.check(config, resume)
-    accelerator = _accelerator(mixed_precision)
-    trainer = Trainer(config, load_domains(config) if domains is None else domains, accelerator)
+    accelerator = _accelerator()
+    trainer = Trainer(config, load_domains(config) if domains is None else domains, accelerator, mixed_precision)
     if folder is not None:
         if folder.state.exists():
             trainer.load_state(folder.state)
@@ -125,21 +126,25 @@ def train(
     )
 
 
-def _accelerator(mixed_precision: str) -> Accelerator:
-    if mixed_precision not in PRECISIONS:
-        raise ConfigError(f"mixed_precision {mixed_precision!r}", f"one of {', '.join(PRECISIONS)}", "Choose one.")
+def _accelerator() -> Accelerator:
+    """In full precision: accelerate has one for the whole process, and a run has its own."""
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
-    except ValueError:  # accelerate's state is the process' own
+        accelerator = Accelerator(mixed_precision="no")
+    except ValueError:
         raise ConfigError(
-            f"mixed_precision {mixed_precision!r} after a run with another",
-            "one precision a process",
-            "Start Python anew.",
+            "an Accelerator of this process that was made with mixed precision",
+            "one of full precision: a run says its own",
+            'Make it with mixed_precision="no", or after training.',
         ) from None
     if accelerator.num_processes > 1:
         atexit.unregister(_end_process_group)
         atexit.register(_end_process_group)
     return accelerator
+
+
+def _check_precision(mixed_precision: str) -> None:
+    if mixed_precision not in PRECISIONS:
+        raise ConfigError(f"mixed_precision {mixed_precision!r}", f"one of {', '.join(PRECISIONS)}", "Choose one.")
 
 
 def _end_process_group() -> None:

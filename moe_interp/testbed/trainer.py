@@ -30,8 +30,11 @@ from moe_interp.testbed.strategy import Batch, Loads, Records, Setting, recorded
 class Trainer:
     """One run. ``train.train`` is the way in; the class keeps what a step and a checkpoint share."""
 
-    def __init__(self, config: TestbedConfig, domains: Sequence[Domain], accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: TestbedConfig, domains: Sequence[Domain], accelerator: Accelerator, mixed_precision: str = "no"
+    ) -> None:
         _check_processes(config, accelerator)
+        self.autocast = partial(_autocast, mixed_precision, accelerator.device)
         self.config, self.domains, self.accelerator = config, tuple(domains), accelerator
         self.tokenizer = train_tokenizer(domains, config.vocab_size)
         self.data = training_sequences(
@@ -70,7 +73,13 @@ class Trainer:
         batch = Batch(tokens, domain, self.step, training)
         hooks, dropping = self.strategy.fwd_hooks(batch), self.strategy.dropping_hooks(batch)
         options: dict[str, Any] = {"use_cache": False, "logits_to_keep": logits_to_keep}
-        return recorded(self.moe, lambda: self.model(tokens, **options).logits, hooks, dropping)
+
+        def logits() -> Tensor:
+            with self.autocast():
+                return self.model(tokens, **options).logits
+
+        found, records = recorded(self.moe, logits, hooks, dropping)
+        return found.float(), records
 
     def micro_batch(self, micro: int) -> tuple[Tensor, Tensor]:
         """Tokens and domain labels of a micro-batch of this step; nothing but its number decides which."""
@@ -189,6 +198,15 @@ def dropped_slots(records: Records, top_k: int) -> Tensor:
 def _add_loads(loads: dict[Any, Tensor], records: Records, n: int) -> None:
     for layer, record in records.items():
         loads[layer] = loads.get(layer, torch.zeros(())) + record.load() / n
+
+
+def _autocast(mixed_precision: str, device: torch.device) -> Any:
+    """The forward pass in bfloat16, with weights, optimiser and losses in float32."""
+    if mixed_precision == "no":
+        return nullcontext()
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"mixed_precision {mixed_precision!r} on {device}", "a GPU that has bfloat16", 'Use "no".')
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def _check_processes(config: TestbedConfig, accelerator: Accelerator) -> None:

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 import moe_interp as mi
-from moe_interp.cli import isolate as isolate_command
-from moe_interp.cli.main import cli
+from moe_interp.cli.application import cli
 from moe_interp.errors import MoEInterpError, ResultError
+from moe_interp.experiments import isolation
 from moe_interp.testbed.demo import load_demo_assets
 
 runner = CliRunner(env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})
@@ -28,7 +28,7 @@ def items_file(folder: Path, n: int = 8) -> Path:
 
 
 def test_demo_writes_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
-    done = runner.invoke(cli, ["demo", "--per-domain", "8", "--out", str(tmp_path)])
+    done = runner.invoke(cli, ["demo", "--first", "8", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     stages = ("loading the model", "isolating experts", "replacing the router", "scoring counterfactual routes")
     for stage in (*stages, "statistics and figures"):
@@ -54,7 +54,7 @@ def test_demo_writes_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
 def test_isolate_takes_paths_and_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["isolate", "--model", str(load_demo_assets().model_path), "--items", str(items_file(tmp_path))]
     arguments += ["--layers", "0,-1", "--experts", "0,3,2+5", "--out", str(tmp_path / "out")]
-    honest = isolate_command.isolate_experts
+    honest = isolation.isolate_experts
 
     def interrupted(*given: object, **options: object) -> object:
         def stop(done: int, total: int) -> None:
@@ -63,11 +63,11 @@ def test_isolate_takes_paths_and_goes_on_after_an_interruption(tmp_path: Path, m
 
         return honest(*given, **{**options, "progress": stop})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(isolate_command, "isolate_experts", interrupted)
+    monkeypatch.setattr(isolation, "isolate_experts", interrupted)
     assert runner.invoke(cli, arguments).exit_code != 0
     cells = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").glob("*.npz")}
     assert len(cells) == 1
-    monkeypatch.setattr(isolate_command, "isolate_experts", honest)
+    monkeypatch.setattr(isolation, "isolate_experts", honest)
     done = runner.invoke(cli, arguments)
     assert done.exit_code == 0, done.output
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").glob("*.npz")}
@@ -110,14 +110,14 @@ def test_errors_name_the_item_and_its_line(tmp_path: Path) -> None:
 
 def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
     for arguments, text in (
-        (["--items", "none.jsonl"], "none.jsonl, which is not a file"),
+        (["--items", "none.jsonl"], "--items none.jsonl, which is not a file"),
         (["--domains", "facts,biology"], "domain 'biology'. Expected: domains among ['facts', 'puzzles']"),
-        (["--per-domain", "0"], "--per-domain 0"),
+        (["--per-domain", "0"], "--first 0"),
         (["--layers", "9"], "layer 9"),
         (["--experts", "99"], "expert id 99"),
         (["--experts", "a"], "--experts a"),
-        (["--mode", "both"], "mode='both'"),
-        (["--random-draws", "0"], "random_draws=0"),
+        (["--mode", "both"], "--mode both"),
+        (["--random-draws", "0"], "--random-draws 0"),
         (["--memory", "0.00001"], "a memory budget of 0.010 MiB"),
     ):
         assert text in str(refused(tmp_path, *arguments))

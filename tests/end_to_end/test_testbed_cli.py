@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import moe_interp as mi
+from moe_interp.cli.application import cli, run
 from moe_interp.cli.load import load_hooks
-from moe_interp.cli.main import app, cli
 from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError
 
 runner = CliRunner(env={"COLUMNS": "80", "HF_HUB_OFFLINE": "1"})
@@ -77,19 +77,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--preset", "huge"], ConfigError, "preset 'huge'"),
+        (["--preset", "huge"], ConfigError, "--preset huge"),
         (["--strategies", "none,magic"], ConfigError, "strategy 'magic'"),
         (["--strategies", "none,reference", "--set", "model.n_experts=1", "--set", "model.top_k=1"], ConfigError,
          "1 experts for 2 domains"),
         (["--strategies", "none,reference", "--set", "model.top_k=5"], ConfigError, "with top_k=5"),
         (["--seeds", "one"], ConfigError, "--seeds one"),
-        (["--steps", "0"], ConfigError, "steps=0"),
+        (["--steps", "0"], ConfigError, "--steps 0"),
         (["--set", "speed=3"], ConfigError, "--set speed=3"),
-        (["--set", "lr=fast"], ConfigError, "lr='fast'"),
+        (["--set", "lr=fast"], ConfigError, "--set lr='fast'"),
         (["--set", "length=4096"], ConfigError, "length=4096"),
-        (["--mixed-precision", "fp8"], ConfigError, "mixed_precision 'fp8'"),
+        (["--mixed-precision", "fp8"], ConfigError, "--mixed-precision fp8"),
         (["--domains", "facts,cooking"], ConfigError, "domain 'cooking'"),
-        (["--domains", "facts,facts"], DataError, "each name once"),
+        (["--domains", "facts,facts"], ConfigError, "--domains with facts more than once. Expected: each once"),
         (["--domains", "facts,mine=empty.jsonl"], DataError, "holds no documents"),
     ],
 )  # fmt: skip
@@ -126,7 +126,7 @@ def test_a_folder_of_another_configuration_is_left_alone(
     arguments = ["moe-interp", *TINY, "--out", str(tmp_path), *grid, "--set", "lr=0.01"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stopped:
-        app()
+        run()
     assert stopped.value.code == 1
     shown = " ".join(capsys.readouterr().err.split())
     assert shown.startswith("ResultError: ")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import moe_interp as mi
-from moe_interp.cli.isolate import FIGURES, first_of_each, read_items, write_isolation
+from moe_interp.cli.inputs import first_of_each, read_items
+from moe_interp.cli.options import inputs
+from moe_interp.cli.outputs import ISOLATION_FIGURES, write_isolation
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.items import Item
 from moe_interp.report import isolation_page
@@ -36,7 +38,7 @@ def test_what_cannot_be_computed_is_said_and_all_the_rest_is_written(
     for name in missing:
         (tmp_path / "figures" / f"{name}.svg").write_text("of an earlier run")
     write_isolation(result, tmp_path)
-    assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(FIGURES) - missing
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(ISOLATION_FIGURES) - missing
     assert "<svg" in isolation_page(result)
     assert mi.load_result(tmp_path / "isolation.nc").data.identical(result.data)
     assert text in result.summary()
@@ -46,8 +48,7 @@ def test_items_are_kept_by_domain_and_number() -> None:
     items = [Item(str(i), "ab"[i % 2], "p", "q") for i in range(6)]
     assert [item.id for item in first_of_each(items, 2)] == ["0", "1", "2", "3"]
     assert first_of_each(items, None) == items
-    bundled = read_items(["demo"], "facts, puzzles", 3)
+    bundled = read_items(["demo"], ["facts", "puzzles"], 3)
     assert [item.domain for item in bundled] == ["facts"] * 3 + ["puzzles"] * 3
-    for sources, number, text in (([], None, "no items"), (["demo"], 0, "--per-domain 0")):
-        with pytest.raises(ConfigError, match=text):
-            read_items(sources, None, number)
+    with pytest.raises(ConfigError, match="no items"):
+        inputs("--items", None, "another", "id, domain, prompt, answer")

@@ -1,0 +1,128 @@
+"""What the commands run on: items and sequences of files and of the bundled set, and what is said of them before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from rich.markup import escape
+
+from moe_interp.cli import console
+from moe_interp.cli.options import DEMO
+from moe_interp.experiments.findings import plan_isolation
+from moe_interp.experiments.items import Item, check_items, load_items
+from moe_interp.experiments.sequence_texts import FIELDS, load_sequences, unread_fields
+from moe_interp.experiments.sequences import ScoredSequence, read_sequences
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.routes import AllSubsets, GumbelTopK, OneSwap, RouteSampler, UniformSubsets
+from moe_interp.testbed.demo import load_demo_assets
+
+SAMPLERS: dict[str, Callable[[float, int | None], RouteSampler]] = {
+    "gumbel": lambda tau, pool: GumbelTopK(tau, pool),
+    "uniform": lambda tau, pool: UniformSubsets(),
+    "one-swap": lambda tau, pool: OneSwap(),
+    "all": lambda tau, pool: AllSubsets(),
+}
+
+
+def read_items(sources: list[str], domains: list[str] | None, first: int | None, **names: str) -> list[Item]:
+    """Items of files and of the bundled set, the first of each domain.
+
+    ``names`` are the ``*_field`` arguments of :func:`moe_interp.load_items`.
+    """
+    found: list[Item] = []
+    for source in sources:
+        if source == DEMO:
+            found += check_items([item for group in load_demo_assets().items.values() for item in group])
+        else:
+            found += load_items(source, **names)
+    return first_of_each(check_items(found, domains), first)
+
+
+def first_of_each(items: list[Item], first: int | None) -> list[Item]:
+    """The first items of each domain; all where no number is given."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        seen[item.domain] += 1
+        if first is None or seen[item.domain] <= first:
+            kept.append(item)
+    return kept
+
+
+def announce_items(items: list[Item], n_layers: int, n_experts: int) -> None:
+    """Before the run: what the tests will be able to show."""
+    counts = Counter(item.domain for item in items)
+    sizes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    console.err.print(
+        escape(f"{console.quantity(len(items), 'item')} ({sizes}). {plan_isolation(counts, n_layers, n_experts)}")
+    )
+
+
+def read_sequence_files(sources: list[str], first: int | None = None, **names: str) -> list[Any]:
+    """Sequences of files and of the bundled set, as :func:`moe_interp.counterfactual_routes` takes them.
+
+    Args:
+        sources: Files, or "demo".
+        first: Keep so many of each domain, and of each file those of no domain.
+        names: The ``*_field`` arguments of :func:`moe_interp.experiments.sequence_texts.load_sequences`.
+
+    Raises:
+        DataError: a file that cannot be read or holds no sequence, or a line that is not JSON (with its number).
+    """
+    found: list[Any] = []
+    seen: Counter[tuple[str, Any]] = Counter()
+    for source in sources:
+        if source == DEMO:
+            found += demo_sequences(first)
+            continue
+        for sequence in load_sequences(source, **names):
+            domain = sequence.fields.get("domain")
+            group = ("domain", str(domain)) if domain else ("file", source)
+            seen[group] += 1
+            if first is None or seen[group] <= first:
+                found.append(sequence)
+    return found
+
+
+def demo_sequences(first: int | None = None, longest: int | None = None) -> list[dict[str, Any]]:
+    """The demo's held-out trajectories: worked solutions of arithmetic, whose final answer is right, and answers.
+
+    Args:
+        first: Keep so many of each domain.
+        longest: Leave out before what has more characters.
+    """
+    found: list[dict[str, Any]] = []
+    for items in load_demo_assets().items.values():
+        texts = [
+            {
+                "id": item.id,
+                "prompt": str(item.fields.get("question", item.prompt)),
+                "answer": str(item.fields.get("solution", item.answer)),
+            }
+            for item in items
+        ]
+        found += [t for t in texts if longest is None or len(t["prompt"]) + len(t["answer"]) <= longest][:first]
+    return found
+
+
+def announced_sequences(moe: MoEHooks, sequences: list[Any], n_layers: int, n_routes: int) -> list[ScoredSequence]:
+    """The sequences as they are scored, after saying how much that is and what of them is not read."""
+    read = read_sequences(moe.bridge, sequences)
+    parts = [
+        console.quantity(len(read), "sequence"),
+        console.quantity(sum(int(one.is_scored.sum()) for one in read), "token") + " to score",
+        console.quantity(n_layers, "MoE layer"),
+        console.quantity(n_routes, "route") + " a token",
+    ]
+    console.say(", ".join(parts))
+    if unread := unread_fields(sequences):
+        named = ", ".join(f"{name} (of {console.quantity(n, 'sequence')})" for name, n in unread.items())
+        console.say(f"Not read: {named}. The fields that are read: {', '.join(FIELDS)}.")
+    return read
+
+
+def route_sampler(name: str, tau: float, pool: int | None) -> RouteSampler:
+    """The sampler of a name; temperature and pool are gumbel's."""
+    return SAMPLERS[name](tau, pool)

@@ -1,0 +1,87 @@
+"""What the commands write of a result besides the page, and the table of routes for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from moe_interp.cli import console
+from moe_interp.errors import DataError
+from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.plots import (
+    calibration_scatter,
+    confidence,
+    dominance,
+    layer_impact,
+    layer_regret,
+    regret_curve,
+    save_figure,
+    sorted_p,
+    specialization_map,
+)
+from moe_interp.results.tables import unselected
+
+ISOLATION_FIGURES: dict[str, Callable[..., Any]] = {
+    "specialization": specialization_map,
+    "calibration": calibration_scatter,
+    "dominance": dominance,
+    "layer_impact": layer_impact,
+    "sorted_p": sorted_p,
+}
+ROUTE_FIGURES: dict[str, Callable[..., Any]] = {
+    "confidence": confidence,
+    "regret_curve": regret_curve,
+    "layer_regret": layer_regret,
+}
+CELLS = "cells"
+ROUTE_CELLS = "route_cells"  # not the folder of an isolation run
+
+
+def write_isolation(result: IsolationResult, out: Path) -> None:
+    """The result, and those of its figures that can be drawn as SVG files."""
+    result.save(out / "isolation.nc")
+    write_figures(result, ISOLATION_FIGURES, out / "figures")
+
+
+def write_counterfactual(result: CounterfactualResult, out: Path) -> None:
+    """The result, and those of its figures that can be drawn as SVG files."""
+    result.save(out / "counterfactual.nc")
+    write_figures(result, ROUTE_FIGURES, out / "figures")
+
+
+def write_figures(result: Any, figures: Mapping[str, Callable[[Any], Any]], folder: Path) -> None:
+    """Write those figures that can be drawn as ``folder/<name>.svg``; what is missing is said."""
+    for name, draw in figures.items():
+        path = folder / f"{name}.svg"
+        path.unlink(missing_ok=True)  # of an earlier run
+        try:
+            figure = draw(result)
+        except DataError as error:  # what so few items or experts cannot bear; the page gives the same reason
+            console.err.print(escape(f"Without the figure {name}: {error}"))
+        else:
+            save_figure(figure, path)
+
+
+def group_table(result: CounterfactualResult) -> Any:
+    """Regret and alignment by class of confidence and by layer, for the terminal."""
+    classes = result.by_confidence(by=unselected(result.data))
+    layers = result.by_layer()
+    named = [(row["class"], row) for row in classes.to_dict("records")]
+    named += [(f"layer {row['layer']}", row) for row in layers.to_dict("records")]
+
+    def shown(row: Any, name: str, digits: int) -> str:
+        value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+        if math.isnan(low):
+            return "–" if math.isnan(value) else f"{value:.{digits}f}"
+        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    rows = [
+        [str(name), row["n_tokens"], shown(row, "regret", 3), shown(row, "alignment", 2), row["verdict"]]
+        for name, row in named
+    ]
+    return console.table("", ["", "tokens", "regret (nats)", "alignment", "router is"], rows)
