@@ -141,16 +141,25 @@ def test_no_checkpoint_holds_a_step_whose_balance_loss_or_gradient_is_not_finite
     assert resumed.history[-1]["step"] == TINY.steps
 
 
-def test_half_precision_trains_float32_weights():
+def test_each_run_has_its_own_precision_and_float32_weights():
     short = TINY.model_copy(update={"steps": 2})
-    train(short, domains=DOMAINS, progress=False)
-    with pytest.raises(ConfigError, match="one precision a process"):
-        train(short, domains=DOMAINS, progress=False, mixed_precision="bf16")
+    full, half, again = (
+        train(short, domains=DOMAINS, progress=False, mixed_precision=precision) for precision in ("no", "bf16", "no")
+    )
+    losses = [run.history[-1]["loss"] for run in (full, half, again)]
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # bfloat16 has 8 bits
+    assert {p.dtype for p in half.moe.bridge.original_model.parameters()} == {torch.float32}
+    with pytest.raises(ConfigError, match="mixed_precision 'fp8'"):
+        train(short, domains=DOMAINS, progress=False, mixed_precision="fp8")
+
+
+def test_an_accelerator_of_the_users_own_with_mixed_precision_is_refused():
     AcceleratorState._reset_state()
-    run = train(short, domains=DOMAINS, progress=False, mixed_precision="bf16")
+    Accelerator(mixed_precision="bf16")
+    with pytest.raises(ConfigError, match="an Accelerator of this process that was made with mixed precision"):
+        train(TINY, domains=DOMAINS, progress=False)
     AcceleratorState._reset_state()
-    assert math.isfinite(run.history[-1]["loss"])
-    assert {p.dtype for p in run.moe.bridge.original_model.parameters()} == {torch.float32}
 
 
 def test_unigram_loss_is_the_cross_entropy_of_training_frequencies():
