@@ -69,9 +69,9 @@ def counterfactual_routes(
 
     Args:
         moe: Attached hooks of a causal decoder.
-        sequences: Texts, lists of ids, items with prompt and answer, or mappings with ``id``, ``text`` or ``tokens``,
-            and ``mask`` or ``score_from`` for the tokens whose prediction is scored, such as the solution of a
-            trajectory: see :func:`moe_interp.experiments.sequences.read_sequences`.
+        sequences: Texts, lists of ids, items, or mappings with ``id`` and ``text``, ``tokens`` or
+            ``messages``, and ``mask`` or ``score_from`` for the tokens whose prediction is scored, such as the
+            solution of a trajectory: see :func:`moe_interp.experiments.sequences.read_sequences`.
         layers: MoE layers; all by default.
         n_routes: Distinct routes a token, besides the standard one (or all there are).
         sampler: Where routes come from: ``GumbelTopK(tau=1.0)`` by default, the router's own distribution.
