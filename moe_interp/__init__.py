@@ -5,8 +5,48 @@ The names below are resolved on first use, so that ``import moe_interp`` stays a
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
+    # isort: off
+    from moe_interp import stats as stats, testbed as testbed, traces as traces
+    from moe_interp.errors import MoEInterpError as MoEInterpError
+    from moe_interp.experiments.counterfactual import counterfactual_routes as counterfactual_routes
+    from moe_interp.experiments.counterfactual_result import CounterfactualResult as CounterfactualResult
+    from moe_interp.experiments.domain_router import (
+        domain_router as domain_router,
+        DomainRouterResult as DomainRouterResult,
+        score_domain_router as score_domain_router,
+    )
+    from moe_interp.experiments.isolation import isolate_experts as isolate_experts
+    from moe_interp.experiments.isolation_result import IsolationResult as IsolationResult
+    from moe_interp.experiments.items import load_items as load_items
+    from moe_interp.experiments.sequence_texts import load_sequences as load_sequences
+    from moe_interp.hooks.attach import attach as attach, attached as attached, MoEHooks as MoEHooks
+    from moe_interp.hooks.support import support_table as support_table
+    from moe_interp.interventions import (
+        ablate_experts as ablate_experts,
+        bias_router as bias_router,
+        force_experts as force_experts,
+        random_routing as random_routing,
+        replay_routes as replay_routes,
+        set_routes as set_routes,
+        uniform_routing as uniform_routing,
+    )
+    from moe_interp.results import load_result as load_result
+    from moe_interp.routes import (
+        AllSubsets as AllSubsets,
+        GumbelTopK as GumbelTopK,
+        OneSwap as OneSwap,
+        score_routes as score_routes,
+        screen_routes as screen_routes,
+        UniformSubsets as UniformSubsets,
+    )
+    from moe_interp.testbed.bundled import load_demo as load_demo
+    from moe_interp.traces import RoutingTrace as RoutingTrace
+    # isort: on
 
 # public name -> module that defines it; "moe_interp.<name>" is that module itself
 _HOME = {
@@ -48,18 +88,18 @@ _HOME = {
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
+if not TYPE_CHECKING:  # a type checker that saw it would accept any name
 
-def __getattr__(name: str) -> Any:
-    try:
-        home = _HOME[name]
-    except KeyError:
-        known = ", ".join(__all__)
-        raise AttributeError(f"module 'moe_interp' has no attribute {name!r}; public names: {known}") from None
-    module = import_module(home)
-    value = module if home == f"moe_interp.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            near = get_close_matches(name, __all__, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Public names: {', '.join(__all__)}."
+            raise AttributeError(f"module 'moe_interp' has no attribute {name!r}.{hint}")
+        module = import_module(_HOME[name])
+        value = module if _HOME[name] == f"moe_interp.{name}" else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return __all__

@@ -13,8 +13,28 @@ from torch import Tensor
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.arch.rules import RoutingRule, SigmoidTopK
+from moe_interp.errors import RouteError
 
 Route = tuple[Tensor, Tensor]
+
+
+def unpacked(router: Any, out: Any, choice: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A router's three tensors, of which number ``choice`` holds expert ids.
+
+    Raises:
+        RouteError: The router returns something else. Other releases of transformers order the three otherwise, or
+            return the logits alone; weights read as ids would be silently wrong.
+    """
+    three = isinstance(out, tuple) and len(out) == 3 and all(isinstance(part, Tensor) for part in out)
+    if not three or out[choice].is_floating_point():
+        parts = out if isinstance(out, tuple) else (out,)
+        given = ", ".join(str(getattr(part, "dtype", type(part).__name__)) for part in parts)
+        raise RouteError(
+            f"{type(router).__name__} returns ({given})",
+            f"three tensors, of which number {choice + 1} holds expert ids (integers)",
+            "Install transformers 5.21 to 5.23; earlier releases order what this router returns in another way.",
+        )
+    return out
 
 
 class RouterLayout(Protocol):
@@ -29,7 +49,7 @@ class Triple:
     """``(logits, weights, indices)``: nearly every family."""
 
     def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, indices = out
+        logits, weights, indices = unpacked(router, out, choice=2)
         return logits, indices, weights
 
     def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
@@ -41,7 +61,7 @@ class CappedTriple(Triple):
     """Laguna: the returned logits are after the soft-cap, the weights before the block's scale."""
 
     def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, weights, indices = out
+        _, weights, indices = unpacked(router, out, choice=2)
         raw = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), router.weight).float()
         return raw, indices, weights * _block_scale(rule)
 
@@ -59,7 +79,7 @@ class ScoresTriple(Triple):
     """Gemma 4: ``(probabilities, weights, indices)``; the logits are those of the inner projection."""
 
     def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, weights, indices = out
+        _, weights, indices = unpacked(router, out, choice=2)
         normed = unwrap(router.norm)(x) * router.scale * router.scalar_root_size
         return unwrap(router.proj)(normed), indices, weights
 
@@ -93,7 +113,7 @@ class OneHot:
     """Switch Transformers: ``(one-hot choice, weight of the choice, logits)``, all over ``[batch, pos]``."""
 
     def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return out[2], *self.handed_on(out)
+        return unpacked(router, out, choice=0)[2], *self.handed_on(out)
 
     def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
         indices, weights = route

@@ -155,10 +155,24 @@ def test_public_names_resolve_and_match_all() -> None:
     assert len(set(mi.__all__)) == len(mi.__all__)
     for name in mi.__all__:
         assert getattr(mi, name) is not None
-        assert name in dir(mi)
-    with pytest.raises(AttributeError, match=r"has no attribute 'atach'; public names: .*attach"):
+    assert dir(mi) == mi.__all__  # what completion offers: no submodule, no import of ours
+    with pytest.raises(AttributeError, match=r"has no attribute 'atach'\. Did you mean 'attach'\?"):
         _ = mi.atach
+    with pytest.raises(AttributeError, match=r"no attribute 'xyzzy'\. Public names: .*attach, .*load_demo"):
+        _ = mi.xyzzy
     assert mi.__version__ == version("moe-interp")
+
+
+def test_type_checkers_see_the_names_that_are_resolved_on_first_use() -> None:
+    block = next(n for n in parsed(PACKAGE / "__init__.py").body if isinstance(n, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom), ast.unparse(node)
+        for alias in node.names:
+            assert alias.asname == alias.name, f"{alias.name}: only 'as' exports a name to type checkers"
+            seen[alias.name] = f"moe_interp.{alias.name}" if node.module == "moe_interp" else node.module
+    assert seen == mi._HOME
 
 
 def test_subpackages_export_what_they_say() -> None:
