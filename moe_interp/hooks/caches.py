@@ -23,6 +23,8 @@ class RecordingCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        # as transformers' own cache, which holds values in the format of the keys (where rotary embeddings raise these)
+        value_states = value_states.to(torch.promote_types(key_states.dtype, value_states.dtype))
         self.recorded[layer_idx] = (key_states, value_states)
         return key_states, value_states
 

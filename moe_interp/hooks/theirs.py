@@ -86,6 +86,8 @@ def as_theirs(shows: str, ours: Mapping[str, Tensor], rule: RoutingRule) -> Tens
     """
     if shows == "expert_weights at full width":
         indices, weights = ours["expert_indices"], ours["expert_weights"]
+        if weights.shape[-1] == rule.n_experts:
+            return weights  # which they take for the full width already
         full = weights.new_zeros(*weights.shape[:-1], rule.n_experts)
         return full.scatter_add(-1, indices.clamp(min=0), weights)
     if shows == "expert_indices as one-hot":

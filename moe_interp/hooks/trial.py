@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,9 @@ class Attached(Protocol):
     @property
     def is_attached(self) -> bool: ...
 
+    @property
+    def n_past(self) -> int: ...
+
     def spec(self, layer: Layer) -> MoESpec: ...
 
     def hooks(self, layer: Layer) -> tuple[str, ...]: ...
@@ -58,27 +62,45 @@ class Attached(Protocol):
     def suspended(self) -> AbstractContextManager[TransformerBridge]: ...
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with in the pass with nothing hooked, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
 class Trial:
     """Forward passes of one model on one batch.
 
     Attributes:
         natural: The logits with nothing hooked.
         noise: Twice the largest difference between two runs with nothing hooked; 0.0 for a deterministic model.
-        router_calls: Layer -> the router's input and its own return value.
-        block_outputs: Layer -> what the block that holds router and experts returned.
+        router_calls: Layer -> the call of its router.
+        expert_calls: Layer -> the call of its experts with hidden states, indices and weights, where there is one.
+        shared_calls: Layer -> the call of its shared experts, where there are some.
+        block_outputs: Layer -> what the block that holds router and experts returned; see :meth:`observed`.
         seen: Every activation but those of the experts, with nothing edited.
     """
 
     def __init__(self, moe: Attached, tokens: Tensor, layers: Sequence[Layer]) -> None:
         self.moe, self.tokens, self.layers = moe, tokens, tuple(layers)
         self.specs = {layer: moe.spec(layer) for layer in layers}
-        self.router_calls: dict[Layer, tuple[Tensor, Any]] = {}
-        self.block_outputs: dict[Layer, Tensor] = {}
+        self.router_calls: dict[Layer, Call] = {}
+        self.expert_calls: dict[Layer, Call] = {}
+        self.shared_calls: dict[Layer, Call] = {}
+        blocks: dict[Layer, Call] = {}
         with ExitStack() as stack:
             for layer, spec in self.specs.items():
                 stack.enter_context(_recorded(spec.router, self.router_calls, layer))
-                stack.enter_context(_recorded_output(spec.container, self.block_outputs, layer))
+                stack.enter_context(_recorded(self.observed(layer), blocks, layer))
+                if not spec.family.own_block:
+                    stack.enter_context(_recorded(spec.experts, self.expert_calls, layer))
+                if spec.shared is not None:
+                    stack.enter_context(_recorded(spec.shared, self.shared_calls, layer))
             self.natural = self.run()
+        self.block_outputs: dict[Layer, Tensor] = {layer: first(call.output) for layer, call in blocks.items()}
         self.noise = 2 * difference(self.run(), self.natural)
         # apart: in some families reading the sums changes the last digit of what later layers see
         self.seen = self.read(ROUTER_HOOKS) | self.read(("routed_out", "shared_out"))
@@ -114,12 +136,33 @@ class Trial:
         logits = self.run(given | {place: reader(place, given.get(place)) for place in read})
         return logits, seen
 
+    def observed(self, layer: Layer) -> nn.Module:
+        """The module whose output is compared: the block; where a norm follows the experts in it, the experts."""
+        spec = self.specs[layer]
+        return spec.experts if spec.family.normed_after else spec.container
+
     def block_output(self, layer: Layer, edits: Mapping[Place, Edit]) -> Tensor:
         """What the layer's block returns under edits."""
-        found: dict[Layer, Tensor] = {}
-        with _recorded_output(self.specs[layer].container, found, layer):
-            self.run(edits)
-        return found[layer]
+        return self.run_and_observe(layer, edits)[1]
+
+    def run_and_observe(self, layer: Layer, edits: Mapping[Place, Edit]) -> tuple[Tensor, Tensor]:
+        """Logits under edits, and what the layer's block returned."""
+        found: dict[Layer, Call] = {}
+        with _recorded(self.observed(layer), found, layer):
+            logits = self.run(edits)
+        return logits, first(found[layer].output)
+
+    def run_with(self, module: nn.Module, output: Tensor) -> Tensor:
+        """Logits with nothing hooked, where a module returns ``output`` instead of its own."""
+
+        def replace(module: nn.Module, args: Any, own: Any) -> Any:
+            return (output.view_as(own[0]), *own[1:]) if isinstance(own, tuple) else output.view_as(own)
+
+        handle = module.register_forward_hook(replace)
+        try:
+            return self.run()
+        finally:
+            handle.remove()
 
 
 @contextmanager
@@ -188,26 +231,28 @@ def _as_hook(edit: Edit) -> Callable[..., Tensor | None]:
     return lambda value, hook: edit(value)
 
 
-@contextmanager
-def _recorded(module: nn.Module, into: dict[Layer, tuple[Tensor, Any]], layer: Layer) -> Iterator[None]:
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        into[layer] = args[0], output
+def first(output: Any) -> Tensor:
+    """A module's output, of several its first."""
+    return output[0] if isinstance(output, tuple) else output
 
-    handle = module.register_forward_hook(record)
+
+@contextmanager
+def _recorded(module: nn.Module, into: dict[Layer, Call], layer: Layer) -> Iterator[None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        into[layer] = Call(_kept(args), {name: _kept(value) for name, value in kwargs.items()}, _kept(output))
+
+    handle = module.register_forward_hook(record, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-@contextmanager
-def _recorded_output(module: nn.Module, into: dict[Layer, Tensor], layer: Layer) -> Iterator[None]:
-    calls: dict[Layer, tuple[Tensor, Any]] = {}
-    with _recorded(module, calls, layer):
-        yield
-    if layer in calls:
-        output = calls[layer][1]
-        into[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+def _kept(value: Any) -> Any:
+    """Copies of tensors, which later steps of a pass may write into."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return tuple(map(_kept, value)) if type(value) is tuple else value
 
 
 def _special_ids(config: Any) -> set[int]:

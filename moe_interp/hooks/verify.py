@@ -13,11 +13,35 @@ import pandas as pd
 from torch import Tensor
 
 from moe_interp.errors import AttachError
-from moe_interp.hooks.checks import CHECKS, Check, Finding
+from moe_interp.hooks.cache_checks import past_is_counted
+from moe_interp.hooks.checks import (
+    agrees_with_theirs,
+    detaching_restores,
+    parts_sum,
+    passes_through,
+    reroutes_as_the_rule,
+)
+from moe_interp.hooks.edit_checks import edits_do_what_they_say, edits_in_place_count, values_are_shown
+from moe_interp.hooks.finding import Check, Finding
+from moe_interp.hooks.gradient_checks import gradients_arrive
+from moe_interp.hooks.rule_checks import rules_hold
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.hooks.trial import Attached, Trial, as_tokens, at_rest
 from moe_interp.types import Layer
 
+CHECKS: tuple[Check, ...] = (
+    passes_through,
+    values_are_shown,
+    edits_do_what_they_say,
+    edits_in_place_count,
+    rules_hold,
+    reroutes_as_the_rule,
+    parts_sum,
+    agrees_with_theirs,
+    gradients_arrive,
+    past_is_counted,
+    detaching_restores,
+)
 # checks of parts that build on the hooks, imported when they are made
 FURTHER = ("moe_interp.routes.agreement:branches_equal_naive",)
 COLUMNS = ["check", "layer", "hook", "figure", "relation", "bound", "passed", "note"]

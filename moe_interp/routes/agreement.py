@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
-from moe_interp.hooks.checks import Finding, excepted
+from moe_interp.hooks.finding import Finding, excepted
 from moe_interp.hooks.trial import Trial
 from moe_interp.interventions.streams import uniform_keys
 from moe_interp.routes.inputs import check_routes
@@ -46,7 +46,10 @@ def branches_equal_naive(trial: Trial) -> Iterator[Finding]:
         slow = score_from_base(base, given, middle, None, "naive")
         distance = (fast.logp - slow.logp).abs().nan_to_num()  # NaN: positions that are not asked
         figure = max(float(distance.max()), fast.null_distance)
-        yield Finding(check=CHECK, layer=layer, hook=HOOK, figure=figure, bound=BOUND.get(base.logits.dtype, HALF))
+        # a model may return a finer format than it computes in
+        formats = (base.logits.dtype, moe.spec(layer).expert_dtype)
+        bound = max(BOUND.get(dtype, HALF) for dtype in formats)
+        yield Finding(check=CHECK, layer=layer, hook=HOOK, figure=figure, bound=bound)
 
 
 def _random_routes(moe: MoEHooks, layer: int, tokens: Tensor) -> Tensor:

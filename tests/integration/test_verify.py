@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-from moe_interp.arch.rules import RoutingRule, ScoreRule
 from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.branches import BranchRunner
-from moe_interp.hooks.layer import OpenLayer
 from moe_interp.hooks.names import HOOK_NAMES
 from moe_interp.hooks.theirs import THEIR_HOOKS
 from moe_interp.hooks.verify import COLUMNS, Verification
@@ -23,7 +22,6 @@ from tests import tiny
 EXCEPTED = {
     ("phimoe", "router_in"): "do not depend on the logits",
     ("phimoe", "router_logits"): "do not depend on the logits",
-    ("gemma4", "routed_out"): "a norm follows",
     ("jamba", "mlp.router.hook_out"): "a tuple",
     # branches are not exact: other state than keys and values, several residual streams, or an encoder-decoder
     ("deepseek_v4", "expert_indices"): "several residual streams",
@@ -33,6 +31,8 @@ EXCEPTED = {
     ("switch_transformers", "expert_indices"): "defined for causal decoders",
 }
 BRANCHES = "branch scoring equals naive scoring"
+ALL = set(HOOK_NAMES)
+REAL = ALL - {"expert_indices"}
 
 
 def attached(name: str, dtype: torch.dtype = torch.float32) -> MoEHooks:
@@ -53,11 +53,15 @@ def test_every_check_passes_on_every_family(family: str) -> None:
     name = moe.spec(moe.layers[0]).family.name
     excepted = table[table["note"].str.startswith("excepted")]
     assert {(name, hook) for hook in excepted["hook"]} == {key for key in EXCEPTED if key[0] == name}
-    for check in ("pass-through changes nothing", "an edit changes the logits"):
+    checks = ("pass-through changes nothing", "an edit changes the logits", "a hook shows the block's own value")
+    for check in checks:
         rows = table[table["check"] == check]
         assert set(zip(rows["layer"], rows["hook"])) == {(at, hook) for at in moe.layers for hook in moe.hooks(at)}
-    gradients = table[table["check"] == "a gradient arrives"]
-    assert set(gradients["hook"]) == set(moe.hooks(moe.layers[0])) - {"expert_indices"}
+    for check, hooks in (("the gradient is the plain model's", REAL), ("writing does what the table says", ALL)):
+        rows = table[table["check"] == check]
+        assert set(zip(rows["layer"], rows["hook"])) == {
+            (at, hook) for at in moe.layers for hook in moe.hooks(at) if hook in hooks
+        }
     theirs = table[table["check"] == "TransformerLens' hook agrees"]
     assert set(theirs["hook"]) == {hook.path for hook in THEIR_HOOKS[name]}
 
@@ -102,8 +106,7 @@ def test_router_checks_are_exact_and_expert_checks_are_bounded_by_the_number_for
     through = table[table["check"] == "pass-through changes nothing"]
     bounds = dict(zip(through["hook"], through["bound"]))
     assert {hook for hook, bound in bounds.items() if bound > 0} == {"expert_post", "expert_out"}
-    assert bounds["expert_out"] == 32 * torch.finfo(torch.float32).eps
-    assert attached("qwen3_moe", torch.bfloat16).verify().ok
+    assert bounds["expert_out"] == pytest.approx(128 * torch.finfo(torch.float32).eps, rel=0.01)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -121,70 +124,35 @@ def test_float64_models_that_compute_in_float32_inside_pass(name: str) -> None:
     assert table.ok, failures(table)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_passes_on_every_family(family: str, dtype: torch.dtype) -> None:
+    moe = attached(family, dtype)
+    table = moe.verify(layers=[-1])
+    assert table.ok, failures(table)
+    rows = table[table["check"] == "writing does what the table says"]
+    # so that an expert scaled by 1.5 and a block scaled by 1.1 would show
+    assert (rows["bound"] <= 0.04).all()
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (2, 2), (4, 4), (2, 1)])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "jetmoe", "qwen2_moe", "minimax_m2"])
+def test_every_expert_runs_or_there_is_one(name: str, n_experts: int, top_k: int) -> None:
+    entry = tiny.CONFIGS[name]
+    sizes = {"num_local_experts": n_experts, "num_experts": n_experts, "num_experts_per_tok": top_k}
+    config = copy.deepcopy(entry["config"]) | {key: value for key, value in sizes.items() if key in entry["config"]}
+    model = getattr(transformers, entry["model_class"])(getattr(transformers, entry["config_class"])(**config)).eval()
+    tiny.redraw(model, torch.Generator().manual_seed(0), 1.0)
+    moe = attach(tiny.build_bridge(model, name))
+    assert (moe.spec(moe.layers[0]).n_experts, moe.spec(moe.layers[0]).top_k) == (n_experts, top_k)
+    table = moe.verify(layers=[-1])
+    assert table.ok, failures(table)
+    assert not table["figure"].isin([float("inf")]).any()
+
+
 def test_a_bridge_in_compatibility_mode_passes() -> None:
     moe = attach(tiny.build_bridge(tiny.build_hf("mixtral"), "mixtral", tiny.tiny_tokenizer()))
     moe.bridge.enable_compatibility_mode(disable_warnings=True)
     assert moe.verify().ok
-
-
-def broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    weigh = ScoreRule._weigh_scores
-    monkeypatch.setattr(ScoreRule, "_weigh_scores", lambda self, s, i: weigh(self, s, i) * 1.001)
-
-
-def silent_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    fire = OpenLayer.fire
-
-    def deaf(self: OpenLayer, name: str, value: Tensor, **kwargs: Any) -> Tensor:
-        result = fire(self, name, value, **kwargs)
-        return value if name == "router_logits" else result
-
-    monkeypatch.setattr(OpenLayer, "fire", deaf)
-
-
-def shifted_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    fire = OpenLayer.fire
-
-    def shift(self: OpenLayer, name: str, value: Tensor, **kwargs: Any) -> Tensor:
-        result = fire(self, name, value, **kwargs)
-        return result * 1.01 if name == "expert_out" and self.is_hooked(name) else result
-
-    monkeypatch.setattr(OpenLayer, "fire", shift)
-
-
-def no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    fire = OpenLayer.fire
-    monkeypatch.setattr(OpenLayer, "fire", lambda self, name, v, **k: fire(self, name, v, **k).detach())
-
-
-def raising_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: RoutingRule, *args: Any) -> Any:
-        raise ValueError("a rule that fails")
-
-    monkeypatch.setattr(RoutingRule, "route", fail)
-
-
-@pytest.mark.parametrize(
-    ("mistake", "found"),
-    [
-        (broken_rule, ("the rule is the router's", "expert_indices")),
-        (silent_logits, ("an edit changes the logits", "router_logits")),
-        (silent_logits, ("edited logits re-route by the rule", "router_logits")),
-        (shifted_output, ("pass-through changes nothing", "expert_out")),
-        (shifted_output, ("the rule's experts run", "router_logits")),
-        (no_gradient, ("a gradient arrives", "router_logits")),
-        (raising_rule, ("routes as the rule", "all")),
-    ],
-)
-def test_a_mistake_is_found(
-    monkeypatch: pytest.MonkeyPatch, mistake: Callable[[pytest.MonkeyPatch], None], found: tuple[str, str]
-) -> None:
-    moe = attached("olmoe")
-    mistake(monkeypatch)
-    table = moe.verify(layers=[1])
-    assert not table.ok
-    assert found in failures(table)
-    assert "NO" in repr(table)
 
 
 def test_the_model_and_the_users_hooks_are_as_before() -> None:
