@@ -58,21 +58,42 @@ def _ids(tokens: str | None, text: str | None) -> list[int] | None:
 
 
 def _print(table: Any, full: bool) -> None:
-    """One line a check, and below it one a hook."""
+    """One line a check, and every hook and layer below it where one failed (or all, if wanted)."""
     rows: list[tuple[str, ...]] = []
-    shown = table.assign(layers=table["layer"], worst=table["figure"]) if full else table.summary()
-    for check, group in shown.groupby("check", sort=False):
-        rows.append((f"[bold]{check}[/]", "", "", "", "", ""))
-        for line in group.to_dict("records"):
-            must_be = f"{line['relation']} {line['bound']:.2g}"
-            mark = _mark(bool(line["passed"]))
-            rows.append((f"  {line['hook']}", line["layers"], f"{line['worst']:.2g}", must_be, mark, line["note"]))
-    figure = "figure" if full else "worst"
-    columns = ["check, hook", "layer" if full else "layers", figure, "must be", "", "note"]
-    console.out.print(console.table("", columns, rows, wrap=["note"]))
+    for check, group in table.groupby("check", sort=False):
+        lines: list[Any] = group.to_dict("records")
+        passed = sum(bool(line["passed"]) for line in lines)
+        worst = max(lines, key=_closeness)
+        counted = f"{passed}/{len(lines)}"
+        rows.append((f"[bold]{check}[/]", counted, *_figures(worst), _mark(passed == len(lines))))
+        shown = lines if full else [line for line in lines if not line["passed"]]
+        rows += [
+            (f"  {line['hook']}, layer {line['layer']}", "", *_figures(line), _mark(line["passed"])) for line in shown
+        ]
+    console.out.print(console.table("", ["check", "passed", "worst", "must be", ""], rows, wrap=["check"]))
+    noted = table[table["note"].str.startswith("excepted") | ~table["passed"] & (table["note"] != "")]
+    for note, group in noted.groupby("note", sort=False):
+        where = ", ".join(dict.fromkeys(f"{hook} ({check})" for hook, check in zip(group["hook"], group["check"])))
+        console.out.print(f"{where}: {note}", markup=False)
     failed = int((~table["passed"]).sum())
     verdict = "[green]all passed[/]" if not failed else f"[bold red]{failed} failed[/]"
     console.out.print(f"{len(table)} checks, {verdict}")
+
+
+def _closeness(line: dict[str, Any]) -> tuple[bool, float, float]:
+    """By which the worst line of a check is found: failed ones first, then how near the figure is to its bound."""
+    figure, bound = float(line["figure"]), float(line["bound"])
+    if figure != figure:
+        return False, -1.0, 0.0
+    if line["relation"] == ">":
+        return not line["passed"], bound / figure if figure else float("inf"), bound
+    return not line["passed"], figure / bound if bound else (float("inf") if figure else 0.0), bound
+
+
+def _figures(line: dict[str, Any]) -> tuple[str, str]:
+    if line["figure"] != line["figure"]:
+        return "-", "excepted"
+    return f"{line['figure']:.2g}", f"{line['relation']} {line['bound']:.2g}"
 
 
 def _mark(passed: bool) -> str:

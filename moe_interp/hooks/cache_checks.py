@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def past_is_counted(trial: Trial) -> Iterator[Finding]:
 def _in_chunks(trial: Trial) -> Iterator[Tensor]:
     """The logits of each chunk, one pass a chunk."""
     bridge = trial.moe.bridge
-    cache = DynamicCache(config=bridge.original_model.config)
+    config: Any = bridge.original_model.config
+    cache = DynamicCache(config=config)
     for first, end in _chunks(trial.tokens):
         out = bridge(trial.tokens[:, first:end], past_key_values=cache)
         yield out[0] if isinstance(out, tuple) else out

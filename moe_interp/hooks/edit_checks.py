@@ -17,6 +17,7 @@ from moe_interp.hooks.rule_checks import random_sets
 from moe_interp.hooks.trial import Edit, Trial, difference
 from moe_interp.types import Layer
 
+MATTERS = "an edit changes the logits"
 _OF_EXPERTS = ("expert_post", "expert_out")
 
 
@@ -99,7 +100,7 @@ def edits_do_what_they_say(trial: Trial) -> Iterator[Finding]:
             yield from _compared(trial, layer, written, unedited)
         yield from _through_the_block_alone(trial, layer, hand)
         if hand.spec.family.beside is not None and "shared_out" in trial.moe.hooks(layer):
-            yield _beside(trial, layer)
+            yield from _beside(trial, layer)
 
 
 def _compared(trial: Trial, layer: Layer, written: Written, unedited: Tensor) -> Iterator[Finding]:
@@ -109,13 +110,10 @@ def _compared(trial: Trial, layer: Layer, written: Written, unedited: Tensor) ->
     yield near("writing does what the table says", layer, written.hook, block, expected, trial, written.note)
     if written.note:
         return
-    check = "an edit changes the logits"
     if relative(expected, unedited) <= 2 * rounding(trial, layer):
-        yield excepted(check, layer, written.hook, "by hand, too, this edit changes nothing here")
-        return
-    unit = float(torch.finfo(trial.natural.dtype).eps * trial.natural.abs().max())
-    bound, moved = max(10 * trial.noise, unit), difference(logits, trial.natural)
-    yield Finding(check=check, layer=layer, hook=written.hook, figure=moved, relation=">", bound=bound)
+        yield excepted(MATTERS, layer, written.hook, "by hand, too, this edit changes nothing here")
+    else:
+        yield _moved(trial, layer, written.hook, logits)
 
 
 def _through_the_block_alone(trial: Trial, layer: Layer, hand: LayerByHand) -> Iterator[Finding]:
@@ -127,16 +125,20 @@ def _through_the_block_alone(trial: Trial, layer: Layer, hand: LayerByHand) -> I
     yield Finding(check=check, layer=layer, hook="all", figure=figure, bound=trial.noise)
 
 
-def _beside(trial: Trial, layer: Layer) -> Finding:
+def _beside(trial: Trial, layer: Layer) -> Iterator[Finding]:
     """Shared experts beside the block: their edited output against a module that returns it."""
-    edit, module = _scaled, trial.specs[layer].shared
+    hook, module = "shared_out", trial.specs[layer].shared
     assert module is not None
-    output = trial.shared_calls[layer].output
-    logits = trial.run({("shared_out", layer): edit})
-    moved = difference(logits, trial.natural)
-    figure = difference(logits, trial.run_with(module, _required(edit(output)))) if moved else float("inf")
-    check = "writing does what the table says"
-    return Finding(check=check, layer=layer, hook="shared_out", figure=figure, bound=trial.noise)
+    logits = trial.run({(hook, layer): _turned})
+    expected = trial.run_with(module, _turned(trial.shared_calls[layer].output))
+    yield near("writing does what the table says", layer, hook, logits, expected, trial)
+    yield _moved(trial, layer, hook, logits)
+
+
+def _moved(trial: Trial, layer: Layer, hook: str, logits: Tensor) -> Finding:
+    unit = float(torch.finfo(trial.natural.dtype).eps * trial.natural.abs().max())
+    bound, moved = max(10 * trial.noise, unit), difference(logits, trial.natural)
+    return Finding(check=MATTERS, layer=layer, hook=hook, figure=moved, relation=">", bound=bound)
 
 
 def edits_in_place_count(trial: Trial) -> Iterator[Finding]:
