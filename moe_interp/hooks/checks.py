@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from moe_interp.arch.rules import HashTable
 from moe_interp.arch.spec import MoESpec
-from moe_interp.hooks.finding import Finding, excepted, near, unit_of
+from moe_interp.hooks.finding import Finding, excepted, near, rounding, unit_of
 from moe_interp.hooks.theirs import THEIR_HOOKS, as_theirs
 from moe_interp.hooks.trial import ROUTER_HOOKS, Edit, Place, Trial, difference
 from moe_interp.types import Layer
@@ -110,7 +111,9 @@ def agrees_with_theirs(trial: Trial) -> Iterator[Finding]:
         ours = {other: value for (other, at), value in trial.seen.items() if at == layer}
         expected = as_theirs(hook.shows, ours, trial.specs[layer].rule).reshape(shown.shape)
         figure = difference(shown, expected)
-        yield Finding(check=check, layer=layer, hook=hook.path, figure=figure, note=f"shows {hook.shows}")
+        # of a float64 model, some routers' own step in single precision lies between the two
+        bound = rounding(trial, layer) * float(expected.abs().max()) if expected.dtype == torch.float64 else 0.0
+        yield Finding(check=check, layer=layer, hook=hook.path, figure=figure, bound=bound, note=f"shows {hook.shows}")
 
 
 # -- detaching ---------------------------------------------------------------------------------------------------------
