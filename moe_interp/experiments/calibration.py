@@ -27,6 +27,7 @@ from moe_interp.experiments.isolation_data import (
 
 ALL = "all domains"
 MIN_ITEMS, MIN_EXPERTS = 8, 4  # what a split-half correction needs
+COVERED = 0.93  # by the corrected interval, at the least (docs/stats-coverage.md)
 Pair = tuple[FloatArray, FloatArray]  # routing and quality of a domain, [item, layer, expert]
 
 
@@ -88,11 +89,14 @@ def calibration_by_domain(
 
         - rho, low, high: Fisher-z mean over layers; items are resampled within a domain, through all layers at once,
           and the interval is z +- t sd(z*): percentiles would lean to zero, as a resample is noisier than the data.
-        - p: expert labels permuted within a layer, the same way in all domains.
+        - p: expert labels permuted within a layer, the same way in all domains. Noise that routing and quality share in
+          an item makes it small without any correlation of the expectations.
+        - p_crossed: of correlations between different halves of the items, which such noise does not move, experts
+          permuted one way for all layers (:func:`moe_interp.stats.corrected_correlation`); the verdict's p.
         - analytic_low, analytic_high: of the Fisher-z mean if layers were independent, which they are not.
         - reliability_routing, reliability_quality, each with its lower bound ``_low``; corrected, corrected_low,
           corrected_high; too_noisy: :func:`moe_interp.stats.corrected_correlation`; verdict in words, a correlation
-          only where p agrees. Corrected is NaN where it
+          only where p_crossed agrees. Corrected is NaN where it
           is too noisy to tell, or where there are too few items (8) or experts (4).
 
     Raises:
@@ -167,17 +171,18 @@ def _domain_row(
     if n_experts >= MIN_EXPERTS and not np.isnan(rho).all():
         analytic = stats.fisher_z_interval(rho.ravel(), n_experts, level=level)
         row |= {"analytic_low": float(analytic.low), "analytic_high": float(analytic.high)}
-    row |= _corrected(pairs, permuted[1], level, n_resamples, seed)
-    if row["too_noisy"] and permuted[1] <= 1 - level:
+    row |= _corrected(pairs, level, n_resamples, seed)
+    if row["too_noisy"] and max(permuted[1], float(str(row["p_crossed"]))) <= 1 - level:
         way = "positive" if permuted[0] > 0 else "negative"
         row["verdict"] = f"{row['verdict']}; the uncorrected correlation is {way} all the same"
     return row
 
 
-def _corrected(pairs: list[Pair], p: float, level: float, n_resamples: int, seed: int) -> dict[str, object]:
+def _corrected(pairs: list[Pair], level: float, n_resamples: int, seed: int) -> dict[str, object]:
     """The columns of the correction, and the verdict in words; NaN with the reason where it cannot be had."""
     names = ["reliability_routing", "reliability_quality"]
     columns = (*names, *(f"{name}_low" for name in names), "corrected", "corrected_low", "corrected_high")
+    columns += ("p_crossed",)
     empty: dict[str, object] = dict.fromkeys(columns, np.nan)
     n_items, n_experts = min(len(x) for x, _ in pairs), pairs[0][0].shape[-1]
     if n_items < MIN_ITEMS or n_experts < MIN_EXPERTS:
@@ -193,10 +198,14 @@ def _corrected(pairs: list[Pair], p: float, level: float, n_resamples: int, seed
     for name, reliability in zip(names, (result.reliability_x, result.reliability_y)):
         found |= {name: reliability.value, f"{name}_low": reliability.low}
     found |= dict(zip(("corrected", "corrected_low", "corrected_high"), vars(result.corrected).values()))
-    return found | {"too_noisy": result.too_noisy, "verdict": _verdict(result, p, level)}
+    found["p_crossed"] = result.p_crossed
+    return found | {
+        "too_noisy": result.too_noisy,
+        "verdict": _verdict(result, min(map(len, (x for x, _ in pairs))), level),
+    }
 
 
-def _verdict(result: stats.CorrectedCorrelation, p: float, level: float) -> str:
+def _verdict(result: stats.CorrectedCorrelation, n_items: int, level: float) -> str:
     """Noise comes first. Then chance: the interval is about other items, so experts that were matched to the router at
     random keep the correlation they happen to have, and only the permutation of experts knows that."""
     if result.too_noisy:
@@ -205,12 +214,15 @@ def _verdict(result: stats.CorrectedCorrelation, p: float, level: float) -> str:
             f"too noisy to tell: reliability of routing {x.value:.2f} (lower bound {x.low:.2f}), "
             f"of quality {y.value:.2f} (lower bound {y.low:.2f})"
         )
-    c = result.corrected
+    c, p = result.corrected, result.p_crossed
     text = f"{c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}"
     if p > 1 - level:
         return f"no correlation beyond chance (p = {p:.2g}): {text}"
-    kind = "positive" if c.low > 0 else "negative" if c.high < 0 else "no clear"
-    return f"{kind} correlation: {text}"
+    words = ("positive correlation", "negative correlation")
+    kind = stats.verdict(
+        c.low, c.high, n=n_items, words=words, undecided="no clear correlation", coverage=COVERED, p=p, alpha=1 - level
+    )
+    return f"{kind}: {text}"
 
 
 def item_interval(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
+from math import factorial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,6 +54,9 @@ class CorrectedCorrelation:
         too_noisy: Whether the lower bound of a reliability is below the floor.
         verdict: One plain sentence.
         n_items: Items per domain.
+        p_crossed: The test that the verdict asks for: the same of the correlation between different halves, which noise
+            common to x and y in an item does not move, with experts permuted one way for all layers, so that layers
+            whose experts are alike count as what they are.
     """
 
     corrected: Estimate
@@ -62,6 +67,7 @@ class CorrectedCorrelation:
     too_noisy: bool
     verdict: str
     n_items: tuple[int, ...]
+    p_crossed: float = float("nan")
 
 
 def corrected_correlation(
@@ -105,7 +111,7 @@ def corrected_correlation(
 
     Source: Spearman (1904) for the correction; the rest is derived. The unit of inference is the item: the interval is
     for these experts and layers, and a few experts are correlated by chance, so that the verdict asks for the
-    permutation test as well. Where noise differs much between experts, the correction is rough.
+    permutation test (p_crossed) as well. Where noise differs much between experts, the correction is rough.
     """
     check_probability(level, "level")
     check_probability(floor, "floor")
@@ -134,7 +140,8 @@ def corrected_correlation(
     half_width = scipy_stats.t.ppf((1 + level) / 2, freedom) * sd
     means_x, means_y = (np.stack(sides) for sides in zip(*(domain.means for domain in domains)))
     p = float(mean_rho_permutation(means_x, means_y, n_permutations=n_permutations, seed=seed)[1].p_value)
-    return _result(center, half_width, n_experts, floor, sizes, p, p <= 1 - level)
+    crossed = _crossed_p(domains, n_permutations, seed)
+    return _result(center, half_width, n_experts, floor, sizes, p, crossed, crossed <= 1 - level)
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,50 @@ def _correlations(
     return np.concatenate(parts, axis=1).mean(1)
 
 
+def _crossed_p(domains: list[_Domain], n_permutations: int, seed: int) -> float:
+    """Permutation p of the mean over splits of rho(x_A, y_B) and rho(x_B, y_A), summed over layers and domains.
+
+    Experts are permuted alike in all layers and domains. Halves of different items share no noise, but noise that x and
+    y share makes x_i y_j and x_j y_i vary together, which permuted experts do not: their covariance is estimated from
+    the items and the observed sum is scaled down by what it adds to the variance.
+    """
+    n_experts = domains[0].n_experts
+    matrix, shared = np.zeros((n_experts, n_experts)), 0.0
+    for domain in domains:
+        even = np.ones(domain.n_items)
+        x, y = (half_ranks(side, n_experts, domain.halves, even) for side in (domain.x, domain.y))
+        for a, b in ((0, 1), (1, 0)):
+            matrix += np.einsum("kls,mls->km", x[:, :, a], y[:, :, b], optimize=True) / (2 * len(domain.halves))
+        shared += _shared_noise(domain)
+    rows = np.arange(n_experts)
+    if factorial(n_experts) <= n_permutations:
+        orders, exact = np.array(list(permutations(range(n_experts)))), True
+    else:
+        rng = derive_rng(seed, "crossed_permutation")
+        orders, exact = rng.permuted(np.tile(rows, (n_permutations, 1)), axis=1), False
+    null = matrix[rows, orders].sum(1)
+    variance = float((null**2).mean())
+    observed = abs(float(np.trace(matrix)))
+    observed *= np.sqrt(variance / (variance + shared)) if variance > 0 else 1.0
+    extreme = int((np.abs(null) >= observed * (1 - 1e-9)).sum())
+    return extreme / len(orders) if exact else (1 + extreme) / (1 + len(orders))
+
+
+def _shared_noise(domain: _Domain) -> float:
+    """Variance that noise common to x and y adds to the sum over layers of correlations between different items:
+    sum over i != j of g_ij g_ji / (n (n - 1))^2, g_ij the product of the noise of item i in x and of item j in y, each
+    on the scale of its layer's mean profile."""
+    n, noise = domain.n_items, []
+    for side in (domain.x, domain.y):
+        profile = side.reshape(domain.n_experts, -1, n)
+        profile = profile - profile.mean(0)
+        mean = profile.mean(-1, keepdims=True)
+        norm = np.sqrt((mean**2).sum(0, keepdims=True))
+        noise.append(((profile - mean) / np.where(norm > 0, norm, np.inf)).reshape(-1, n))
+    g = noise[0].T @ noise[1]
+    return max(0.0, float((g * g.T).sum() - (np.diag(g) ** 2).sum()) / (n * (n - 1)) ** 2)
+
+
 def _scores(correlations: FloatArray, n_experts: int) -> FloatArray:
     """Averages over splits on scales fit for a symmetric interval: latent corrected, logit of both latent half
     reliabilities, raw."""
@@ -237,6 +288,7 @@ def _result(
     floor: float,
     sizes: tuple[int, ...],
     p: float,
+    crossed: float,
     beyond_chance: bool,
 ) -> CorrectedCorrelation:
     bounds = np.stack([center, center - half_width, center + half_width], axis=-1)
@@ -255,6 +307,6 @@ def _result(
         chance = "" if beyond_chance else ", within what exchangeable experts show by chance"
         verdict = (
             f"{sign if beyond_chance else 'no'} correlation: {corrected.value:.2f}, "
-            f"interval {corrected.low:.2f} to {corrected.high:.2f}, p {p:.2g}{chance}"
+            f"interval {corrected.low:.2f} to {corrected.high:.2f}, p {crossed:.2g}{chance}"
         )
-    return CorrectedCorrelation(corrected, raw, rx, ry, p, bool(noisy), verdict, sizes)
+    return CorrectedCorrelation(corrected, raw, rx, ry, p, bool(noisy), verdict, sizes, crossed)

@@ -97,3 +97,39 @@ def test_errors():
         corrected_correlation(x, x, n_splits=10)
     with pytest.raises(DataError, match="1 missing values"):
         corrected_correlation(np.where(x == x.max(), np.nan, x), x)
+
+
+def test_noise_that_both_sides_share_in_an_item_is_no_correlation():
+    """Independent expectations, the same noise in both: the means agree by far, halves of different items do not."""
+    runs, wrong, raw = 40, 0, 0
+    for run in range(runs):
+        rng = derive_rng(run, "shared noise")
+        shared = 2.0 * rng.standard_normal((16, 4, 16))
+        x, y = (rng.standard_normal((4, 16)) + shared + 0.3 * rng.standard_normal(shared.shape) for _ in range(2))
+        found = corrected_correlation(x, y, n_resamples=20, n_permutations=199, seed=run)
+        wrong += found.p_crossed <= 0.05
+        raw += found.p_value <= 0.05
+    assert wrong / runs <= 0.06 + 2 * np.sqrt(0.06 * 0.94 / runs)
+    assert raw / runs > 0.15  # what the verdict would hang on without the halves
+
+
+def test_layers_whose_experts_are_alike_count_once():
+    """One pattern over experts in all layers, unrelated in x and y: permuted apart, layers would seem independent."""
+    runs, wrong, apart = 40, 0, 0
+    for run in range(runs):
+        rng = derive_rng(run, "alike")
+        x, y = (rng.standard_normal(12) + 0.3 * rng.standard_normal((10, 6, 12)) for _ in range(2))
+        found = corrected_correlation(x, y, n_resamples=20, n_permutations=199, seed=run)
+        wrong += found.p_crossed <= 0.05
+        apart += found.p_value <= 0.05
+    assert wrong / runs <= 0.06 + 2 * np.sqrt(0.06 * 0.94 / runs)
+    assert apart / runs > 0.15
+
+
+def test_a_clear_correlation_is_found_by_the_crossed_test():
+    rng = derive_rng(0, "clear")
+    truth = rng.standard_normal((4, 12))
+    x, y = (truth + 0.5 * rng.standard_normal((12, 4, 12)) for _ in range(2))
+    found = corrected_correlation(x, y, n_resamples=20, n_permutations=199)
+    assert found.p_crossed == 1 / 200
+    assert found.verdict.startswith("positive correlation")
