@@ -1,0 +1,178 @@
+"""What intervals for few units cover, and how often a verdict in words is false without an effect.
+
+Rewrites the tables between the marks of docs/stats-coverage.md that are named below.
+
+python benchmarks/verdict_coverage.py               # some minutes on one core
+python benchmarks/verdict_coverage.py --runs 200    # a quick look, written to the terminal only
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_interp import stats
+from moe_interp.stats.coverage import TABULATED_N
+
+PAGE = Path(__file__).parents[1] / "docs" / "stats-coverage.md"
+FULL = 4000
+Array = NDArray[np.float64]
+LAWS: dict[str, Callable[[np.random.Generator, tuple[int, int]], Array]] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "exponential": lambda rng, shape: rng.exponential(size=shape) - 1,
+    "log-normal": lambda rng, shape: rng.lognormal(size=shape) - np.exp(0.5),
+}
+SIZES: dict[str, Callable[[np.random.Generator, tuple[int, int]], Array]] = {
+    "equal": lambda rng, shape: np.full(shape, 50.0),
+    "log-normal, sd .5": lambda rng, shape: np.maximum(1, rng.lognormal(3.5, 0.5, shape).astype(int)).astype(float),
+    "log-normal, sd 1": lambda rng, shape: np.maximum(1, rng.lognormal(3.5, 1.0, shape).astype(int)).astype(float),
+    "1 or 100": lambda rng, shape: rng.choice([1.0, 100.0], shape),
+    "one of 2000, others 20": lambda rng, shape: (
+        np.where(np.arange(shape[0])[:, None] == 0, 2000.0, 20.0) + np.zeros(shape)
+    ),
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
+
+
+def intervals(law: str, sizes: str | None, n: int, runs: int) -> stats.Interval:
+    """Of a mean of 0 over ``n`` items, or of a ratio over clusters whose tokens share .3 of their variance."""
+    rng = stats.derive_rng(n, "verdicts", law, str(sizes))
+    values = LAWS[law](rng, (n, runs))
+    if sizes is None:
+        return stats.mean_interval(values, axis=0)
+    size = SIZES[sizes](rng, (n, runs))
+    totals = np.sqrt(0.3) * size * values + rng.standard_normal((n, runs)) * np.sqrt(0.7 * size)
+    return stats.ratio_interval(totals, size)
+
+
+def coverage_section(runs: int) -> str:
+    rows = []
+    for law in LAWS:
+        for sizes in (None, *SIZES):
+            hits = []
+            for n in TABULATED_N:
+                found = intervals(law, sizes, n, runs)
+                hits.append(f"{np.mean((found.low <= 0) & (found.high >= 0)):.3f}")
+            rows.append([law, "items" if sizes is None else f"clusters: {sizes}", *hits])
+    return table(["law", "units", *(f"n = {n}" for n in TABULATED_N)], rows)
+
+
+def false_section(runs: int) -> str:
+    """The share of null data sets in which a word is said."""
+    sizes_of_sample = [n for n in TABULATED_N if n >= stats.FEWEST_UNITS]
+    rows = []
+    for law in LAWS:
+        for sizes in (None, "equal", "log-normal, sd .5", "log-normal, sd 1"):
+            said = []
+            for n in sizes_of_sample:
+                found = intervals(law, sizes, n, runs)
+                words = [stats.decide(low, high, n=n) for low, high in zip(found.low.tolist(), found.high.tolist())]
+                said.append(f"{np.mean([word in ('above', 'below') for word in words]):.3f}")
+            rows.append([law, "items" if sizes is None else f"clusters: {sizes}", *said])
+    return table(["law", "units", *(f"n = {n}" for n in sizes_of_sample)], rows)
+
+
+def groups_section(runs: int) -> str:
+    rows = []
+    for law in ("normal", "exponential"):
+        for n_groups in (2, 4, 8):
+            for spread in ("alike", "the smallest 4 times wider"):
+                hits = []
+                for smallest in (2, 4, 6, 10):
+                    for factor in (1, 5):
+                        rng = stats.derive_rng(smallest, "groups", law, n_groups, factor, spread)
+                        sizes = [smallest, *[factor * smallest] * (n_groups - 1)]
+                        parts = [LAWS[law](rng, (n, runs)) + g for g, n in enumerate(sizes)]
+                        parts[0] = parts[0] * (1 if spread == "alike" else 4)
+                        found, truth = stats.stratified_interval(parts), (n_groups - 1) / 2
+                        hits.append(f"{np.mean((found.low <= truth) & (found.high >= truth)):.3f}")
+                rows.append([law, str(n_groups), spread, *hits])
+    head = [f"{smallest} and {factor * smallest}" for smallest in (2, 4, 6, 10) for factor in (1, 5)]
+    return table(["law", "groups", "spread", *head], rows)
+
+
+def layers_section(runs: int) -> str:
+    """Two groups of layers that differ by chance alone: the test that takes layers as exchangeable, and the shifts."""
+    rows = []
+    for n_layers in (20, 24, 32, 48):
+        early, late = max(1, round(0.19 * n_layers)), max(1, round(0.0625 * n_layers))
+        outer = (np.arange(n_layers) < early) | (np.arange(n_layers) >= n_layers - late)
+        for kind in ("independent", "autocorrelation .5", "autocorrelation .8", "random walk", "trend"):
+            rng = stats.derive_rng(n_layers, "layers", kind)
+            x = rng.standard_normal((runs // 4, n_layers))
+            if kind.startswith("auto"):
+                phi = float(kind.split()[1])
+                for layer in range(1, n_layers):
+                    x[:, layer] = phi * x[:, layer - 1] + np.sqrt(1 - phi**2) * x[:, layer]
+            elif kind == "random walk":
+                x = x.cumsum(1)
+            elif kind == "trend":
+                x = 0.3 * x + 2 * rng.standard_normal((len(x), 1)) * np.arange(n_layers) / n_layers
+            shifted = stats.shifted_group_test(x, outer).p_value
+            free = stats.two_group_permutation(x, outer, n_permutations=999).p_value
+            rows.append([str(n_layers), kind, f"{np.mean(free <= 0.05):.3f}", f"{np.mean(shifted <= 0.05):.3f}"])
+    return table(["layers", "impact over depth", "exchangeable", "**shifted**"], rows)
+
+
+def shared_noise_section(runs: int) -> str:
+    """Calibration of unrelated expectations: the verdict's rate by the test of the means and by crossed halves."""
+    count = max(20, runs // 20)
+    rows = []
+    designs = [(0.5, 0.0, 16, False), (0.5, 0.95, 16, False), (0.8, 0.95, 16, False), (0.8, 0.95, 40, False)]
+    for reliability, common, n, alike in [*designs, (0.8, 0.0, 16, True)]:
+        hits = []
+        for run in range(count):
+            rng = stats.derive_rng(run, "shared", str(reliability), str(common), n)
+            x, y = rng.standard_normal((2, 4, 16))
+            if alike:
+                x, y = (0.9 * rng.standard_normal(16) + 0.44 * side for side in (x, y))
+            noise = rng.standard_normal((n, 4, 16))
+            scale = np.sqrt(n * (1 - reliability) / reliability)
+            sides = [
+                side + scale * (np.sqrt(common) * noise + np.sqrt(1 - common) * rng.standard_normal(noise.shape))
+                for side in (x, y)
+            ]
+            found = stats.corrected_correlation(*sides, n_resamples=40, n_permutations=199, seed=run)
+            beyond = not found.too_noisy and (found.corrected.low > 0 or found.corrected.high < 0)
+            hits.append((beyond and found.p_value <= 0.05, beyond and found.p_crossed <= 0.05))
+        shares = [f"{share:.3f}" for share in np.mean(hits, axis=0)]
+        rows.append([f"{reliability}", f"{common}", str(n), "yes" if alike else "no", *shares])
+    head = ["reliability", "noise in common", "items", "layers alike", "by the means", "**by crossed halves**"]
+    return table([*head[:4], *head[4:]], rows)
+
+
+SECTIONS: dict[str, Callable[[int], str]] = {
+    "few units": coverage_section,
+    "false words": false_section,
+    "groups": groups_section,
+    "layers": layers_section,
+    "shared noise": shared_noise_section,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=FULL)
+    parser.add_argument("--only", choices=tuple(SECTIONS))
+    options = parser.parse_args()
+    for name in [options.only] if options.only else SECTIONS:
+        text = SECTIONS[name](options.runs)
+        print(name, text, sep="\n", flush=True)
+        if options.runs >= FULL:
+            page, mark = PAGE.read_text(), (f"<!-- {name} -->\n", f"\n<!-- end of {name} -->")
+            between = re.compile(re.escape(mark[0]) + ".*?" + re.escape(mark[1]), re.DOTALL)
+            assert between.search(page), f"no marks of {name!r} in {PAGE}"
+            PAGE.write_text(between.sub(lambda _, text=text: mark[0] + text + mark[1], page))
+
+
+if __name__ == "__main__":
+    main()
