@@ -9,7 +9,6 @@ python benchmarks/verdict_coverage.py --runs 200    # a quick look, written to t
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,10 +167,9 @@ def main() -> None:
         text = SECTIONS[name](options.runs)
         print(name, text, sep="\n", flush=True)
         if options.runs >= FULL:
-            page, mark = PAGE.read_text(), (f"<!-- {name} -->\n", f"\n<!-- end of {name} -->")
-            between = re.compile(re.escape(mark[0]) + ".*?" + re.escape(mark[1]), re.DOTALL)
-            assert between.search(page), f"no marks of {name!r} in {PAGE}"
-            PAGE.write_text(between.sub(lambda _, text=text: mark[0] + text + mark[1], page))
+            start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+            before, rest = PAGE.read_text().split(start)
+            PAGE.write_text(before + start + text + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,14 @@ import pytest
 from scipy import stats as scipy_stats
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.stats import derive_rng, domain_effect, paired_permutation, rejected, two_group_permutation
+from moe_interp.stats import (
+    derive_rng,
+    domain_effect,
+    paired_permutation,
+    rejected,
+    shifted_group_test,
+    two_group_permutation,
+)
 
 DOMAIN = np.repeat(["code", "law", "math", "poetry"], 12)
 
@@ -149,3 +156,19 @@ def test_errors():
         paired_permutation([1.0, np.nan])
     with pytest.raises(ConfigError, match="n_permutations is 0"):
         paired_permutation([1.0, 2.0], n_permutations=0)
+
+
+def test_shifted_labels_by_a_loop():
+    x, group = derive_rng(11).standard_normal(9), np.arange(9) < 3
+    found = shifted_group_test(x, group)
+    each = []
+    for by in range(9):
+        moved = [group[(place - by) % 9] for place in range(9)]
+        inside = [value for value, is_in in zip(x, moved) if is_in]
+        outside = [value for value, is_in in zip(x, moved) if not is_in]
+        each.append(sum(inside) / 3 - sum(outside) / 6)
+    assert found.statistic == pytest.approx(each[0])
+    assert found.p_value == pytest.approx(np.mean(np.abs(each) >= abs(each[0]) - 1e-12))
+    assert shifted_group_test(group.astype(float), group).p_value == pytest.approx(1 / 9)
+    with pytest.raises(DataError, match="one boolean per value"):
+        shifted_group_test(x, np.zeros(9, dtype=bool))

@@ -6,11 +6,12 @@ import sys
 
 import pandas as pd
 import pytest
+import xarray as xr
 
 from moe_interp.errors import ConfigError, ResultError
 from moe_interp.results import load_result
 from moe_interp.testbed.compare import compare
-from moe_interp.testbed.comparison import ComparisonResult, comparison
+from moe_interp.testbed.comparison import ComparisonResult, RepeatedRunWarning, comparison
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.model import ModelConfig
@@ -109,6 +110,15 @@ def test_differences_are_paired_by_seed():
         RUNS.difference("magic", "a", "b")
     with pytest.raises(ConfigError, match=r"'c'\. Expected: two of a, b"):
         RUNS.difference("loss", "a", "c")
+
+
+def test_seeds_whose_runs_are_the_same_count_once():
+    data = RUNS.data.copy(deep=True)
+    again = data.isel(seed=[0]).assign_coords(seed=[9])
+    both = xr.concat([data, again], "seed", data_vars="minimal", coords="minimal", compat="override", join="outer")
+    with pytest.warns(RepeatedRunWarning, match="seed 9 came out as those of an earlier seed"):
+        found = ComparisonResult(both).difference("specialization", "a", "b")
+    assert found == RUNS.difference("specialization", "a", "b")
 
 
 def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
