@@ -33,6 +33,7 @@ from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.prefix import PrefixRunner
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions import set_routes
+from moe_interp.interventions.where import Positions
 from moe_interp.progress import Report, reporting
 from moe_interp.results import Result, checksum
 from moe_interp.stats import derive_rng, mean_interval, paired_permutation, verdict
@@ -48,6 +49,8 @@ def domain_router(
     k: int | None = None,
     items: Sequence[str] | None = None,
     mass: str | None = None,
+    positions: Positions = None,
+    attention_mask: Tensor | None = None,
 ) -> Hooks:
     """Route every token, at every isolated layer, to the ``k`` experts that served a domain best alone.
 
@@ -60,6 +63,7 @@ def domain_router(
         k: Experts per token; the family's own number by default.
         items: Ids of the items to choose by; keep others to measure on.
         mass: The mass whose deltas decide; the run's first by default.
+        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
 
     Raises:
         DataError, ConfigError: as :func:`moe_interp.experiments.expert_choice.best_experts`.
@@ -68,7 +72,11 @@ def domain_router(
     """
     k = moe.spec(moe.layers[0]).top_k if k is None else check_whole(k, "k", 1)
     chosen = best_experts(isolation_result, domain, k, items, mass)
-    return [hook for layer, experts in chosen.items() for hook in set_routes(moe, layer, experts)]
+    return [
+        hook
+        for layer, experts in chosen.items()
+        for hook in set_routes(moe, layer, experts, positions=positions, attention_mask=attention_mask)
+    ]
 
 
 class DomainRouterResult(Result, kind="domain_router"):

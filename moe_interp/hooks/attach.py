@@ -16,7 +16,8 @@ from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.layer import OpenLayer, Pass, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
-from moe_interp.hooks.opening import PastLength, close_layer, describe_layer, find_layers, open_layer
+from moe_interp.hooks.opening import close_layer, describe_layer, find_layers, open_layer
+from moe_interp.hooks.passes import Passes, Span
 from moe_interp.hooks.verify import Verification, verify
 from moe_interp.types import Layer
 
@@ -47,8 +48,12 @@ class MoEHooks:
 
     @property
     def n_past(self) -> int:
-        """Positions that the running (or last) forward pass found in its cache: 0 except in later steps of generate."""
-        return self._past.n_past
+        """Columns that the last layer's running (or last) pass found in its cache."""
+        return self.span(self.layers[-1]).n_past
+
+    def span(self, layer: Layer) -> Span:
+        """Where the tokens of the layer's running (or last) pass lie in their sequences: cached columns, the prompt."""
+        return self._passes.span(layer)
 
     def spec(self, layer: Layer) -> MoESpec:
         """What the layer is: family, sizes, routing rule.
@@ -197,7 +202,8 @@ class MoEHooks:
                 point.name = f"{self._blocks[layer]}.hook_{name}"
                 block.add_module(f"hook_{name}", point)
                 self.bridge._hook_registry[point.name] = point
-        self._past = PastLength(self.bridge.original_model)
+        containers = {layer: opened.spec.container for layer, opened in self._opened.items()}
+        self._passes = Passes(self.bridge, containers)
         self.bridge.__dict__[_MARK] = self
 
     def _unmount(self) -> None:
@@ -208,7 +214,7 @@ class MoEHooks:
             for name in opened.points:
                 del block._modules[f"hook_{name}"]
                 self.bridge._hook_registry.pop(f"{self._blocks[layer]}.hook_{name}", None)
-        self._past.remove()
+        self._passes.remove()
         del self.bridge.__dict__[_MARK]
 
     def __enter__(self) -> MoEHooks:

@@ -89,23 +89,6 @@ def close_layer(layer: OpenLayer) -> None:
     layer.replaced.clear()
 
 
-class PastLength:
-    """How many positions the running forward pass finds in its cache: 0 except in the later steps of ``generate``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.n_past = 0
-        self._handle = model.register_forward_pre_hook(self._record, with_kwargs=True)
-
-    def remove(self) -> None:
-        self._handle.remove()
-
-    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        count = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
-        position = kwargs.get("cache_position")
-        first = 0 if position is None else int(position[0])
-        self.n_past = first if count is None else int(count())
-
-
 def _replace(layer: OpenLayer, module: nn.Module, opened: Callable[..., Any]) -> None:
     layer.replaced.append((module, module.__dict__.get("forward")))
     module.__dict__["forward"] = opened(layer, module.forward).forward

@@ -12,6 +12,7 @@ from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import checked_experts
+from moe_interp.interventions.reference import GivenOutputs, OwnPass, Reference, outputs_of
 from moe_interp.interventions.streams import layer_labels
 from moe_interp.interventions.where import Positions, Where
 from moe_interp.interventions.writing import RouteWriter
@@ -28,14 +29,20 @@ def ablate_experts(
     seed: int = 0,
     positions: Positions = None,
     attention_mask: Tensor | None = None,
+    reference: Reference = None,
+    reference_mask: Tensor | None = None,
 ) -> Hooks:
     """Take experts away from the tokens that chose them.
 
-    "zero": their outputs are dropped; the other experts keep their weights. "mean": each output is replaced by the
-    expert's mean over the tokens of the batch that use it. "resample": by its output on one of those tokens, drawn by
-    ``seed``, maybe itself. "reroute": the token keeps its other experts and takes the next best by ``choice_logits`` in
-    place of these (none where the family's group limit leaves none), with the family's weights for its new set. Tokens
-    that do not use the experts are untouched by all four.
+    "zero": their outputs are dropped; the other experts keep their weights. "mean": each output is replaced by the mean
+    of what the expert gives on tokens of reference. "resample": by what it gives on one of them, drawn by ``seed``.
+    "reroute": the token keeps its other experts and takes the next best by ``choice_logits`` in place of these (none
+    where the family's group limit leaves none), with the family's weights for its new set. Tokens that do not use the
+    experts are untouched by all four.
+
+    The tokens of reference are by default the prompt's own: those of the running pass that use the expert, padding left
+    out, the replaced one among them. That says nothing about a generated token, whose pass holds one token a row, about
+    a prompt that runs in chunks, or about an expert with a single token: these need ``reference``.
 
     Args:
         moe: Attached hooks; "mean" and "resample" need ``expert_outputs=True``.
@@ -44,10 +51,17 @@ def ablate_experts(
         mode: What stands in their place.
         seed: Seed of "resample".
         positions, attention_mask: See :class:`moe_interp.interventions.where.Where`; padding is in no mean.
+        reference: Of "mean" and "resample": token ids ``[row, pos]`` or text, which run once, when this is called, with
+            the hooks that are on; or a cache with ``expert_indices`` and ``expert_out`` of the layer; or "prompt", the
+            prompt's own tokens also for what is generated from it.
+        reference_mask: ``[row, pos]``, 1 at the real tokens of the reference.
+
+    Means are taken in float32 or, in a float64 model, in float64.
 
     Raises:
         RouteError: an id out of range, or an expert twice.
-        ConfigError: an unknown mode, no experts, or fewer experts left than the router needs.
+        ConfigError: an unknown mode, no experts, fewer experts left than the router needs, a reference that does not
+            serve; when it runs, an output for which there are no tokens of reference.
     """
     check_attached(moe)
     spec, seed = moe.spec(layer), check_seed(seed)
@@ -60,19 +74,34 @@ def ablate_experts(
             f"at least the {spec.top_k} that a token uses",
             "Ablate fewer experts, or use mode='zero'.",
         )
-    where = Where(moe, positions, attention_mask)
+    if (reference is not None and mode not in ("mean", "resample")) or (
+        reference is None and reference_mask is not None
+    ):
+        raise ConfigError(
+            f"a reference{'_mask without one' if reference is None else f' for mode={mode!r}'}",
+            'reference for mode "mean" or "resample", and reference_mask beside it',
+            "Leave it out.",
+        )
+    where = Where(moe, layer, positions, attention_mask)
     if mode == "reroute":
         return _reroute(moe, layer, gone, where)
     if mode == "zero":
-        return _replace(moe, layer, gone, where, "expert_weights", lambda value, expert, used: torch.zeros_like(value))
-    stand_in = _mean if mode == "mean" else _resampler(where, seed, layer)
+        drop: StandIn = lambda value, expert, used, spot: torch.zeros_like(value)  # noqa: E731
+        return _replace(moe, layer, gone, where, "expert_weights", drop)
+    moe.hook_name("expert_out", layer)  # refuses before a reference runs
+    source: OwnPass | GivenOutputs
+    if reference is None or (isinstance(reference, str) and reference == "prompt"):
+        source = OwnPass(where, mode, is_kept=reference is not None)
+    else:
+        source = outputs_of(moe, layer, gone.tolist(), reference, reference_mask)
+    stand_in = _mean(source) if mode == "mean" else _resampler(source, where, seed, layer)
     return _replace(moe, layer, gone, where, "expert_out", stand_in)
 
 
 class StandIn(Protocol):
-    """What takes the place of ``value`` where ``used`` ``[batch, pos, slot]``, the real tokens' slots of the expert."""
+    """What takes the place of ``value`` at ``spot``, ``[batch, pos, slot]``, among the expert's real ``used`` slots."""
 
-    def __call__(self, value: Tensor, expert: int, used: Tensor) -> Tensor: ...
+    def __call__(self, value: Tensor, expert: int, used: Tensor, spot: Tensor) -> Tensor: ...
 
 
 def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str, stand_in: StandIn) -> Hooks:
@@ -82,21 +111,31 @@ def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str,
         for expert in gone.tolist():
             used = (route == expert) & real
             spot = used & tokens
-            value = torch.where(spot if value.ndim == 3 else spot.unsqueeze(-1), stand_in(value, expert, used), value)
+            new = stand_in(value, expert, used, spot)
+            value = torch.where(spot if value.ndim == 3 else spot.unsqueeze(-1), new, value)
         return value
 
     return [(moe.hook_name(name, layer), replace)]
 
 
-def _mean(value: Tensor, expert: int, used: Tensor) -> Tensor:
-    mask = used.unsqueeze(-1).to(value)
-    return ((value * mask).sum(dim=(0, 1, 2)) / mask.sum().clamp(min=1)).expand_as(value)
+def _mean(source: OwnPass | GivenOutputs) -> StandIn:
+    means: dict[int, Tensor] = {}  # of a given reference, taken once
+
+    def mean(value: Tensor, expert: int, used: Tensor, spot: Tensor) -> Tensor:
+        pool = source.outputs(expert, value, used, spot)
+        if not bool(spot.any()):
+            return value
+        if isinstance(source, OwnPass) or expert not in means:
+            means[expert] = pool.to(torch.promote_types(pool.dtype, torch.float32)).mean(dim=0)
+        return means[expert].to(value).expand_as(value)
+
+    return mean
 
 
-def _resampler(where: Where, seed: int, layer: Layer) -> StandIn:
-    def resample(value: Tensor, expert: int, used: Tensor) -> Tensor:
-        pool = value[used]
-        if not len(pool):
+def _resampler(source: OwnPass | GivenOutputs, where: Where, seed: int, layer: Layer) -> StandIn:
+    def resample(value: Tensor, expert: int, used: Tensor, spot: Tensor) -> Tensor:
+        pool = source.outputs(expert, value, used, spot).to(value)
+        if not bool(spot.any()):
             return value
         key = where.keys(value, 1, seed, *layer_labels(layer), expert)  # [batch, pos, 1]
         return pool[(key * len(pool)).long()].expand_as(value)

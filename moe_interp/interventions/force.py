@@ -58,7 +58,7 @@ def force_experts(
             "Give as many weights as experts, and leave mass out.",
         )
     if fixed is None and len(ids) == 1:
-        return _force_one(moe, layer, ids, mass, Where(moe, positions, attention_mask))
+        return _force_one(moe, layer, ids, mass, Where(moe, layer, positions, attention_mask))
     return set_routes(moe, layer, ids, fixed, positions, attention_mask)
 
 
@@ -75,7 +75,9 @@ def set_routes(
     Args:
         moe: Attached hooks.
         layer: An MoE layer.
-        indices: ``[slot]``, ``[pos, slot]`` or ``[batch, pos, slot]`` expert ids, -1 for an empty slot; broadcast.
+        indices: ``[slot]``, ``[pos, slot]`` or ``[batch, pos, slot]`` expert ids, -1 for an empty slot; broadcast. The
+            first of ``pos`` is the first column of the prompt, also where a part of it is cached; routes for as many
+            columns as a single pass has that continues a cached prefix are that pass's.
         weights: Of the same shape, used as they are; the family's own weights for that set by default.
         positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
 
@@ -99,10 +101,10 @@ def set_routes(
             "Give both the same shape.",
         )
     routes, fixed = pack_routes(routes, fixed)
-    where = Where(moe, positions, attention_mask)
+    where = Where(moe, layer, positions, attention_mask)
 
-    weigh = None if fixed is None else partial(_broadcast, fixed)
-    return RouteWriter(moe, layer, where, partial(_broadcast, routes), weigh).hooks
+    weigh = None if fixed is None else partial(_broadcast, fixed, where)
+    return RouteWriter(moe, layer, where, partial(_broadcast, routes, where), weigh).hooks
 
 
 class NaturalMass:
@@ -128,7 +130,7 @@ def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, where: W
     def route(value: Tensor) -> Tensor:
         if mass == "natural":
             natural.read(value)
-        return _broadcast(forced, value)
+        return _broadcast(forced, where, value)
 
     def weigh(value: Tensor) -> Tensor:
         return torch.ones_like(value[..., :1]) if mass == "one" else natural.take()
@@ -136,10 +138,11 @@ def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, where: W
     return RouteWriter(moe, layer, where, route, weigh).hooks
 
 
-def _broadcast(values: Tensor, like: Tensor) -> Tensor:
+def _broadcast(values: Tensor, where: Where, like: Tensor) -> Tensor:
     """``[..., slot]`` given once, for each position or for each token, to ``[batch, pos, slot]``."""
     batch, pos = like.shape[:2]
     values = values.to(like.device)
+    values = values if values.ndim == 1 else where.rows(values, like)
     try:
         return values.expand(batch, pos, values.shape[-1])
     except RuntimeError:

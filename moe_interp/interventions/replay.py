@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from moe_interp.errors import RouteError
+from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
+from moe_interp.hooks.layer import plain_label
+from moe_interp.hooks.opening import find_layers
 from moe_interp.interventions.where import Positions, Where, pack_routes
 from moe_interp.interventions.writing import RouteWriter
 from moe_interp.types import Hooks, Layer
+
+# not TransformerLens' flat `blocks.1.mlp.hook_expert_indices`
+_OUR_HOOK = re.compile(r"(encoder_|decoder_)?blocks\.\d+\.hook_expert_indices")
 
 
 class Routes(Protocol):
@@ -28,7 +34,7 @@ class Routes(Protocol):
 def replay_routes(
     moe: MoEHooks,
     trace: Any,
-    layers: list[Layer] | None = None,
+    layers: Sequence[Layer] | Literal["moe"] | None = None,
     positions: Positions = "all",
     attention_mask: Tensor | None = None,
 ) -> Hooks:
@@ -39,20 +45,24 @@ def replay_routes(
         trace: A cache with ``expert_indices`` (and ``expert_weights``, if they are to be replayed too), whose rows and
             positions are those of the batch; or a ``RoutingTrace``, whose s-th sequence is for row s of the batch and
             which counts positions from each row's first real token.
-        layers: Layers to replay; by default all that were recorded.
+        layers: Layers to replay, as the trace labels them; by default all that were recorded. "moe": the columns of the
+            trace are all the model's MoE layers, in their order and whatever their labels, as inference engines record
+            them.
         positions, attention_mask: See :class:`moe_interp.interventions.where.Where`; every step by default, so that a
             step of ``generate`` outside the trace is refused. With a cache, both runs have the same padding.
 
     Raises:
-        RouteError: nothing recorded at a layer, routes of another model, or (when it runs) a token outside the trace.
+        RouteError: nothing recorded at a layer, recorded layers that are none of the attached MoE layers or that look
+            like the MoE layers counted from 0, routes of another model, or (when it runs) a token outside the trace.
+        ConfigError: ``layers`` of another kind.
     """
     check_attached(moe)
     from_cache = not hasattr(trace, "expert_indices")
-    where = Where(moe, positions, attention_mask)
-    recorded = _of_cache(moe, trace, layers) if from_cache else _of_trace(moe, trace, layers)
+    chosen = _chosen(moe, layers)
+    recorded = _of_cache(moe, trace, chosen) if from_cache else _of_trace(moe, trace, chosen)
     hooks: Hooks = []
     for layer, (indices, weights) in recorded.items():
-        name = moe.hook_name("expert_indices", layer)
+        name, where = moe.hook_name("expert_indices", layer), Where(moe, layer, positions, attention_mask)
         weigh = None if weights is None else _reader(where, weights, from_cache, name)
         hooks += RouteWriter(moe, layer, where, _reader(where, indices, from_cache, name), weigh).hooks
     return hooks
@@ -62,14 +72,33 @@ def replay_routes(
 Recorded = dict[Layer, tuple[Tensor, Tensor | None]]
 
 
-def _of_cache(moe: MoEHooks, cache: Mapping[str, Tensor], layers: list[Layer] | None) -> Recorded:
+def _chosen(moe: MoEHooks, layers: Any) -> list[Layer] | Literal["moe"] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, str) and layers == "moe":
+        return "moe"
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or not (chosen := list(layers)):
+        raise ConfigError(f"layers={layers!r}", f'layers among {list(moe.layers)}, or "moe"', "Name the layers.")
+    return [moe.layer_label(layer) for layer in chosen]
+
+
+def _of_cache(moe: MoEHooks, cache: Mapping[str, Tensor], layers: list[Layer] | Literal["moe"] | None) -> Recorded:
+    """By the hooks' names, which say the layer."""
+    ours = {moe.hook_name("expert_indices", layer) for layer in moe.layers}
+    foreign = [name for name in cache if _OUR_HOOK.fullmatch(name) and name not in ours]
+    if foreign and not isinstance(layers, list):
+        raise RouteError(
+            f"routes of {foreign[0]}, which is no attached MoE layer of this model",
+            f"routes of {list(moe.layers)}",
+            "Replay a run of this model, or name the layers to replay: layers=[...].",
+        )
     found: Recorded = {}
-    for layer in layers or moe.layers:
+    for layer in layers if isinstance(layers, list) else moe.layers:
         name = moe.hook_name("expert_indices", layer)
         if name in cache:
             weights = moe.hook_name("expert_weights", layer)
             found[layer] = pack_routes(_batched(cache, name), _batched(cache, weights) if weights in cache else None)
-        elif layers:
+        elif layers is not None:
             raise _nothing_recorded(layer)
     if not found:
         raise _nothing_recorded(moe.layers[0])
@@ -89,26 +118,68 @@ def _batched(cache: Mapping[str, Tensor], name: str) -> Tensor:
     return value
 
 
-def _of_trace(moe: MoEHooks, trace: Routes, layers: list[Layer] | None) -> Recorded:
-    chosen = [layer for layer in trace.layers if layer in moe.layers] if layers is None else layers
+def _of_trace(moe: MoEHooks, trace: Routes, layers: list[Layer] | Literal["moe"] | None) -> Recorded:
+    columns = _columns_by_place(moe, trace) if layers == "moe" else _columns_by_label(moe, trace, layers)
     found: Recorded = {}
-    for layer in chosen:
-        if layer not in trace.layers:
-            raise _nothing_recorded(layer)
+    for layer, column in columns.items():
         if trace.n_experts != moe.spec(layer).n_experts:
             raise RouteError(
                 f"a trace of {trace.n_experts} experts for layer {layer} with {moe.spec(layer).n_experts}",
                 "routes of this model",
                 "Replay a trace recorded on it.",
             )
-        column = list(trace.layers).index(layer)
         indices = _by_sequence(trace, torch.as_tensor(trace.expert_indices[:, column]).long(), -2)
         weights = trace.expert_weights
         weights = None if weights is None else _by_sequence(trace, torch.as_tensor(weights[:, column]), 0.0)
         found[layer] = pack_routes(indices, weights)
-    if not found:
-        raise _nothing_recorded(moe.layers[0])
     return found
+
+
+def _columns_by_place(moe: MoEHooks, trace: Routes) -> dict[Layer, int]:
+    """Layer -> column, the columns being all MoE layers of the model in their order."""
+    every = tuple(find_layers(moe.bridge))
+    if len(trace.layers) != len(every):
+        raise RouteError(
+            f'layers="moe" for a trace of {len(trace.layers)} columns and a model with {len(every)} MoE layers',
+            f"one column for each of {list(every)}",
+            "Label the trace's columns, RoutingTrace.from_arrays(..., layers=[...]), and leave this out.",
+        )
+    if every != moe.layers:
+        raise RouteError(
+            f'layers="moe" with hooks on {list(moe.layers)} only',
+            f"hooks on all MoE layers, {list(every)}",
+            "Attach to all, or label the trace's columns and name the layers to replay.",
+        )
+    return {layer: column for column, layer in enumerate(every)}
+
+
+def _columns_by_label(moe: MoEHooks, trace: Routes, layers: list[Layer] | None) -> dict[Layer, int]:
+    """Layer -> column, by the trace's labels; refused where these may be places instead."""
+    labels, every = [plain_label(layer) for layer in trace.layers], tuple(find_layers(moe.bridge))
+    unknown = [label for label in labels if label not in every]
+    counted = len(labels) == len(every) and labels == list(range(len(labels))) and tuple(labels) != every
+    if counted or (layers is None and (unknown or any(label not in moe.layers for label in labels))):
+        bad = unknown or [label for label in labels if label not in moe.layers]
+        by_place = len(labels) == len(every)
+        if not by_place and not set(labels) & set(every):
+            raise _nothing_recorded(moe.layers[0])
+        raise RouteError(
+            f"a trace of layers {_brief(labels)}, of which layer {bad[0]!r} "
+            + ("is no MoE layer of this model" if unknown else "is not attached"),
+            f"layers among the {'attached ' if not unknown else ''}MoE layers {_brief(moe.layers)}",
+            'If its columns are the MoE layers in order, as inference engines record them, pass layers="moe".'
+            if by_place and unknown
+            else "Name those to replay: layers=[...].",
+        )
+    for layer in layers or ():
+        if layer not in labels:
+            raise _nothing_recorded(layer)
+    return {layer: labels.index(layer) for layer in (labels if layers is None else layers)}
+
+
+def _brief(layers: Sequence[Layer]) -> str:
+    """All of few layers; the first and the last of many."""
+    return str(list(layers)) if len(layers) <= 8 else f"{layers[0]!r} to {layers[-1]!r} ({len(layers)})"
 
 
 def _by_sequence(trace: Routes, tokens: Tensor, fill: float) -> Tensor:
@@ -121,7 +192,8 @@ def _reader(where: Where, recorded: Tensor, by_column: bool, name: str) -> Calla
     def read(value: Tensor) -> Tensor:
         tokens = where.tokens(value)
         batch, pos = value.shape[:2]
-        raw = torch.arange(where.moe.n_past, where.moe.n_past + pos, device=value.device).expand(batch, pos)
+        n_past = where.moe.span(where.layer).n_past
+        raw = torch.arange(n_past, n_past + pos, device=value.device).expand(batch, pos)
         at = raw if by_column else where.index(value)
         source = recorded.to(value.device)
         row = torch.arange(batch, device=value.device).unsqueeze(1).expand(batch, pos)
@@ -132,7 +204,7 @@ def _reader(where: Where, recorded: Tensor, by_column: bool, name: str) -> Calla
         if bool(outside.any()):
             b, p = outside.nonzero()[0].tolist()
             raise RouteError(
-                f"row {b}, position {p + where.moe.n_past} at {name}, which the trace does not hold",
+                f"row {b}, position {p + n_past} at {name}, which the trace does not hold",
                 f"at most {source.shape[0]} sequences with recorded positions",
                 "Replay on the recorded tokens, or limit `positions`; the model was left as it was.",
             )

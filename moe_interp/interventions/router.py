@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_interp.arch.rules import HashTable
 from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
+from moe_interp.interventions.reach import limits
 from moe_interp.interventions.streams import layer_labels
 from moe_interp.interventions.where import Positions, Where
 from moe_interp.interventions.writing import RouteWriter
 from moe_interp.types import Hooks, Layer
+
+
+class BiasLimitWarning(UserWarning):
+    """A bias on the router's logits that may not have its way, by what the family ranks experts by."""
 
 
 def uniform_routing(
@@ -38,8 +45,8 @@ def uniform_routing(
     """
     check_attached(moe)
     check_mass(mass)
-    where = Where(moe, positions, attention_mask)
-    return [hook for layer in _layers(moe, layers) for hook in _uniform(moe, layer, mass, where)]
+    wheres = {layer: Where(moe, layer, positions, attention_mask) for layer in _layers(moe, layers)}
+    return [hook for layer, where in wheres.items() for hook in _uniform(moe, layer, mass, where)]
 
 
 def random_routing(
@@ -62,10 +69,9 @@ def random_routing(
     """
     check_attached(moe)
     seed = check_seed(seed)
-    where = Where(moe, positions, attention_mask)
 
     def draw(layer: Layer) -> Hooks:
-        n_experts = moe.spec(layer).n_experts
+        where, n_experts = Where(moe, layer, positions, attention_mask), moe.spec(layer).n_experts
 
         def route(value: Tensor) -> Tensor:
             keys = where.keys(value, n_experts, seed, *layer_labels(layer))
@@ -85,11 +91,25 @@ def bias_router(
 ) -> Hooks:
     """Add a bias to the router's logits: selection and weights follow by the family's own rule.
 
+    What that can do depends on what the family ranks experts by:
+
+    - the logits, or a softmax of them (Mixtral, OLMoE, Qwen, GPT-OSS, Granite, Llama 4, Phi-MoE, ...): a large positive
+      bias makes every token use the expert, a large negative one, or -inf, none.
+    - a score plus a correction bias (DeepSeek-V3, GLM-4, MiniMax-M2, LFM2, AFMoE, Laguna, Nemotron-H, ERNIE): the
+      logits move the score within its range, for a sigmoid 0 to 1, and no further. An expert whose correction bias is
+      low may not be chosen with a score of 1, and one whose is high may be with a score of 0, also with -inf. Scores
+      saturate: above a logit of about 17 in float32, of 6 in bfloat16, sigmoids are equal.
+    - the best groups first (DeepSeek-V2 and V3, GLM-4): an expert is chosen only where its group is.
+    - a table of token ids (hash layers of DeepSeek-V4): the choice does not move at all, only the weights do.
+    - a capacity (Switch Transformers): tokens beyond it get no expert.
+
+    Where the rule and the correction bias of this layer leave a biased expert uncertain, a :class:`BiasLimitWarning`
+    names it. ``force_experts`` and ``ablate_experts`` act whatever the family ranks by.
+
     Args:
         moe: Attached hooks.
         layer: An MoE layer.
-        bias: ``[expert]``; -inf shuts an expert out (of softmax families; where a family adds a correction bias to its
-            scores, use ``ablate_experts(mode="reroute")``).
+        bias: ``[expert]``.
         positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
 
     Raises:
@@ -103,12 +123,38 @@ def bias_router(
             f"{n_experts} numbers, one an expert",
             "Give each expert a bias; 0 leaves it.",
         )
-    where = Where(moe, positions, attention_mask)
+    _warn_of_limits(moe, layer, added)
+    where = Where(moe, layer, positions, attention_mask)
 
     def add(value: Tensor, hook: Any) -> Tensor:
         return torch.where(where.tokens(value).unsqueeze(-1), value + added.to(value), value)
 
     return [(moe.hook_name("router_logits", layer), add)]
+
+
+def _warn_of_limits(moe: MoEHooks, layer: Layer, added: Tensor) -> None:
+    """Say which biased experts the family's rule leaves uncertain, however large the bias."""
+    spec = moe.spec(layer)
+    rule = spec.rule
+    if isinstance(rule, HashTable):
+        if bool(added.any()):
+            text = "chooses experts by token id: a bias on the logits moves their weights, and never the choice"
+            _warn(layer, spec.family.name, text)
+        return
+    found = limits(rule, added)
+    parts = [
+        f"a bias cannot ensure that {verb} {', '.join(f'{e} ({why})' for e, why in list(some.items())[:8])}"
+        + (f" and {len(some) - 8} more" if len(some) > 8 else "")
+        for verb, some in (("tokens use expert", found.up), ("no token uses expert", found.down))
+        if some
+    ]
+    if parts:
+        _warn(layer, spec.family.name, f"ranks by scores, not by logits ({spec.family.rule_text}): {'; '.join(parts)}")
+
+
+def _warn(layer: Layer, family: str, text: str) -> None:
+    remedy = "force_experts and set_routes, or ablate_experts, act for certain."
+    warnings.warn(f"layer {layer!r} ({family}) {text}. {remedy}", BiasLimitWarning, stacklevel=4)
 
 
 def _uniform(moe: MoEHooks, layer: Layer, mass: Mass, where: Where) -> Hooks:

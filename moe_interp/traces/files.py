@@ -123,6 +123,7 @@ def read_parquet(path: Path) -> tuple[int, dict[str, Any]]:
     table = stored.to_pandas()
     n_layers, n_slots = table["layer"].nunique(), layout["n_slots"]
     tokens = table.iloc[::n_layers]
+    _refuse_moved_rows(table, n_layers)
 
     def by_slot(name: str) -> np.ndarray:
         # shape: (token layer, slot) -> (token, layer, slot)
@@ -138,6 +139,22 @@ def read_parquet(path: Path) -> tuple[int, dict[str, Any]]:
     if "weight_0" in table:
         arrays["expert_weights"] = by_slot("weight")
     return VERSION, arrays
+
+
+def _refuse_moved_rows(table: pd.DataFrame, n_layers: int) -> None:
+    """Rows are read by their place, so refuse a table that was filtered, sorted or joined since it was written."""
+    n_tokens, rest = divmod(len(table), n_layers)
+    if rest or n_tokens == 0:
+        raise ValueError(f"{len(table)} rows for {n_layers} layers")
+    # shape: (token layer) -> (token, layer)
+    labels, sequence, position = (
+        table[n].to_numpy().reshape(n_tokens, n_layers) for n in ("layer", "sequence", "position")
+    )
+    starts = np.flatnonzero(np.diff(sequence[:, 0], prepend=-1))
+    counted = np.arange(n_tokens) - np.repeat(starts, np.diff([*starts, n_tokens]))
+    for values, expected in ((labels, labels[:1]), (sequence, sequence[:, :1]), (position, counted[:, None])):
+        if not (values == expected).all() or (np.diff(sequence[:, 0]) < 0).any():
+            raise ValueError("its rows are not one a token and layer, in the order they were written")
 
 
 def pyarrow_modules() -> tuple[Any, Any]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_interp.errors import RouteError
+from moe_interp.errors import ConfigError, RouteError
+from moe_interp.hooks.attach import attach
 from moe_interp.interventions import force_experts, random_routing, replay_routes
 from moe_interp.traces import RoutingTrace
 from tests import tiny
@@ -186,3 +187,72 @@ def test_traces_that_cannot_be_replayed_are_refused() -> None:
     sliced = replay_routes(model.moe, record(model, pos_slice=-1))
     with pytest.raises(RouteError, match=r"row 0, position 1 at blocks.1"):
         run(model, sliced)
+
+
+# --- columns that are MoE layers in order ---------------------------------------------------------------------
+
+DENSE_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "llama4", "nemotron_h", "jamba")
+
+
+def test_columns_in_the_order_of_the_moe_layers_are_replayed_when_said_and_refused_else() -> None:
+    for name in DENSE_FIRST:
+        model = opened(name)
+        cache = record(model)
+        named = trace_of(model, cache, EVERYWHERE)
+        assert named.layers == model.labels != tuple(range(len(model.labels)))
+        arrays = named.arrays()
+        by_place = RoutingTrace.from_arrays(**{**arrays, "layers": None})
+        expected = plain(model)
+        assert torch.equal(run(model, replay_routes(model.moe, by_place, layers="moe")), expected)
+        assert torch.equal(run(model, replay_routes(model.moe, named, layers="moe")), expected)
+        for layers in (None, [model.last]):
+            with pytest.raises(
+                RouteError, match=r'a trace of layers \[0, .*in order, as inference engines.*layers="moe"'
+            ):
+                replay_routes(model.moe, by_place, layers=layers)
+        # with a column for every layer, dense ones included, the labels are right but for the dense ones
+        n_layers = model.last + 2
+        padded = np.full((named.n_tokens, n_layers, named.n_slots), -1)
+        padded[:, list(model.labels)] = named.expert_indices
+        all_layers = RoutingTrace.from_arrays(
+            padded, n_experts=8, sequence_lengths=named.sequence_lengths, layers=range(n_layers)
+        )
+        with pytest.raises(RouteError, match=r"is no MoE layer of this model.*Name those to replay: layers="):
+            replay_routes(model.moe, all_layers)
+        assert torch.equal(run(model, replay_routes(model.moe, all_layers, layers=list(model.labels))), expected)
+
+
+def test_layers_that_the_model_lacks_are_refused_and_not_dropped() -> None:
+    model = opened("olmoe")
+    cache = record(model)
+    named = trace_of(model, cache, EVERYWHERE)
+    arrays = named.arrays()
+    more = RoutingTrace.from_arrays(**{**arrays, "layers": [0, 1, 5]})
+    with pytest.raises(
+        RouteError, match=r"a trace of layers \[0, 1, 5\], of which layer 5 is no MoE layer of this model"
+    ):
+        replay_routes(model.moe, more)
+    assert len(replay_routes(model.moe, more, layers=[0, 1])) == 4
+    few = RoutingTrace.from_arrays(named.expert_indices[:, :2], n_experts=8, layers=[0, 1])
+    with pytest.raises(RouteError, match=r'layers="moe" for a trace of 2 columns and a model with 3 MoE layers'):
+        replay_routes(model.moe, few, layers="moe")
+    for layers in ("all", [], 3):
+        with pytest.raises(ConfigError, match=r'layers=.*layers among \[0, 1, 2\], or "moe"'):
+            replay_routes(model.moe, named, layers=layers)  # type: ignore[arg-type]
+    foreign = {name: cache[name] for name in cache} | {"blocks.7.hook_expert_indices": cache["expert_indices", 0]}
+    with pytest.raises(RouteError, match=r"routes of blocks.7.hook_expert_indices, which is no attached MoE layer"):
+        replay_routes(model.moe, foreign)
+    assert len(replay_routes(model.moe, foreign, layers=[0])) == 2
+
+
+def test_hooks_on_some_layers_do_not_silently_drop_the_rest_of_a_trace() -> None:
+    model = opened("olmoe")
+    named = trace_of(model, record(model), EVERYWHERE)
+    with attach(tiny.build_bridge(model.hf, "olmoe"), layers=[2]) as moe:
+        with pytest.raises(RouteError, match=r"a trace of layers \[0, 1, 2\], of which layer 0 is not attached.*Name"):
+            replay_routes(moe, named)
+        with pytest.raises(RouteError, match=r'layers="moe" with hooks on \[2\] only.*Attach to all'):
+            replay_routes(moe, named, layers="moe")
+        with torch.no_grad():
+            logits = moe.bridge.run_with_hooks(TOKENS, fwd_hooks=replay_routes(moe, named, layers=[2]))
+    assert torch.equal(logits, plain(model))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, HookError
+from moe_interp.hooks.passes import Span
 from moe_interp.interventions.where import Where, merge_slots, merge_weights, pack_routes
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # rows of 3 and 5 tokens
@@ -18,12 +19,17 @@ RIGHT = LEFT.flip(-1)
 PROMPT = 5
 
 
+def running(n_past: int = 0, **span: Any) -> Any:
+    """Hooks in a pass that finds so many columns in its cache."""
+    now = Span(n_past, **span)
+    return SimpleNamespace(span=lambda layer: now)
+
+
 def touched(
-    positions: Any, mask: Tensor | None = None, n_past: int = 0, pos: int = PROMPT, batch: int = 2
+    positions: Any, mask: Tensor | None = None, n_past: int = 0, pos: int = PROMPT, batch: int = 2, **span: Any
 ) -> list[str]:
     """A row's tokens as a string, "x" where touched."""
-    moe: Any = SimpleNamespace(n_past=n_past)
-    tokens = Where(moe, positions, mask).tokens(torch.zeros(batch, pos, 1))
+    tokens = Where(running(n_past, **span), 1, positions, mask).tokens(torch.zeros(batch, pos, 1))
     assert tokens.dtype == torch.bool
     return ["".join("x" if t else "." for t in row) for row in tokens.tolist()]
 
@@ -63,9 +69,11 @@ def test_positions_of_a_prompt(positions: Any, plain: list[str], left: list[str]
 )
 def test_positions_in_later_steps_of_generate(positions: Any, first: str, second: str, masked: list[str]) -> None:
     """Whether the first and the second new token are touched, in steps of one token and in one step of two."""
-    assert touched(positions, n_past=5, pos=1) == [first, first]
-    assert touched(positions, n_past=6, pos=1) == [second, second]
-    assert touched(positions, n_past=5, pos=2) == [first + second] * 2
+    for step in ({"n_past": 5, "pos": 1}, {"n_past": 6, "pos": 1}, {"n_past": 5, "pos": 2}):
+        expected = "".join(
+            each for column, each in ((5, first), (6, second)) if 0 <= column - step["n_past"] < step["pos"]
+        )
+        assert touched(positions, **step, prompt=5) == [expected, expected]
     assert touched(positions, LEFT, n_past=6, pos=1) == masked
     assert touched(positions, RIGHT, n_past=6, pos=1) == masked
 
@@ -101,14 +109,12 @@ def test_positions_and_masks_of_other_kinds() -> None:
 
 
 def test_a_token_has_the_same_index_and_keys_however_it_is_padded() -> None:
-    here: Any = SimpleNamespace(n_past=0)
-    left, right = Where(here, None, LEFT), Where(here, None, RIGHT)
+    left, right = (Where(running(), 1, None, mask) for mask in (LEFT, RIGHT))
     value = torch.zeros(2, PROMPT, 3)
     assert left.index(value)[0, 2:].tolist() == right.index(value)[0, :3].tolist() == [0, 1, 2]
     assert torch.equal(left.keys(value, 4, 9)[0, 2:], right.keys(value, 4, 9)[0, :3])
-    step: Any = SimpleNamespace(n_past=5)
-    assert Where(step, "all", LEFT).index(value[:, :2]).tolist() == [[3, 4], [5, 6]]
-    assert Where(step, "all", RIGHT).index(value[:, :2]).tolist() == [[3, 4], [5, 6]]
+    for mask in (LEFT, RIGHT):
+        assert Where(running(5), 1, "all", mask).index(value[:, :2]).tolist() == [[3, 4], [5, 6]]
     assert not torch.equal(left.keys(value, 4, 9)[0, 2:5], left.keys(value, 4, 9)[1, 0:3])
 
 
@@ -133,9 +139,8 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 
 
 def test_activations_without_a_batch_axis_are_refused() -> None:
-    moe: Any = SimpleNamespace(n_past=0)
     with pytest.raises(HookError, match=r"shape \(5, 2\), without its batch axis.*Run without remove_batch_dim"):
-        Where(moe).tokens(torch.zeros(5, 2))
+        Where(running(), 1).tokens(torch.zeros(5, 2))
 
 
 # --- merging --------------------------------------------------------------------------------------------------
