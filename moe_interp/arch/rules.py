@@ -20,6 +20,8 @@ from torch import Tensor
 from moe_interp.errors import RouteError
 from moe_interp.types import Indices, Logits, Weights
 
+_SMALLEST, _SLOPE = 1e-6, 100.0  # of a score whose logarithm is taken, and of the line below it
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RoutingRule(ABC):
@@ -60,7 +62,13 @@ class RoutingRule(ABC):
         return self._weigh(logits, indices)
 
     def choice_logits(self, logits: Logits) -> Logits:
-        """What the family ranks experts by: correction bias and group limit included, -inf where a group is shut."""
+        """What the family ranks experts by, on the scale of log-probabilities, up to a constant a token.
+
+        It has the order of the family's own ranking, correction bias and group limit included; -inf where a group is
+        shut. Without bias and groups its softmax is exp of :meth:`log_policy`: the logits where the family takes their
+        softmax, the log of the scores where it takes scores of another kind (derived). So that noise of one size, and
+        a sampler's temperature, mean the same in every family.
+        """
         return logits
 
     def log_policy(self, logits: Logits) -> Logits:
@@ -156,9 +164,37 @@ class ScoreRule(RoutingRule):
     sorted_slots: bool = True
 
     def choice_logits(self, logits: Logits) -> Logits:
-        if self.bias is None and self.group_score is None:
-            return logits
-        return self._choice(self._scores(logits), shut=float("-inf"))
+        """The log of the choice score ``s + b``, with -inf where a group is shut (derived).
+
+        What all biases have in common changes no choice and is left out of ``b``: the part between zero and the bias
+        that is nearest to zero, where all are of one sign. Scores of at most 1e-6, which a negative bias leaves, have
+        no useful logarithm: below, it goes on as a straight line, so that the order stays the family's. Where fewer
+        experts than a route takes are left with a positive score, a family that sets shut groups to 0 takes from these,
+        and they are not masked.
+        """
+        bias = self._own_bias()
+        if bias is None and self.group_score is None:
+            return self._log_scores(logits)
+        scores = self._scores(logits)
+        choice = self._choice(scores, shut=float("-inf"))
+        is_shut = choice.isneginf()
+        if self.group_score is not None and self.shut == 0:
+            has_enough = (choice > 0).sum(dim=-1, keepdim=True) >= self.top_k
+            is_shut = is_shut & has_enough
+            choice = torch.where(has_enough, choice, self._choice(scores, shut=0.0))
+        if bias is None:
+            return self._log_scores(logits).masked_fill(is_shut, float("-inf"))
+        # in double precision, in which scores that differ still do after the logarithm
+        return _log_extended(choice.double() - self._shared_bias()).masked_fill(is_shut, float("-inf"))
+
+    def _shared_bias(self) -> Tensor:
+        assert self.bias is not None
+        bias = self.bias.detach().double()
+        return torch.zeros_like(bias[0]).clamp(bias.min(), bias.max())
+
+    def _own_bias(self) -> Tensor | None:
+        """The correction bias, or None where it is the same for all experts."""
+        return None if self.bias is None or bool((self.bias == self.bias[0]).all()) else self.bias
 
     def scores(self, logits: Logits) -> Logits:
         return self._scores(logits)
@@ -175,6 +211,10 @@ class ScoreRule(RoutingRule):
 
     @abstractmethod
     def _scores(self, logits: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _log_scores(self, logits: Tensor) -> Tensor:
+        """The log of the scores, up to a constant a token, also where the scores themselves underflow."""
 
     def _select(self, logits: Tensor) -> Tensor:
         return self._top(self._scores(logits))
@@ -219,6 +259,9 @@ class SoftmaxTopK(ScoreRule):
     def _scores(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits, dim=-1, dtype=torch.float32)
 
+    def _log_scores(self, logits: Tensor) -> Tensor:
+        return logits
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SigmoidTopK(ScoreRule):
@@ -242,19 +285,15 @@ class SigmoidTopK(ScoreRule):
     def _scores(self, logits: Tensor) -> Tensor:
         return self.score(self.capped(logits))
 
-    def choice_logits(self, logits: Logits) -> Logits:
-        if self.bias is None and self.group_score is None:
-            return self.capped(logits)
-        return super().choice_logits(logits)
+    def _log_scores(self, logits: Tensor) -> Tensor:
+        capped = _at_least_float(self.capped(logits))
+        if self.score is torch.sigmoid:
+            return torch.nn.functional.logsigmoid(capped)
+        return self.score(capped).clamp_min(torch.finfo(capped.dtype).tiny).log()
 
     def log_policy(self, logits: Logits) -> Logits:
         """``log(s_e / sum s)`` of the unbiased scores (derived)."""
-        capped = _at_least_float(self.capped(logits))
-        if self.score is torch.sigmoid:
-            log_scores = torch.nn.functional.logsigmoid(capped)
-        else:
-            log_scores = self.score(capped).clamp_min(torch.finfo(capped.dtype).tiny).log()
-        return torch.log_softmax(log_scores, dim=-1)
+        return torch.log_softmax(self._log_scores(logits), dim=-1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -283,9 +322,13 @@ class TopKSigmoid(RoutingRule):
         # at full width, as the family does it: a vectorised sigmoid rounds by the place of a value in its tensor
         return self._cast(torch.sigmoid(logits.float()).gather(-1, indices.clamp(min=0)), indices)
 
+    def choice_logits(self, logits: Logits) -> Logits:
+        """``log sigmoid(logits)``: in the order of the logits, on the scale of :meth:`log_policy` (derived)."""
+        return torch.nn.functional.logsigmoid(_at_least_float(logits))
+
     def log_policy(self, logits: Logits) -> Logits:
         """``log(s_e / sum s)`` with ``s = sigmoid(logits)`` (derived)."""
-        return torch.log_softmax(torch.nn.functional.logsigmoid(_at_least_float(logits)), dim=-1)
+        return torch.log_softmax(self.choice_logits(logits), dim=-1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -383,6 +426,8 @@ class SwitchTop1(RoutingRule):
 class HashTable(SigmoidTopK):
     """Experts fixed by the token id, weights from the scores (DeepSeek-V4 hash layers): logits cannot move the choice.
 
+    ``choice_logits`` ranks by the scores, which choose nothing here: of the experts that a token could also take.
+
     Attributes:
         table: ``[vocabulary, slot]`` expert ids.
     """
@@ -410,6 +455,11 @@ def _divide(weights: Tensor, total: Tensor, indices: Tensor) -> Tensor:
     """``weights / total``, with 0 instead of 0/0 for a token whose slots are all empty."""
     all_empty = (indices < 0).all(dim=-1, keepdim=True)
     return weights / total.masked_fill(all_empty, 1.0) if bool(all_empty.any()) else weights / total
+
+
+def _log_extended(scores: Tensor) -> Tensor:
+    """The logarithm, and below ``_SMALLEST`` a straight line that goes on from it: finite, and rising throughout."""
+    return scores.clamp_min(_SMALLEST).log() + _SLOPE * (scores - _SMALLEST).clamp_max(0.0)
 
 
 def _at_least_float(logits: Tensor) -> Tensor:

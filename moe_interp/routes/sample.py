@@ -81,7 +81,8 @@ class RouteSampler(Protocol):
         """Sample routes.
 
         Args:
-            choice_logits: ``[*token, expert]``, ``rule.choice_logits(router_logits)``.
+            choice_logits: ``[*token, expert]``, ``rule.choice_logits(router_logits)``: on the scale of
+                log-probabilities, -inf for an expert that is shut.
             standard: ``[*token, slot]``, the routes the model takes.
             n_routes: Routes a token.
             keys: The tokens' random numbers.
@@ -97,8 +98,13 @@ class GumbelTopK:
     """Gumbel-top-k: the k largest of ``choice_logits / tau + Gumbel noise``.
 
     One drawn set has the law of k draws without replacement with probabilities ``softmax(choice_logits / tau)``
-    (Plackett-Luce, summed over the set's orders); as tau -> 0 it is the standard route. Repetitions and the standard
-    route are then left out: what remains are the sets in the order they first came up, and their law is another.
+    (Plackett-Luce, summed over the set's orders); as tau -> 0 it is the standard route, except on layers that choose by
+    token id. Repetitions and the standard route are then left out: what remains are the sets in the order they first
+    came up, and their law is another.
+
+    ``choice_logits`` are on the scale of log-probabilities in every family: the logits where a family takes their
+    softmax, the log of its choice scores where it ranks by scores (sigmoids, or probabilities with a correction bias).
+    At tau = 1 without bias and groups the experts of a route are drawn with the router's own probabilities.
 
     Attributes:
         tau: Temperature.
