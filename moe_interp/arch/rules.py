@@ -166,35 +166,37 @@ class ScoreRule(RoutingRule):
     def choice_logits(self, logits: Logits) -> Logits:
         """The log of the choice score ``s + b``, with -inf where a group is shut (derived).
 
-        What all biases have in common changes no choice and is left out of ``b``: the part between zero and the bias
-        that is nearest to zero, where all are of one sign. Scores of at most 1e-6, which a negative bias leaves, have
-        no useful logarithm: below, it goes on as a straight line, so that the order stays the family's. Where fewer
-        experts than a route takes are left with a positive score, a family that sets shut groups to 0 takes from these,
-        and they are not masked.
+        A part of ``b`` that all experts share changes no choice and is left out: with biases of one sign, the one that
+        is nearest to zero. Below 1e-6, where a negative bias may put a score, the logarithm goes on as a straight line,
+        so that the order stays the family's. A family that sets shut groups to 0 takes experts of these where fewer
+        than a route takes have a positive score: there they are not masked.
         """
-        bias = self._own_bias()
-        if bias is None and self.group_score is None:
-            return self._log_scores(logits)
+        log_scores = None if self._is_biased() else self._log_scores(logits)
+        if self.group_score is None and log_scores is not None:
+            return log_scores
         scores = self._scores(logits)
         choice = self._choice(scores, shut=float("-inf"))
         is_shut = choice.isneginf()
-        if self.group_score is not None and self.shut == 0:
+        if self.shut == 0:
             has_enough = (choice > 0).sum(dim=-1, keepdim=True) >= self.top_k
             is_shut = is_shut & has_enough
             choice = torch.where(has_enough, choice, self._choice(scores, shut=0.0))
-        if bias is None:
-            return self._log_scores(logits).masked_fill(is_shut, float("-inf"))
-        # in double precision, in which scores that differ still do after the logarithm
-        return _log_extended(choice.double() - self._shared_bias()).masked_fill(is_shut, float("-inf"))
+            log_scores = log_scores if bool(has_enough.all()) else None
+        if log_scores is None:
+            # in double precision, in which scores that differ still do after the logarithm
+            log_scores = _log_extended(choice.double() - self._shared_bias())
+        return log_scores.masked_fill(is_shut, float("-inf"))
 
-    def _shared_bias(self) -> Tensor:
-        assert self.bias is not None
+    def _is_biased(self) -> bool:
+        """Whether there is a correction bias that is not the same for all experts."""
+        return self.bias is not None and bool((self.bias != self.bias[0]).any())
+
+    def _shared_bias(self) -> Tensor | float:
+        """What all biases have in common: the part between zero and the nearest of them."""
+        if self.bias is None:
+            return 0.0
         bias = self.bias.detach().double()
         return torch.zeros_like(bias[0]).clamp(bias.min(), bias.max())
-
-    def _own_bias(self) -> Tensor | None:
-        """The correction bias, or None where it is the same for all experts."""
-        return None if self.bias is None or bool((self.bias == self.bias[0]).all()) else self.bias
 
     def scores(self, logits: Logits) -> Logits:
         return self._scores(logits)
