@@ -200,7 +200,8 @@ class _Run:
         routes[wanted] = drawn
         kept = targets if plan.n_second else targets[..., :1]
         given = {layer: check_routes(base, layer, routes)}
-        scores = score_from_base(base, given, wanted, kept, plan.method, self.memory_budget, batch.names)
+        averaged = _averaged(wanted, drawn.shape[1], plan) if plan.n_second else None
+        scores = score_from_base(base, given, wanted, kept, plan.method, self.memory_budget, batch.names, averaged)
         logp, policy, n = scores.logp[wanted], scores.router_logp[wanted], plan.n_routes
         standard = check_routes(base, layer, base.indices[layer].unsqueeze(2))
         cell = {
@@ -217,6 +218,8 @@ class _Run:
         if plan.n_second:
             cell |= _controls(logp, policy, again, n, plan.n_second)
             cell["logp_own_null"] = scores.logp_null[wanted][:, 1]
+            assert scores.mean_entropy is not None
+            cell["entropy_second"] = scores.mean_entropy[wanted]
             share = second.share_other
             cell["second_share"] = torch.ones(len(logp)) if share is None else share.float()
         return {name: value.cpu().numpy() for name, value in cell.items()}
@@ -245,6 +248,13 @@ def first_new(routes: Tensor, known: Tensor, n: int = SECOND) -> Tensor:
     """``[token, route, slot]`` with only the first ``n`` of those that are not known kept, and all that are."""
     is_new = matches(routes, known) < 0
     return routes.masked_fill((is_new & (is_new.cumsum(dim=1) > n)).unsqueeze(-1), EMPTY)
+
+
+def _averaged(wanted: Tensor, n_drawn: int, plan: CounterfactualPlan) -> Tensor:
+    """``[row, pos, route]``: the second draw's routes but its first, which a control compares with the standard one."""
+    averaged = torch.zeros(*wanted.shape, n_drawn, dtype=torch.bool, device=wanted.device)
+    averaged[:, :, plan.n_routes + 1 : plan.n_routes + plan.n_second] = True
+    return averaged
 
 
 def _controls(logp: Tensor, policy: Tensor, again: Tensor, n: int, n_second: int) -> dict[str, Tensor]:

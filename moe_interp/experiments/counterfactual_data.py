@@ -38,6 +38,7 @@ CONTROLS = {
     "router_logp_second": (*CELL, "second"),
     "second_route": (*CELL, "second"),
     "second_share": CELL,
+    "entropy_second": CELL,
     "logp_random": (*CELL, "random"),
     "logp_own": (*CELL, "route"),
     "logp_own_second": (*CELL, "second"),
@@ -79,7 +80,7 @@ class CounterfactualPlan:
     seed: int
     method: Method
     batches: tuple[tuple[int, ...], ...]
-    version: int = 2
+    version: int = 3
 
     def stream(self, name: str) -> int:
         """The seed of one of the draws; the main draw's is the run's own."""

@@ -26,7 +26,7 @@ class CounterfactualResult(Result, kind="counterfactual"):
     """
 
     main = "logp"
-    version = 2
+    version = 3
 
     check = staticmethod(check_counterfactual)
 

@@ -13,6 +13,7 @@ from moe_interp.hooks.branches import BasePass, BranchRunner
 from moe_interp.hooks.heap import reuse_freed_memory
 from moe_interp.hooks.workers import n_workers, side_by_side
 from moe_interp.routes.plan import Plan, score_dtype
+from moe_interp.routes.predictions import averaged_log_probs, log_probs
 from moe_interp.routes.span import spanned_logits
 from moe_interp.types import EMPTY, Hooks
 
@@ -30,6 +31,8 @@ class RouteScores:
         router_logp: ``[batch, pos, route]``, the sum of the router's log-policy over the route's experts (derived): not
             the probability of drawing the set.
         method: "branch" or "naive".
+        mean_entropy: ``[batch, pos]`` in nats, the entropy of the mean of some routes' predictions, where it was asked
+            for; NaN where none of these routes is there.
     """
 
     logp: Tensor
@@ -37,6 +40,7 @@ class RouteScores:
     logp_null: Tensor
     router_logp: Tensor
     method: str
+    mean_entropy: Tensor | None = None
 
     @property
     def null_distance(self) -> float:
@@ -89,7 +93,8 @@ def branch_scores(
     wanted: Tensor,
     targets: Tensor,
     memory_budget: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    averaged: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score routes by branches; routes at several layers are taken jointly, route r of one with route r of the others.
 
     Args:
@@ -98,9 +103,11 @@ def branch_scores(
         wanted: ``[batch, pos]`` bool, the tokens to score.
         targets: ``[batch, pos, target]`` token ids.
         memory_budget: Bytes that the branches may take at a time, besides the base pass; by default 1 GiB.
+        averaged: ``[batch, pos, route]`` bool, the routes of a token whose predictions are averaged; none by default.
 
     Returns:
-        Log-probabilities of the routes ``[batch, pos, route, target]`` and of the null route ``[batch, pos, target]``.
+        Log-probabilities of the routes ``[batch, pos, route, target]`` and of the null route ``[batch, pos, target]``,
+        and the entropy of the mean prediction ``[batch, pos]`` (NaN where nothing is averaged).
     """
     reuse_freed_memory()
     first = min(routes)
@@ -109,18 +116,22 @@ def branch_scores(
     workers = n_workers(base.moe) if len(routes) == 1 else 1
     n_branches = int(present.sum())
     shares_keys = n_branches >= _WORTH_A_TRIAL and base.shares_keys
-    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget, workers, shares_keys)
+    is_averaged = torch.zeros_like(present)
+    if averaged is not None:
+        is_averaged[:, :, 1:] = averaged & present[:, :, 1:]
+    n_averaged = int(is_averaged.sum(dim=-1).max())
+    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget, workers, shares_keys, n_averaged)
     at_once = min(plan.rows_at_once * plan.row_length, n_branches)
     upper = _UpperRoutes(base, {layer: given for layer, given in with_null.items() if layer != first})
     runner = BranchRunner(base, first, upper.hooks, at_once, shares_keys, plan.scores_at_once)
     with torch.inference_mode(False), torch.no_grad(), runner as run:
-        scorer = _Scorer(base, plan, upper, run, present.shape, targets)
+        scorer = _Scorer(base, plan, upper, run, is_averaged, targets)
         for tokens in plan.chunks(present.any(dim=-1)):
             of_chunk, route = present.flatten(0, 1)[tokens].nonzero().unbind(-1)
             block_out = block_outputs(base, first, with_null[first], tokens)
             branches = _Branches(tokens[of_chunk], route, of_chunk, block_out)
-            scorer.score_by_span(branches, tokens) if plan.rank else scorer.score(branches)
-    return scorer.logp[:, :, 1:], scorer.logp[:, :, 0]
+            scorer.score_by_span(branches, tokens) if plan.rank else scorer.score(branches, tokens)
+    return scorer.logp[:, :, 1:], scorer.logp[:, :, 0], scorer.entropy
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,25 +144,70 @@ class _Branches:
     block_out: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What averaged branches of a chunk of tokens give, until all of a token's are there.
+
+    Attributes:
+        averaged: ``[token, route]`` bool.
+        slot: ``[token, route]``, where a branch is kept.
+        states: ``[token, slot, width]``; no slots where nothing is averaged.
+    """
+
+    averaged: Tensor
+    slot: Tensor
+    states: Tensor
+
+    @property
+    def n_slots(self) -> int:
+        return self.states.shape[1]
+
+    @staticmethod
+    def empty(base: BasePass, averaged: Tensor, block_out: Tensor) -> _Kept:
+        like = block_out if base.ends_in_head else base.logits
+        n_slots = int(averaged.sum(dim=-1).max())
+        states = like.new_zeros(len(averaged), n_slots, like.shape[-1])
+        return _Kept(averaged, averaged.cumsum(dim=-1) - 1, states)
+
+
 class _Scorer:
-    """Runs branches and fills in their scores, ``logp`` ``[batch, pos, route, target]``."""
+    """Runs branches and fills in their scores, ``logp`` ``[batch, pos, route, target]``, and the ``entropy``
+    ``[batch, pos]`` of the mean prediction of those that are averaged."""
 
     def __init__(
-        self, base: BasePass, plan: Plan, upper: _UpperRoutes, run: BranchRunner, shape: torch.Size, targets: Tensor
+        self, base: BasePass, plan: Plan, upper: _UpperRoutes, run: BranchRunner, averaged: Tensor, targets: Tensor
     ) -> None:
         self.base, self.plan, self.upper, self.run = base, plan, upper, run
-        self.targets = targets.flatten(0, 1)
-        self.logp = base.logits.new_full((*shape, targets.shape[-1]), float("nan"), dtype=score_dtype(base.logits))
-        self.flat = self.logp.view(-1, *self.logp.shape[2:])
+        self.targets, self.averaged = targets.flatten(0, 1), averaged.flatten(0, 1)
+        shape = (*averaged.shape, targets.shape[-1])
+        self.logp = base.logits.new_full(shape, float("nan"), dtype=score_dtype(base.logits))
+        self.entropy = self.logp.new_full(averaged.shape[:2], float("nan"))
+        self.flat, self.flat_entropy = self.logp.view(-1, *self.logp.shape[2:]), self.entropy.view(-1)
 
-    def score(self, branches: _Branches) -> None:
+    def score(self, branches: _Branches, tokens: Tensor) -> None:
+        kept = _Kept.empty(self.base, self.averaged[tokens], branches.block_out)
+
         def score_group(group: tuple[Tensor, Tensor]) -> None:
-            is_bad = ~self._score_rows(branches, *group).isfinite().all(dim=-1)
+            is_bad = ~self._score_rows(branches, *group, kept)
             if bool(is_bad.any()):  # a branch that overflows spoils its row, although no other branch reads it
                 for alone in group[1][is_bad].unsqueeze(1).split(self.plan.rows_at_once):
-                    self._score_rows(branches, branches.token[alone[:, 0]] // self.plan.n_pos, alone)
+                    self._score_rows(branches, branches.token[alone[:, 0]] // self.plan.n_pos, alone, kept)
 
         side_by_side(score_group, self.plan.rows(branches.token), self.plan.workers)
+        if kept.n_slots:
+            parts = torch.arange(len(tokens), device=tokens.device).split(
+                max(1, self.plan.logits_at_once // kept.n_slots)
+            )
+            side_by_side(lambda part: self._average(kept, tokens, part), iter(parts), self.plan.workers)
+
+    def _average(self, kept: _Kept, tokens: Tensor, part: Tensor) -> None:
+        """Score a few tokens' averaged branches, all of a token's together, which no order of the branches changes."""
+        states = kept.states[part]
+        logits = self.run.logits(states.flatten(0, 1)).view(*states.shape[:2], -1)
+        is_there = torch.arange(kept.n_slots, device=part.device) < kept.averaged[part].sum(dim=-1, keepdim=True)
+        scores, self.flat_entropy[tokens[part]] = averaged_log_probs(logits, self.targets[tokens[part]], is_there)
+        place, route = kept.averaged[part].nonzero().unbind(-1)
+        self.flat[tokens[part][place], route] = scores[place, kept.slot[part[place], route]]
 
     def score_by_span(self, branches: _Branches, tokens: Tensor) -> None:
         """At the last layer, with many routes: one unembedding a direction instead of one a route."""
@@ -162,19 +218,29 @@ class _Scorer:
         is_present[branches.of_chunk, branches.route] = True
         for part in torch.arange(len(tokens), device=tokens.device).split(self.plan.spans_at_once):
             logits = spanned_logits(self.run.logits, states[part], self.plan.rank)
-            targets = self.targets[tokens[part]].unsqueeze(1).expand(-1, states.shape[1], -1)
             if logits is None:
-                scores = self._log_probs(states[part].flatten(0, 1), targets.flatten(0, 1)).view(targets.shape)
-            else:
-                scores = log_probs(logits, targets)
+                logits = self.run.logits(states[part].flatten(0, 1)).view(*states[part].shape[:2], -1)
+            targets, averaged = self.targets[tokens[part]], self.averaged[tokens[part]]
+            scores, self.flat_entropy[tokens[part]] = averaged_log_probs(logits, targets, averaged)
             self.flat[tokens[part]] = scores.masked_fill(~is_present[part].unsqueeze(-1), float("nan"))
 
-    def _score_rows(self, branches: _Branches, sequence: Tensor, chosen: Tensor) -> Tensor:
+    def _score_rows(self, branches: _Branches, sequence: Tensor, chosen: Tensor, kept: _Kept) -> Tensor:
+        """Score rows of branches, or keep the states of those that are averaged: ``[row]``, whether all is finite."""
         token, route = branches.token[chosen], branches.route[chosen]
         states = self._states(branches, sequence, chosen)
-        scores = self._log_probs(states.flatten(0, 1), self.targets[token].flatten(0, 1)).view(*token.shape, -1)
-        self.flat[token, route] = scores
-        return scores
+        if not kept.n_slots:
+            scores = self._log_probs(states.flatten(0, 1), self.targets[token].flatten(0, 1)).view(*token.shape, -1)
+            self.flat[token, route] = scores
+            return scores.isfinite().all(dim=-1)
+        place = branches.of_chunk[chosen]
+        later = kept.averaged[place, route]
+        kept.states[place[later], kept.slot[place, route][later]] = states[later]
+        scores = self._log_probs(states[~later], self.targets[token[~later]])
+        self.flat[token[~later], route[~later]] = scores
+        is_finite = torch.empty_like(later)
+        is_finite[later] = states[later].isfinite().all(dim=-1)
+        is_finite[~later] = scores.isfinite().all(dim=-1)
+        return is_finite
 
     def _states(self, branches: _Branches, sequence: Tensor, chosen: Tensor) -> Tensor:
         token, route = branches.token[chosen], branches.route[chosen]
@@ -183,17 +249,9 @@ class _Scorer:
 
     def _log_probs(self, states: Tensor, targets: Tensor) -> Tensor:
         n = self.plan.logits_at_once
+        if not len(states):
+            return self.logp.new_empty(targets.shape)
         return torch.cat([log_probs(self.run.logits(s), t) for s, t in zip(states.split(n), targets.split(n))])
-
-
-def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """``[..., vocab]`` and ``[..., target]`` ids to log-probabilities ``[..., target]``, at float32 at least."""
-    logits = logits.to(score_dtype(logits))
-    if logits.is_cuda:
-        return logits.gather(-1, targets) - logits.logsumexp(dim=-1, keepdim=True)
-    # a few rows at a time stay in the processor's cache
-    rows = zip(logits.reshape(-1, logits.shape[-1]).split(16), targets.reshape(-1, targets.shape[-1]).split(16))
-    return torch.cat([row.log_softmax(dim=-1).gather(-1, ids) for row, ids in rows]).view(targets.shape)
 
 
 class _UpperRoutes:

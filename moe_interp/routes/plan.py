@@ -46,6 +46,7 @@ class Plan:
         memory_budget: In bytes.
         workers: Groups that may run side by side.
         shares_keys: Whether the branches will read their keys without copies; by default where that is exact.
+        n_averaged: How many of a token's branches are averaged at most: what they give is held until all are there.
 
     Raises:
         DataError: the budget does not hold a single row.
@@ -59,12 +60,15 @@ class Plan:
         memory_budget: int | None,
         workers: int = 1,
         shares_keys: bool | None = None,
+        n_averaged: int = 0,
     ) -> None:
         self.n_pos = base.tokens.shape[1]
         self.shares_keys = base.shares_keys if shares_keys is None else shares_keys
         budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
         token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
+        token += n_averaged * (base.moe.spec(layer).d_model * base.logits.element_size())
+        token += 0 if base.ends_in_head else n_averaged * base.logits.shape[-1] * base.logits.element_size()
         score, one_row = (
             _SCORE_PARTS * base.logits.element_size() * self.shares_keys,
             _attention(base)[0] * self.row_length * self.n_pos,

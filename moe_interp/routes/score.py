@@ -16,9 +16,10 @@ from moe_interp.hooks.branches import BasePass
 from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions.force import set_routes
-from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores, log_probs
+from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores
 from moe_interp.routes.inputs import Tokens, by_label, check_budget, check_routes, check_tokens, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
+from moe_interp.routes.predictions import log_probs, mean_entropy
 from moe_interp.types import EMPTY, Layer
 
 Method = Literal["auto", "branch", "naive"]
@@ -126,6 +127,7 @@ def score_from_base(
     method: Method = "auto",
     memory_budget: int | None = None,
     names: Sequence[str] | None = None,
+    averaged: Tensor | None = None,
 ) -> RouteScores:
     """Score routes on the sequences of a base pass, which serves any number of layers and of route sets.
 
@@ -137,21 +139,24 @@ def score_from_base(
             model's own prediction; the last axis then stays.
         method, memory_budget: See :func:`score_routes`.
         names: What errors call the sequences; their number in the batch by default.
+        averaged: ``[batch, pos, route]`` bool, the routes of a token whose predictions are averaged, for
+            ``mean_entropy``.
     """
     wanted, memory_budget = scorable(base, positions), check_budget(memory_budget)
     ids = base.tokens.roll(-1, dims=1).unsqueeze(-1) if targets is None else targets
     standard = log_probs(base.logits, ids).masked_fill(~wanted.unsqueeze(-1), float("nan"))
     chosen = _method(base, routes, method)
     if chosen == "branch":
-        logp, null = branch_scores(base, routes, wanted, ids, memory_budget)
+        logp, null, entropy = branch_scores(base, routes, wanted, ids, memory_budget, averaged)
         if method == "auto" and _is_off(null, standard, wanted, base.logits.dtype):
             chosen = _slowly(base, min(routes), "the standard route does not come out as in the plain forward")
     if chosen == "naive":
-        logp, null = _naive_scores(base, routes, wanted, ids), standard
+        logp, null, entropy = _naive_scores(base, routes, wanted, ids, averaged)
     _refuse_non_finite(logp, routes, wanted, names)
     if targets is None:
         logp, null, standard = logp.squeeze(-1), null.squeeze(-1), standard.squeeze(-1)
-    return RouteScores(logp, standard, null, router_logp(base, routes), chosen)
+    mean_entropies = None if averaged is None else entropy
+    return RouteScores(logp, standard, null, router_logp(base, routes), chosen, mean_entropies)
 
 
 def router_logp(base: BasePass, routes: Mapping[int, LayerRoutes]) -> Tensor:
@@ -204,28 +209,46 @@ def _is_off(null: Tensor, standard: Tensor, wanted: Tensor, dtype: torch.dtype) 
     return int((~(distance <= tolerance)).sum()) > max(1, share * len(distance))
 
 
-def _naive_scores(base: BasePass, routes: Mapping[int, LayerRoutes], wanted: Tensor, targets: Tensor) -> Tensor:
-    """One ``run_with_hooks`` a route."""
-    present = torch.stack([given.present for given in routes.values()]).all(dim=0) & wanted.unsqueeze(-1)
+def _naive_scores(
+    base: BasePass, routes: Mapping[int, LayerRoutes], wanted: Tensor, targets: Tensor, averaged: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One ``run_with_hooks`` a route, the standard route's among them; as :func:`branch_scores`."""
+    with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
+    present = torch.stack([given.present for given in with_null.values()]).all(dim=0)
+    present[:, :, 0] = True  # also of a token whose experts were all full
+    present &= wanted.unsqueeze(-1)
     dtype = score_dtype(base.logits)
     logp = base.logits.new_full((*present.shape, targets.shape[-1]), float("nan"), dtype=dtype)
-    for sequence, pos, route in present.nonzero().tolist():
-        hooks: list[Any] = []
-        mask = base.is_real[sequence : sequence + 1]
-        place = [int(mask[0, : pos + 1].sum()) - 1]
-        for layer, given in routes.items():
-            at = (sequence, pos, route)
-            weights = given.weights[at] if given.has_own_weights else None
-            hooks += set_routes(base.moe, layer, given.indices[at], weights, place, mask)
-        with torch.no_grad():
-            # without padding no mask, as in the base pass
-            logits = base.moe.bridge.run_with_hooks(
-                base.tokens[sequence : sequence + 1],
-                fwd_hooks=hooks,
-                attention_mask=None if bool(base.is_real.all()) else mask.long(),
-            )
-        logp[sequence, pos, route] = log_probs(logits[0, pos], targets[sequence, pos])
-    return logp
+    entropy = logp.new_full(wanted.shape, float("nan"))
+    for sequence, pos in wanted.nonzero().tolist():
+        sums, n = logp.new_zeros(base.logits.shape[-1]), 0
+        for route in present[sequence, pos].nonzero().flatten().tolist():
+            log = _naive_logits(base, with_null, sequence, pos, route).to(dtype).log_softmax(dim=-1)
+            logp[sequence, pos, route] = log[targets[sequence, pos]]
+            if averaged is not None and route and bool(averaged[sequence, pos, route - 1]):
+                sums, n = sums + log.exp(), n + 1
+        if n:
+            entropy[sequence, pos] = mean_entropy(sums / n)
+    return logp[:, :, 1:], logp[:, :, 0], entropy
+
+
+def _naive_logits(base: BasePass, routes: Mapping[int, LayerRoutes], sequence: int, pos: int, route: int) -> Tensor:
+    """``[vocab]``: a full forward pass of the sequence, in which one token takes a route."""
+    hooks: list[Any] = []
+    mask = base.is_real[sequence : sequence + 1]
+    place = [int(mask[0, : pos + 1].sum()) - 1]
+    for layer, given in routes.items():
+        at = (sequence, pos, route)
+        weights = given.weights[at] if given.has_own_weights else None
+        hooks += set_routes(base.moe, layer, given.indices[at], weights, place, mask)
+    with torch.no_grad():
+        # without padding no mask, as in the base pass
+        logits: Tensor = base.moe.bridge.run_with_hooks(
+            base.tokens[sequence : sequence + 1],
+            fwd_hooks=hooks,
+            attention_mask=None if bool(base.is_real.all()) else mask.long(),
+        )
+    return logits[0, pos]
 
 
 def _refuse_non_finite(

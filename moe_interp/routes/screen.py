@@ -27,9 +27,10 @@ from moe_interp.hooks.branches import BasePass, BranchRunner
 from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.hooks.threads import threads_asleep
 from moe_interp.routes.audit import ScreenAudit
-from moe_interp.routes.branch import LayerRoutes, block_outputs, log_probs
+from moe_interp.routes.branch import LayerRoutes, block_outputs
 from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layers, scorable
 from moe_interp.routes.plan import Plan
+from moe_interp.routes.predictions import log_probs
 from moe_interp.routes.score import score_from_base
 from moe_interp.types import Layer
 
