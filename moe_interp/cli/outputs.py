@@ -24,7 +24,7 @@ from moe_interp.plots import (
     sorted_p,
     specialization_map,
 )
-from moe_interp.results.tables import unselected
+from moe_interp.results.tables import classed_by
 
 ISOLATION_FIGURES: dict[str, Callable[..., Any]] = {
     "specialization": specialization_map,
@@ -69,7 +69,7 @@ def write_figures(result: Any, figures: Mapping[str, Callable[[Any], Any]], fold
 
 def group_table(result: CounterfactualResult) -> Any:
     """Regret and alignment by class of confidence and by layer, for the terminal."""
-    classes = result.by_confidence(by=unselected(result.data))
+    classes = result.by_confidence(by=classed_by(result.data))
     layers = result.by_layer()
     named = [(row["class"], row) for row in classes.to_dict("records")]
     named += [(f"layer {row['layer']}", row) for row in layers.to_dict("records")]

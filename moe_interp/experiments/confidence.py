@@ -30,18 +30,23 @@ def confidence(data: xr.Dataset, by: By = "resampled") -> FloatArray:
     - "resampled": the mean over those routes of a second, independent draw that are neither the standard one nor in the
       main draw (derived). No utility that the tables compare enters; NaN where the second draw has no such route. They
       are routes that the router holds for less likely than the main draw's.
-    - "entropy": exp(-H) of the standard prediction, which the realized token does not enter (derived).
+    - "entropy": exp(-H) of the mean prediction over these routes but the draw's first, which "fresh_draw" of
+      :func:`moe_interp.experiments.controls.controls` compares (derived). The realized token does not enter, nor does
+      any prediction that is compared. (The standard route's own prediction would: where its noise happens to be large
+      and sharp, its p is extreme, and other routes lie on one side of it.)
 
     Raises:
         ConfigError: another way.
-        DataError: "resampled" in a run without controls, or in one whose main draw has all but all routes.
+        DataError: "resampled" or "entropy" in a run without controls, or in one whose main draw has all but all routes;
+            "entropy" in a run that has not kept it.
     """
     check_way(data, by)
-    shape = (data.sizes["token"], data.sizes["layer"])
     if by == "resampled":
         return fresh_mean(data, "logp_second")
-    log = data["logp_standard"].values if by == "standard" else -data["entropy"].values
-    return np.broadcast_to(np.exp(log.astype(np.float64))[:, None], shape)
+    if by == "entropy":
+        return np.asarray(np.exp(-data["entropy_second"].values.astype(np.float64)))
+    shape = (data.sizes["token"], data.sizes["layer"])
+    return np.broadcast_to(np.exp(data["logp_standard"].values.astype(np.float64))[:, None], shape)
 
 
 def fresh_mean(data: xr.Dataset, name: str, first: int = 0) -> FloatArray:
@@ -57,17 +62,27 @@ def check_way(data: xr.Dataset, by: Any) -> By:
     """Refuse a way that does not exist, or that this run has no data for."""
     if not isinstance(by, str) or by not in WAYS:
         raise ConfigError(f"by={by!r}", f"one of {WAYS}", "Choose another way.")
-    if by == "resampled" and "logp_second" not in data:
+    if by == "standard":
+        return by
+    if "logp_second" not in data:
         raise DataError(
             "a run without controls, which has no second draw of routes",
-            'one with controls=True for the classes by "resampled"',
-            'Run it with controls, or class tokens by "entropy".',
+            f'one with controls=True for the classes by "{by}"',
+            'Run it with controls; "standard" gives the published classes, which select.',
         )
-    if by == "resampled" and (share := fresh_second(data).any(-1).mean()) < FEWEST_CLASSED:
+    if by == "entropy" and "entropy_second" not in data:
+        raise DataError(
+            "a run that has not kept the entropy of the second draw's mean prediction",
+            'the variable "entropy_second" for the classes by "entropy"',
+            'Class tokens by "resampled", or repeat the run. (The entropy of the standard route\'s own prediction '
+            "would select by that route's noise.)",
+        )
+    has_class = fresh_second(data).any(-1) if by == "resampled" else ~np.isnan(data["entropy_second"].values)
+    if (share := has_class.mean()) < FEWEST_CLASSED:
         raise DataError(
             f"a second draw with a route that the main draw lacks on {share:.0%} of the tokens",
-            f'one on at least {FEWEST_CLASSED:.0%} for the classes by "resampled"',
-            'Class tokens by "entropy", or run it with fewer routes than all there are.',
+            f'one on at least {FEWEST_CLASSED:.0%} for the classes by "{by}"',
+            'Run it with fewer routes than all there are; "standard" gives the published classes, which select.',
         )
     return by
 

@@ -23,7 +23,7 @@ from moe_interp.experiments.confidence import (
     fresh_mean,
 )
 from moe_interp.experiments.counterfactual_data import sequence_codes
-from moe_interp.experiments.counterfactual_tables import common_size, compared_size, tally
+from moe_interp.experiments.counterfactual_tables import common_size, compared_size, interval_verdict, tally
 
 FloatArray = NDArray[np.float64]
 # bins of the target's log-probability under the standard route, to compare realized and drawn targets at equal ones
@@ -63,16 +63,19 @@ def controls(
     - "router": the run's own routes against the standard one.
     - "random": uniform sets of experts instead of the router's.
     - "own_prediction": the same routes, but the next token drawn from the model's own prediction instead of the
-      realized one, within bins of its log-probability under the standard route, weighted as the realized ones. Were
-      the model's prediction right, or the realized token unrelated to what routes do, this would equal the run's own.
-      Bins that a drawn token never falls into are left out of both.
+      realized one, within bins of its log-probability under the standard route, weighted as the realized ones. Where
+      the model's prediction is calibrated this equals the run's own. Where it is not, the two differ although no route
+      is better than another: realized tokens of one p under the standard route then have another p under the others
+      than drawn ones have. So an excess is no misrouting by itself;
+      :func:`moe_interp.experiments.prediction_calibration.prediction_calibration` measures how far the prediction is
+      from calibrated. Bins that a drawn token never falls into are left out of both.
     - "fresh_draw": the standard route r0 and a freshly drawn one f change places. f is the first route of the second
       draw that is not r0; with A the first m - 1 routes of the main draw other than f, the row is the best of r0 and A
       against f, and the run's own beside it the best of f and A against r0. Each token counts by the share of the
       second draw's first draws that were not r0. Were r0 a draw of the sampler itself, whatever utility has to do with
       the router, P(r0 = a) P(f = b | r0 = a) P(a draw is not a) = P(a) P(b) would be symmetric, and both sides equal in
-      expectation (exactly so where no route was heated). By class "resampled", both are classed by the second draw's
-      other routes; by "standard", each by its own p.
+      expectation (exactly so where no route was heated). By class "resampled" or "entropy", both are classed by the
+      second draw's other routes; by "standard", each by its own p.
     - "null": the standard route through the same machinery against itself in the plain forward: the noise of **one**
       alternative, not of the best of m.
 
@@ -85,8 +88,9 @@ def controls(
         A row a kind (and class): n_cells and n_sequences that enter, n_distinct, n_unclassed (cells with m routes but
         without a class), matched (the share of the tokens' weight that is compared), gap (probability) and regret
         (nats), the run's own on the same tokens (router_gap, router_regret), and the excess ``router - kind``
-        (excess_gap, excess_regret), each with ``_low`` and ``_high`` (bootstrap over sequences, 95%; the excess is
-        resampled as one; none below two sequences).
+        (excess_gap, excess_regret), each with ``_low`` and ``_high`` (95%, over sequences; the excess as one;
+        :func:`moe_interp.stats.cluster_interval`), and verdict: of excess_regret, by :func:`moe_interp.stats.verdict`;
+        none for "router" and "null", and "none by itself" for "own_prediction".
 
     Source: derived. An excess over "own_prediction" speaks of this data, not of what training would reach.
     """
@@ -102,8 +106,17 @@ def controls(
             row |= {"n_cells": found.n_cells[k, 0, g], "n_sequences": found.n_sequences[k, 0, g], "n_distinct": size}
             row["n_unclassed"] = int((is_there & (items.own.codes < 0)).sum())
             row["matched"] = float(found.interval.estimate[k, 0, g, len(SHOWN)])
-            rows.append(row | found.shown((k, 0, g), SHOWN))
+            rows.append(row | found.shown((k, 0, g), SHOWN) | {"verdict": _verdict(kind, found, (k, 0, g))})
     return pd.DataFrame(rows)
+
+
+def _verdict(kind: str, found: _Compared, at: tuple[int, int, int]) -> str:
+    """Whether the run's own regret is larger or smaller than a control's."""
+    if kind in ("router", "null"):
+        return ""
+    if kind == "own_prediction":
+        return "none by itself"  # it may be the prediction that is not calibrated
+    return interval_verdict(found.interval, (*at, SHOWN.index("excess_regret")))
 
 
 def regret_curve(data: xr.Dataset) -> pd.DataFrame:
@@ -197,17 +210,18 @@ class _Compared:
     n_sequences: NDArray[np.int64]
 
     def shown(self, at: tuple[int, ...], names: Sequence[str]) -> dict[str, float]:
-        """Each measure with its interval, which there is from two sequences on."""
+        """Each measure with its interval."""
         row: dict[str, float] = {}
         for i, name in enumerate(names):
+            least = 0.0 if name.removeprefix("router_") == "regret" else -np.inf
             row[name] = float(self.interval.estimate[*at, i])
-            for end, bound in (("low", self.interval.low), ("high", self.interval.high)):
-                row[f"{name}_{end}"] = float(bound[*at, i]) if self.n_sequences[at] > 1 else float("nan")
+            row[f"{name}_low"] = float(np.maximum(self.interval.low[*at, i], least))
+            row[f"{name}_high"] = float(self.interval.high[*at, i])
         return row
 
 
 def _compared(data: xr.Dataset, kinds: dict[str, _Kind], n_groups: int) -> _Compared:
-    """All kinds against the run's own on the same tokens, in one bootstrap."""
+    """All kinds against the run's own on the same tokens."""
     sequence = sequence_codes(data)
     # [sequence, size, group, bin, (weight, gap, regret, cells that count, cells)]
     sums = [_sums(side, kind, sequence, n_groups) for kind in kinds.values() for side in (kind.own, kind.router)]
@@ -216,7 +230,12 @@ def _compared(data: xr.Dataset, kinds: dict[str, _Kind], n_groups: int) -> _Comp
         rows = [np.concatenate(_matched(own, router), axis=-1) for own, router in zip(totals[::2], totals[1::2])]
         return np.stack(rows, axis=1)
 
-    found = stats.cluster_bootstrap(sums, statistic)
+    # shape: (sequence, size, group, bin, 5) -> (sequence, kind, size, group, 1)
+    weights = [
+        np.where(_is_both(own.sum(0), router.sum(0)), (own + router)[..., 0], 0.0).sum(-1)
+        for own, router in zip(sums[::2], sums[1::2])
+    ]
+    found = stats.cluster_interval(sums, statistic, sizes=np.stack(weights, axis=1)[..., None])
     cells, sequences = [], []
     for own, router in zip(sums[::2], sums[1::2]):
         is_both = _is_both(own.sum(0), router.sum(0))

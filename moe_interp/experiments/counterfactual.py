@@ -169,7 +169,7 @@ class _Run:
         realized = batch.tokens.roll(-1, dims=1)
         own = realized.clone()
         logp = torch.empty(int(wanted.sum()), 2, dtype=torch.float64)
-        entropy = torch.empty(len(logp), dtype=torch.float64)
+        entropy, top = torch.empty(len(logp), dtype=torch.float64), torch.empty_like(logp)
         row, pos = wanted.nonzero().unbind(-1)
         uniform = uniform_keys(pos, 1, self.plan.stream("own"), batch.keys[row])[:, 0]
         for part in torch.arange(len(logp)).split(1024):  # in double precision, so few at a time
@@ -180,8 +180,11 @@ class _Run:
             own[at] = drawn[:, 0].clamp(max=policy.shape[-1] - 1)
             entropy[part] = -torch.special.xlogy(policy.exp(), policy.exp()).sum(dim=-1).cpu()
             logp[part] = policy.gather(-1, torch.stack([realized[at], own[at]], dim=-1)).cpu()
+            best = policy.max(dim=-1)
+            top[part] = torch.stack([best.values, (best.indices == realized[at]).double()], dim=-1).cpu()
         _refuse_non_finite(logp[:, 0], batch, row, pos)
         arrays = {"logp_standard": logp[:, 0], "logp_own_standard": logp[:, 1], "entropy": entropy}
+        arrays |= {"logp_top": top[:, 0], "is_top": top[:, 1].bool()}
         return torch.stack([realized, own], dim=-1), {name: value.numpy() for name, value in arrays.items()}
 
     def _layer(self, base: BasePass, batch: SequenceBatch, targets: Tensor, layer: int) -> Arrays:

@@ -45,6 +45,8 @@ CONTROLS = {
     "logp_own_null": CELL,
     "logp_own_standard": ("token",),
 }
+# what a run of today has besides, and tables can do without
+FURTHER = {"logp_top": ("token",), "is_top": ("token",)}
 # controls that are of no use without each other
 TOGETHER = (
     ("logp_second", "router_logp_second", "second_route", "second_share"),
@@ -102,7 +104,7 @@ def counterfactual_dataset(
     order = np.lexsort(np.array(places).T[::-1])
     sequence, pos = np.array(places)[order].T
     numbers = range(len(plan.batches))
-    axes = AXES | (CONTROLS if plan.n_second else {})
+    axes = AXES | FURTHER | (CONTROLS if plan.n_second else {})
     variables = {}
     for name, axis in axes.items():
         if axis == ("token",):
@@ -164,7 +166,7 @@ def check_counterfactual(data: xr.Dataset) -> None:
         DataError: variables, axes or labels are missing, controls are there in part, a score under the standard route
             is missing, or no token has another route.
     """
-    wanted = AXES | {name: axes for name, axes in CONTROLS.items() if name in data}
+    wanted = AXES | {name: axes for name, axes in (CONTROLS | FURTHER).items() if name in data}
     for name, axes in wanted.items():
         if name not in data or data[name].dims != axes:
             found = f"axes {list(data[name].dims)}" if name in data else "none"

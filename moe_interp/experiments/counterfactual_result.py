@@ -9,6 +9,7 @@ from moe_interp.experiments import counterfactual_tables as tables
 from moe_interp.experiments.confidence import By, check_thresholds, check_way
 from moe_interp.experiments.counterfactual_data import check_counterfactual
 from moe_interp.experiments.counterfactual_summary import summary_text
+from moe_interp.experiments.prediction_calibration import prediction_calibration
 from moe_interp.results import Result
 
 
@@ -67,6 +68,11 @@ class CounterfactualResult(Result, kind="counterfactual"):
     def regret_curve(self) -> pd.DataFrame:
         """Regret against the number of routes: :func:`moe_interp.experiments.controls.regret_curve`."""
         return self.cached(controls.regret_curve)
+
+    def prediction_calibration(self) -> pd.DataFrame:
+        """How far the model's prediction is from calibrated, which the control "own_prediction" supposes:
+        :func:`moe_interp.experiments.prediction_calibration.prediction_calibration`."""
+        return self.cached(prediction_calibration)
 
     def token_table(self) -> pd.DataFrame:
         """One row a token and layer: :func:`moe_interp.experiments.counterfactual_tables.token_table`."""

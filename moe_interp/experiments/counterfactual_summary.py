@@ -10,11 +10,9 @@ import pandas as pd
 import xarray as xr
 
 from moe_interp.experiments.confidence import By
-from moe_interp.experiments.counterfactual_tables import FEWEST_SEQUENCES
 from moe_interp.results.tables import unselected
 
 Row = Mapping[Any, Any]
-FEW_SEQUENCES = 20  # below, intervals by bootstrap over sequences are too short
 
 
 class CounterfactualTables(Protocol):
@@ -28,21 +26,18 @@ class CounterfactualTables(Protocol):
 
     def controls(self, by: By | None = ...) -> pd.DataFrame: ...
 
+    def prediction_calibration(self) -> pd.DataFrame: ...
+
 
 def summary_text(result: CounterfactualTables) -> str:
     """What was scored, regret and its controls, the published pattern, and the noise floor."""
     data = result.data
-    by = unselected(data)
-    table = result.by_confidence(by)
-    classes = _rows(table, "class")
     lines = [_run_line(data), _heating_line(data), _regret_line(result), *_control_lines(result)]
-    lines += [_layer_line(result.by_layer()), pattern_line(classes, by), _fallback_line(data, by)]
-    lines += [_class_line(name, classes[name]) for name in ("confident", "middle", "fragile")]
-    lines += [_unclassed_line(table, data), _noise_line(data)]
+    lines += [_layer_line(result.by_layer()), *_class_lines(result), _noise_line(data)]
     return "\n".join(line for line in lines if line)
 
 
-def pattern_line(classes: Mapping[str, Row], by: By) -> str:
+def _pattern_line(classes: Mapping[str, Row]) -> str:
     """Whether the published pattern is there: aligned on confident tokens, uninformative on fragile ones."""
     states, parts = [], []
     for name, claim in (("confident", "aligned"), ("fragile", "uninformative")):
@@ -51,13 +46,13 @@ def pattern_line(classes: Mapping[str, Row], by: By) -> str:
             states.append("empty")
             parts.append(f"of {name} tokens it cannot be said (no token in the class)")
             continue
-        states.append("confirmed" if found == claim else "undecided" if found == "undecided" else "not confirmed")
-        few = row["n_sequences"] < FEWEST_SEQUENCES
-        why = f", with fewer than {FEWEST_SEQUENCES} sequences" if few else ""
-        parts.append(f"{name} tokens are {found} (alignment {_interval(row, 'alignment')}{why})")
+        is_open = found not in ("aligned", "misaligned", "uninformative")
+        states.append("undecided" if is_open else "confirmed" if found == claim else "not confirmed")
+        said = f"of {name} tokens there are {found}" if found.startswith("too few") else f"{name} tokens are {found}"
+        parts.append(f"{said} (alignment {_interval(row, 'alignment')})")
     order = ("not confirmed", "empty", "undecided", "confirmed")
     overall = next(state for state in order if state in states)
-    said = {
+    words = {
         "not confirmed": "is not confirmed",
         "empty": "cannot be said to be there or not",
         "undecided": "is undecided",
@@ -65,24 +60,18 @@ def pattern_line(classes: Mapping[str, Row], by: By) -> str:
     }
     return (
         f"The published pattern (the router aligned on confident tokens, uninformative on fragile ones) "
-        f"{said[overall]}, with tokens classed by {_WAYS[by]}: {' and '.join(parts)}."
+        f"{words[overall]}, with tokens classed by a second draw of routes: {' and '.join(parts)}."
     )
-
-
-_WAYS = {
-    "resampled": "a second draw of routes",
-    "entropy": "the prediction's entropy",
-    "standard": "their own probability, which selects",
-}
 
 
 def _run_line(data: xr.Dataset) -> str:
     n = len(np.unique(data["sequence"].values))
-    few = f"; of fewer than {FEW_SEQUENCES} sequences they are too short" if n < FEW_SEQUENCES else ""
+    merged = sum(len(names) for names in data.attrs.get("merged", {}).values())
+    more = f" ({merged} more with the same content are not counted)" if merged else ""
     return (
-        f"{data.attrs.get('model', 'The model')}: {_count(data.sizes['token'], 'token')} of {_count(n, 'sequence')}, "
-        f"at {_count(data.sizes['layer'], 'MoE layer')}, with up to {_count(data.sizes['route'], 'route')} each from "
-        f"{data.attrs.get('sampler', 'a sampler')}. Intervals are 95%, by bootstrap over sequences{few}."
+        f"{data.attrs.get('model', 'The model')}: {_count(data.sizes['token'], 'token')} of {_count(n, 'sequence')}"
+        f"{more}, at {_count(data.sizes['layer'], 'MoE layer')}, with up to {_count(data.sizes['route'], 'route')} "
+        f"each from {data.attrs.get('sampler', 'a sampler')}. Intervals are 95%, over sequences."
     )
 
 
@@ -108,36 +97,48 @@ def _regret_line(result: CounterfactualTables) -> str:
 def _control_lines(result: CounterfactualTables) -> list[str]:
     table = _rows(result.controls(), "kind")
     said = {
-        "own_prediction": "a next token drawn from the model's own prediction",
         "fresh_draw": "a freshly drawn route in the standard one's place",
         "random": "random instead of the router's routes",
     }
     lines = [f"- with {words}, {_control(table[kind], kind)};" for kind, words in said.items() if kind in table]
+    if "own_prediction" in table:
+        lines.append(_own_line(table["own_prediction"], result.prediction_calibration()))
     return lines or ["- this run has no controls, so nothing says how much of it is real."]
 
 
 def _control(row: Row, kind: str) -> str:
     """One control against the run's own on the same tokens."""
     if not row["n_cells"]:
-        return f"nothing can be said ({'no token could be matched' if kind == 'own_prediction' else 'no token'})"
+        return "nothing can be said (no token)"
     value = f"regret is {_interval(row, 'regret')}"
-    if kind == "own_prediction" and row["matched"] < 0.9995:
-        value += f" on the {row['matched']:.1%} of the tokens that can be matched, where the run's own is "
-        value += _interval(row, "router_regret")
-    elif kind == "fresh_draw":
+    if kind == "fresh_draw":
         value += f", against {_interval(row, 'router_regret')} with the two exchanged"
-    return f"{value}; {_excess(row)}"
+    found = row["verdict"]
+    words = f"the run's own is {found}" if found in ("larger", "smaller") else found
+    return f"{value}; {words} (difference {_interval(row, 'excess_regret')})"
 
 
-def _excess(row: Row) -> str:
-    low, high = row["excess_regret_low"], row["excess_regret_high"]
-    if np.isnan(low) or np.isnan(high):
-        few = "one sequence" if row["n_sequences"] < 2 else "no interval"
-        return f"whether they differ cannot be said ({few}; difference {row['excess_regret']:.3f})"
-    words = (
-        "the run's own is larger" if low > 0 else "the run's own is smaller" if high < 0 else "no difference is seen"
+def _own_line(row: Row, calibration: pd.DataFrame) -> str:
+    """The control by the model's own prediction, which supposes that it is calibrated: no verdict by itself."""
+    with_own = "- with a next token drawn from the model's own prediction, "
+    if not row["n_cells"]:
+        return f"{with_own}nothing can be said (no token could be matched)."
+    of = "" if row["matched"] > 0.9995 else f"on the {row['matched']:.1%} of the tokens that can be matched, "
+    value = f"regret is {_interval(row, 'regret')} {of}where the run's own is {_interval(row, 'router_regret')}"
+    how = _rows(calibration, "predicted")["all"]
+    top = (
+        ""
+        if np.isnan(how["right"])
+        else (
+            f"its most likely token is right on {how['right']:.1%} of the tokens, with a mean probability of "
+            f"{how['p_top']:.1%} (difference {_interval(how, 'calibration_error')}), and "
+        )
     )
-    return f"{words} (difference {_interval(row, 'excess_regret')})"
+    return (
+        f"{with_own}{value} (difference {_interval(row, 'excess_regret')}). By itself that says nothing of the routes: "
+        f"where the prediction is not calibrated, it differs without a better one. Here {top}the realized token is "
+        f"less likely than the prediction's entropy says by {_interval(how, 'surprise')} nats."
+    )
 
 
 def _layer_line(table: pd.DataFrame) -> str:
@@ -146,18 +147,33 @@ def _layer_line(table: pd.DataFrame) -> str:
     rows = sorted(_rows(table, "layer").values(), key=lambda row: row["regret"])
     most, least = rows[-1], rows[0]
     return (
-        f"Regret is largest at layer {most['layer']} ({_interval(most, 'regret')}) and smallest at layer "
-        f"{least['layer']} ({_interval(least, 'regret')})."
+        f"By layer, estimates of regret run from {_interval(least, 'regret')} at layer {least['layer']} to "
+        f"{_interval(most, 'regret')} at layer {most['layer']}."
     )
 
 
-def _fallback_line(data: xr.Dataset, by: By) -> str:
-    if by == "resampled" or "logp_second" not in data:
-        return ""
-    return (
-        "They are not classed by the second draw, which on most tokens has no route that the first one lacks: a route "
-        "in both would class a token by the very numbers that are compared."
-    )
+def _class_lines(result: CounterfactualTables) -> list[str]:
+    """The published pattern, and its classes, where tokens can be classed without selection."""
+    data = result.data
+    by = unselected(data)
+    if by is None:
+        why = (
+            "has no second draw of routes"
+            if "logp_second" not in data
+            else (
+                "has a second draw that on most tokens brings no route that the first one lacks: a route in both would "
+                "class a token by the very numbers that are compared"
+            )
+        )
+        return [
+            f"Whether the published pattern is there (the router aligned on confident tokens, uninformative on fragile "
+            f'ones) cannot be said: the run {why}. by_confidence("standard") gives the published classes, which make a '
+            "pattern by selection alone."
+        ]
+    table = result.by_confidence(by)
+    classes = _rows(table, "class")
+    lines = [_class_line(name, classes[name]) for name in ("confident", "middle", "fragile")]
+    return [_pattern_line(classes), *lines, _unclassed_line(table, data)]
 
 
 def _class_line(name: str, row: Row) -> str:

@@ -20,9 +20,15 @@ from moe_interp.experiments.counterfactual_data import sequence_codes
 FloatArray = NDArray[np.float64]
 MEASURES = ("gap", "regret", "positive_rate", "inclusion_1", "inclusion_5", "alignment", "alignment_undefined")
 UNINFORMATIVE = 0.1  # an alignment whose interval lies within +- this
+ALIGNED: dict[str, Any] = {
+    "words": ("aligned", "misaligned"),
+    "undecided": "undecided",
+    "margin": UNINFORMATIVE,
+    "negligible": "uninformative",
+}
 DISTINGUISHABLE = 20.0  # routes of a token must differ by this many null differences to be ranked
 DROPPED = 0.05  # share of the cells that may have fewer distinct routes than are compared
-FEWEST_SEQUENCES = 10  # a verdict needs as many: intervals of fewer are far too short
+BOUNDS = {"gap": (-1.0, 1.0), "regret": (0.0, np.inf), "alignment": (-1.0, 1.0)}  # the others are shares
 FEWEST_CELLS = 10  # the normal law of a mean of correlations needs as many
 
 
@@ -52,12 +58,13 @@ def by_confidence(
 
     Returns:
         A row for each class: n_cells (token x layer), n_tokens, n_sequences, n_distinct (m), n_dropped (cells of the
-        class with fewer routes, left out), n_unclassed (cells without a class, the same in each row: "resampled" needs
-        a route of the second draw that the main one lacks), each measure with ``_low`` and ``_high`` (bootstrap over
-        sequences, 95%), alignment_p (two-sided, log-policy permuted among a token's routes: the exact variance
-        1 / (n - 1) of a rho over n routes, normal approximation for their mean; NaN below 10 defined alignments) and
-        verdict: "undecided" with fewer than 10 sequences, else "uninformative" where the interval of alignment is
-        inside +-.1 (also where it excludes 0), "aligned" or "misaligned" where it excludes 0, else "undecided".
+        class with fewer routes, left out), n_unclassed (cells without a class, the same in each row: "resampled" and
+        "entropy" need routes of the second draw that the main one lacks), each measure with ``_low`` and ``_high``
+        (95%, :func:`moe_interp.stats.cluster_interval` over sequences), alignment_p (two-sided, log-policy permuted
+        among a token's routes: the exact variance 1 / (n - 1) of a rho over n routes, normal approximation for their
+        mean; NaN below 10 defined alignments) and verdict (:func:`moe_interp.stats.verdict`): "uninformative" where the
+        interval of alignment is inside +-.1 (also where it excludes 0), "aligned" or "misaligned" where it excludes 0,
+        "too few sequences to say" where no interval covers, else "undecided".
 
     Source: "When Are Experts Misrouted?"; equal numbers, alignment and the classes but "standard" are derived. Gap and
     regret are best-of-m: they are positive also where no route is really better; see :func:`controls`.
@@ -104,7 +111,7 @@ def grouped(
     cell = np.where(used >= 0, np.broadcast_to(sequences[:, None], used.shape) * len(names) + used, -1)
     totals = [tally(cell, v, n_sequences, len(names)) for v in values]
     counts = [tally(cell, np.where(np.isnan(v), np.nan, 1.0), n_sequences, len(names)) for v in values]
-    found = stats.cluster_bootstrap([np.stack(totals, -1), np.stack(counts, -1)], lambda value, n: value / n)
+    found = stats.cluster_interval([np.stack(totals, -1), np.stack(counts, -1)], lambda value, n: value / n)
     present = tally(cell, np.ones(cell.shape), n_sequences, len(names))
     rows = []
     for g, name in enumerate(names):
@@ -118,10 +125,9 @@ def grouped(
             "n_dropped": int((is_short & (codes == g)).sum()),
         }
         for i, measure in enumerate(MEASURES):
-            row |= _with_interval(measure, found, (g, i), row["n_sequences"])
+            row |= _with_interval(measure, found, (g, i))
         row["alignment_p"] = permutation_p(rho[inside], n_routes[inside])
-        n_aligned = int((counts[MEASURES.index("alignment")][:, g] > 0).sum())
-        row["verdict"] = verdict(row["alignment_low"], row["alignment_high"], n_aligned)
+        row["verdict"] = interval_verdict(found, (g, MEASURES.index("alignment")), **ALIGNED)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -205,13 +211,11 @@ def permutation_p(rho: FloatArray, n: NDArray[np.int64]) -> float:
     return float(2 * scipy_stats.norm.sf(abs(z)))
 
 
-def verdict(low: float, high: float, n_sequences: int) -> str:
-    """What the interval of an alignment says, given enough sequences; not what a missing star does."""
-    if np.isnan(low) or np.isnan(high) or n_sequences < FEWEST_SEQUENCES:
-        return "undecided"
-    if max(-low, high) <= UNINFORMATIVE:
-        return "uninformative"
-    return "aligned" if low > 0 else "misaligned" if high < 0 else "undecided"
+def interval_verdict(found: stats.Interval, at: tuple[int, ...], **words: Any) -> str:
+    """What one of the intervals says, by :func:`moe_interp.stats.verdict`."""
+    assert found.n is not None
+    low, high, covered = float(found.low[at]), float(found.high[at]), float(found.attained[at])
+    return stats.verdict(low, high, n=int(found.n[at]), coverage=covered, units="sequences", **words)
 
 
 def token_table(data: xr.Dataset) -> pd.DataFrame:
@@ -254,8 +258,8 @@ def _measures(data: xr.Dataset, size: int) -> tuple[list[FloatArray], FloatArray
     return [best.gap[0], best.regret[0], best.positive[0], *top, rho, np.isnan(rho).astype(np.float64)], rho, n
 
 
-def _with_interval(name: str, found: stats.Interval, at: Any, n_sequences: int) -> dict[str, float]:
-    low, high = (float(found.low[at]), float(found.high[at])) if n_sequences > 1 else (float("nan"), float("nan"))
+def _with_interval(name: str, found: stats.Interval, at: tuple[int, int]) -> dict[str, float]:
+    low, high = np.clip([found.low[at], found.high[at]], *BOUNDS.get(name, (0.0, 1.0))).tolist()
     return {name: float(found.estimate[at]), f"{name}_low": low, f"{name}_high": high}
 
 

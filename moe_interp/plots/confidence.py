@@ -15,7 +15,7 @@ from moe_interp.results.tables import Classing, CounterfactualTables
 
 _LOOK: dict[Classing, tuple[str, str, str]] = {
     "resampled": (BLUE, "o", "by other routes' mean p"),
-    "entropy": (GREEN, "s", "by entropy of the prediction"),
+    "entropy": (GREEN, "s", "by entropy of other routes' mean prediction"),
     "standard": (ORANGE, "^", "by p of the standard route (selects)"),
 }
 

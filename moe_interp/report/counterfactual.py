@@ -12,7 +12,7 @@ from moe_interp import plots
 from moe_interp.report.html import with_intervals
 from moe_interp.report.page import Chapter, Section, render_page, section
 from moe_interp.report.tokens import token_view
-from moe_interp.results.tables import CounterfactualTables, unselected
+from moe_interp.results.tables import CounterfactualTables, classed_by
 
 
 def counterfactual_chapter(result: CounterfactualTables, title: str = "Counterfactual routes") -> Chapter:
@@ -50,15 +50,17 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "Is the router right where the model is confident?",
         "Alignment: rank correlation, within a token, of the router's log-probability of a route and how well the "
         "route predicts the next token. Regret: what the best route scored would have gained. The table's classes are "
-        "free of the selection that classing by the standard route's own p brings.",
+        "by a second draw of routes, free of the selection that classing by the standard route's own p brings; by that "
+        "p where the run has no such draw.",
         plots.confidence,
-        lambda r: r.by_confidence(by=unselected(r.data)),
+        lambda r: r.by_confidence(by=classed_by(r.data)),
     ),
     (
         "regret-curve",
         "Is that regret more than luck?",
         "The best of many routes is better than one by chance alone. So the same is asked of a next token drawn from "
-        "the model's own prediction, of random routes, of a fresh draw of routes, and of the standard route itself.",
+        "the model's own prediction (which is a null only where that prediction is calibrated), of random routes, of a "
+        "fresh draw of routes, and of the standard route itself.",
         plots.regret_curve,
         lambda r: r.controls(),
     ),

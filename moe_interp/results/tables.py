@@ -43,7 +43,8 @@ class IsolationTables(Protocol):
 
 Classing = Literal["resampled", "standard", "entropy"]
 
-"""Ways to class tokens by confidence: by other routes' mean p, by the standard route's own, by the prediction."""
+"""Ways to class tokens by confidence: by other routes' mean p, by the standard route's own, by other routes' mean
+prediction."""
 
 
 def fresh_second(data: xr.Dataset) -> NDArray[np.bool_]:
@@ -57,12 +58,18 @@ def fresh_second(data: xr.Dataset) -> NDArray[np.bool_]:
     return np.asarray((data["second_route"].values < 0) & ~np.isnan(data["logp_second"].values))
 
 
-def unselected(data: xr.Dataset) -> Classing:
-    """The way of classing that is free of the selection by the standard route's own p and that a run has data for.
+def unselected(data: xr.Dataset) -> Classing | None:
+    """The way of classing that no utility enters which is then compared, where the run has data for it: "resampled".
 
-    "resampled" where at least half of the tokens have a route of a second draw that the main one lacks, else "entropy".
+    None where fewer than half of the tokens have a route of a second draw that the main one lacks.
     """
-    return "resampled" if fresh_second(data).any(-1).mean() >= 0.5 else "entropy"
+    return "resampled" if fresh_second(data).any(-1).mean() >= 0.5 else None
+
+
+def classed_by(data: xr.Dataset) -> Classing:
+    """The way to class tokens by in a table that must have one: without selection, or the published one, which
+    selects."""
+    return unselected(data) or "standard"
 
 
 class CounterfactualTables(Protocol):

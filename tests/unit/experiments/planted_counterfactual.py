@@ -45,6 +45,7 @@ def dataset(
     }
     if "logp_second" in controls:
         filled["second_share"] = (cell, np.ones((n, layers), np.float32))
+        filled["entropy_second"] = (cell, np.repeat(filled["entropy"][1][:, None], layers, axis=1))
     if "logp_own" in controls:
         filled["logp_own_null"] = (
             cell,

@@ -7,7 +7,7 @@ import pytest
 
 from moe_interp.errors import DataError
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
-from moe_interp.results.tables import fresh_second, unselected
+from moe_interp.results.tables import classed_by, fresh_second, unselected
 from moe_interp.routes import AllSubsets
 from tests.unit.experiments.planted_routers import drawn_routes
 
@@ -57,19 +57,21 @@ def test_a_standard_route_that_is_the_routers_best_is_better_than_a_fresh_one_wh
     assert row["excess_regret_low"] > 0.1
 
 
-def test_where_the_main_draw_has_all_routes_tokens_are_classed_by_entropy() -> None:
+def test_where_the_main_draw_has_all_routes_tokens_have_no_class_and_no_pattern() -> None:
     data = drawn_routes(200, 1.0, sampler=AllSubsets(), n_experts=6, n_routes=14)
     assert not fresh_second(data).any()
-    assert unselected(data) == "entropy"
-    result = CounterfactualResult(data)
-    expected = r"main draw lacks on 0% of the tokens. Expected: one on at least 5%.*by \"entropy\""
-    with pytest.raises(DataError, match=expected):
-        result.by_confidence()
-    with pytest.raises(DataError, match=expected):
-        result.controls("resampled")
+    assert unselected(data) is None
+    assert classed_by(data) == "standard"
+    result = CounterfactualResult(data.assign(entropy_second=data["entropy_second"] * np.nan))
+    expected = r"main draw lacks on 0% of the tokens. Expected: one on at least 5%.*\"standard\" gives the published"
+    for by in ("resampled", "entropy"):
+        with pytest.raises(DataError, match=expected):
+            result.by_confidence(by)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=expected):
+            result.controls(by)  # type: ignore[arg-type]
     text = result.summary()
-    assert "classed by the prediction's entropy" in text
-    assert "on most tokens has no route that the first one lacks" in text
+    assert "cannot be said: the run has a second draw that on most tokens brings no route that the first" in text
+    assert "confirmed" not in text
     assert set(result.controls()["kind"]) == {"router", "fresh_draw", "null"}
 
 

@@ -10,11 +10,18 @@ import pytest
 import scipy.stats
 import xarray as xr
 
+from moe_interp import stats
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.confidence import classes, confidence
 from moe_interp.experiments.counterfactual_data import CounterfactualPlan, token_type
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
-from moe_interp.experiments.counterfactual_tables import alignment, common_size, permutation_p, verdict
+from moe_interp.experiments.counterfactual_tables import (
+    ALIGNED,
+    alignment,
+    common_size,
+    interval_verdict,
+    permutation_p,
+)
 from tests.unit.experiments.planted_counterfactual import dataset, exchangeable
 
 
@@ -155,7 +162,10 @@ def test_routes_that_do_not_differ_have_no_alignment() -> None:
     row = CounterfactualResult(data).by_layer().iloc[0]
     assert row["alignment_undefined"] == 1
     assert np.isnan([row["alignment"], row["alignment_p"]]).all()
-    assert (row["verdict"], row["regret"], row["positive_rate"], row["inclusion_1"]) == ("undecided", 0, 0, 1)
+    assert (row["verdict"], row["regret"], row["positive_rate"], row["inclusion_1"]) == (
+        "too few sequences to say (n = 0)",
+        *(0, 0, 1),
+    )
 
 
 def test_the_permutation_null_of_the_mean_alignment() -> None:
@@ -175,13 +185,19 @@ def test_the_permutation_null_of_the_mean_alignment() -> None:
     assert permutation_p(np.ones(10), np.full(10, 9)) < 1e-6
 
 
-def test_verdicts_go_by_the_interval() -> None:
+def test_verdicts_go_by_the_interval_and_its_coverage() -> None:
+    def verdict(low: float, high: float, n: int, covered: float = 0.95) -> str:
+        ends = [np.array([value]) for value in (0.0, low, high, covered)]
+        return interval_verdict(stats.Interval(*ends, n=np.array([n])), (0,), **ALIGNED)
+
     assert verdict(-0.05, 0.08, 10) == "uninformative"
     assert verdict(0.01, 0.09, 10) == "uninformative"  # not by a star
     assert verdict(0.01, 0.2, 10) == "aligned"
     assert verdict(-0.3, -0.01, 10) == "misaligned"
-    assert verdict(-0.2, 0.3, 10) == verdict(np.nan, np.nan, 10) == "undecided"
-    assert verdict(0.01, 0.2, 9) == verdict(-0.05, 0.05, 9) == "undecided"
+    assert verdict(-0.2, 0.3, 10) == "undecided"
+    assert verdict(np.nan, np.nan, 10) == "too few sequences to say (n = 10)"
+    assert verdict(0.01, 0.2, 4) == verdict(-0.05, 0.05, 4) == "too few sequences to say (n = 4)"
+    assert verdict(0.01, 0.2, 10, covered=0.9) == "too few sequences to say (n = 10)"
 
 
 def test_the_own_prediction_is_compared_at_equal_probability() -> None:
@@ -327,7 +343,7 @@ def test_token_table_and_summary() -> None:
     assert "no controls" in result.summary()
     text = CounterfactualResult(exchangeable(400, spread=3.0)).summary()
     assert "400 tokens of 100 sequences, at 1 MoE layer, with up to 32 routes each" in text
-    assert "no difference is seen" in text
+    assert "no difference shown (difference " in text
     assert "Noise floor" in text
 
 
@@ -340,10 +356,11 @@ def test_the_summary_says_whether_the_published_pattern_is_there() -> None:
     confirmed = CounterfactualResult(aligned).summary()
     assert "(the router aligned on confident tokens, uninformative on fragile ones) is confirmed" in confirmed
     assert "is not confirmed" in CounterfactualResult(data).summary()
-    few = CounterfactualResult(aligned.isel(token=slice(0, 32))).summary()  # eight sequences
+    few = CounterfactualResult(aligned.isel(token=slice(0, 16))).summary()  # four sequences
     assert "uninformative on fragile ones) is undecided" in few
-    assert "with fewer than 10 sequences" in few
-    assert "by bootstrap over sequences; of fewer than 20 sequences they are too short." in few
+    assert "of confident tokens there are too few sequences to say (n = 4) (alignment " in few
+    # nor without a second draw, by which tokens are classed
+    assert "confirmed" not in CounterfactualResult(aligned.drop_vars([n for n in aligned if "second" in n])).summary()
 
 
 def test_a_class_without_tokens_cannot_be_said_and_counts_are_in_the_singular() -> None:
@@ -351,7 +368,9 @@ def test_a_class_without_tokens_cannot_be_said_and_counts_are_in_the_singular() 
     assert "of fragile tokens it cannot be said (no token in the class)" in text
     assert "- fragile: no token." in text
     logp = np.log([[[0.4, 0.3]], [[0.95, 0.94]]])
-    one = CounterfactualResult(dataset(logp, np.log([0.2, 0.96]), entropy=[2.0, 0.01], sequence=[0, 1])).summary()
+    second = np.log([[[0.2, 0.2]], [[0.95, 0.95]]])
+    drawn: Any = {"logp_second": second, "router_logp_second": second, "second_route": np.full((2, 1, 2), -1, np.int16)}
+    one = CounterfactualResult(dataset(logp, np.log([0.2, 0.96]), sequence=[0, 1], **drawn)).summary()
     assert "- confident: 1 token of 1 sequence, regret" in one
     single = CounterfactualResult(exchangeable(40, n_routes=1))
     assert "up to 1 route each" in single.summary()
@@ -390,8 +409,14 @@ def test_the_layers_median_is_the_noise_of_a_token_that_has_less() -> None:
 
 
 def test_classes_by_entropy_are_those_of_exp_minus_entropy() -> None:
-    data = dataset(np.full((3, 1, 2), -1.0), np.full(3, -1.0), entropy=-np.log([0.51, 0.49, 0.91]))
+    second = np.full((3, 1, 2), -1.0)
+    drawn: Any = {"logp_second": second, "router_logp_second": second, "second_route": np.full(second.shape, -1)}
+    data = dataset(np.full((3, 1, 2), -1.0), np.full(3, -1.0), **drawn)
+    data["entropy_second"] = ("token", "layer"), -np.log([[0.51], [0.49], [0.91]])
     assert classes(confidence(data, "entropy"))[:, 0].tolist() == [1, 0, 2]
+    # a run that has the standard prediction's entropy alone is refused: it selects
+    with pytest.raises(DataError, match=r"has not kept the entropy of the second draw's mean prediction.*select"):
+        confidence(data.drop_vars("entropy_second"), "entropy")
 
 
 def test_classes_and_kinds_of_tokens() -> None:
@@ -414,7 +439,7 @@ def test_classes_and_kinds_of_tokens() -> None:
 def test_errors() -> None:
     data = dataset(np.zeros((4, 1, 2)) - 1, np.full(4, -1.0))
     result = CounterfactualResult(data)
-    with pytest.raises(DataError, match=r"without controls.*class tokens by \"entropy\""):
+    with pytest.raises(DataError, match=r"without controls.*\"standard\" gives the published classes"):
         result.by_confidence()
     for table in (result.by_layer, lambda n: result.controls(n_distinct=n)):
         for wrong in (3, 0, -1, "3", 1.5, True, [1]):

@@ -49,6 +49,7 @@ def planted_routes(
             "logp_second": ((*cell, "second"), scores(4)),
             "router_logp_second": ((*cell, "second"), rng.normal(-4, 1, (n, n_layers, 4))),
             "second_route": ((*cell, "second"), np.full((n, n_layers, 4), -1, np.int16)),
+            "entropy_second": (cell, rng.exponential(0.5, (n, n_layers))),
             "second_share": (cell, np.full((n, n_layers), 0.75, np.float32)),
             "logp_random": ((*cell, "random"), scores(n_routes)),
             "logp_own": ((*cell, "route"), scores(n_routes)),

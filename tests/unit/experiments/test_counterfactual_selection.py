@@ -1,0 +1,106 @@
+"""Classes that are called free of selection show nothing where no route is special, at many sizes of noise; and few
+sequences are too few to say anything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.prediction_calibration import prediction_calibration
+from tests.unit.experiments.planted_predictions import exchangeable_predictions
+
+SIZES = [(0.0, 1.2), (1.0, 1.0), (2.0, 1.0), (3.0, 0.5), (2.5, 1.5)]
+
+
+@pytest.mark.parametrize(("base", "noise"), SIZES)
+def test_no_class_free_of_selection_has_an_alignment_where_routes_are_exchangeable(base: float, noise: float) -> None:
+    result = CounterfactualResult(exchangeable_predictions(60, 50, base, noise, seed=3))
+    for by in ("resampled", "entropy"):
+        confident = result.data["logp_standard"] if by == "resampled" else -result.data["entropy"]
+        thirds = tuple(np.exp(np.quantile(confident, [1 / 3, 2 / 3])))
+        table = result.by_confidence(by, thirds)  # type: ignore[arg-type]
+        for row in table[table["n_cells"] > 100].to_dict("records"):
+            half = (row["alignment_high"] - row["alignment_low"]) / 2
+            assert abs(row["alignment"]) < 1.3 * half + 1e-3, (by, row["class"])  # up to six intervals at 95%
+            assert row["verdict"] not in ("aligned", "misaligned"), (by, row["class"])
+            # the best of 17 that are alike is each one equally often; NaN at no token
+            assert row["inclusion_1"] == pytest.approx(1 / 17, abs=0.04), (by, row["class"])
+    assert "is confirmed" not in result.summary()
+    fresh = result.controls("entropy")
+    fresh = fresh[(fresh["kind"] == "fresh_draw") & (fresh["n_cells"] > 100)]
+    half = (fresh["excess_regret_high"] - fresh["excess_regret_low"]) / 2
+    assert (fresh["excess_regret"].abs() < 1.3 * half + 1e-3).all()
+
+
+def test_the_entropy_of_the_standard_routes_own_prediction_selects() -> None:
+    data = exchangeable_predictions(100, 60, 2.5, 1.5, seed=1)
+    careless = data.assign(entropy_second=(("token", "layer"), data["entropy"].values[:, None]))
+    table = CounterfactualResult(careless).by_confidence("entropy").set_index("class")
+    low, high = table.loc["fragile", "inclusion_1"], table.loc["confident", "inclusion_1"]
+    assert high - low > 0.05  # sharp by luck: the realized token is its own guess, or else far from it
+    table = CounterfactualResult(data).by_confidence("entropy").set_index("class")
+    assert abs(table.loc["fragile", "inclusion_1"] - table.loc["confident", "inclusion_1"]) < 0.03
+
+
+def test_a_dataset_without_the_mean_predictions_entropy_loads_and_never_confirms() -> None:
+    for seed in range(3):
+        data = exchangeable_predictions(40, 30, 2.0, 1.0, n_routes=27, seed=seed).drop_vars("entropy_second")
+        result = CounterfactualResult(data)
+        assert "cannot be said" in result.summary()
+        assert "confirmed" not in result.summary()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 10, 30])
+def test_verdicts_of_controls_are_seldom_given_where_there_is_nothing(n: int) -> None:
+    runs, said = 40, 0
+    for seed in range(runs):
+        lengths = np.random.default_rng(seed).lognormal(2.2, 0.8, n).astype(int) + 1
+        data = exchangeable_predictions(n, 0, 1.5, 0.7, n_routes=6, seed=100 * n + seed, lengths=lengths)
+        row = CounterfactualResult(data).controls().set_index("kind").loc["random"]
+        said += row["verdict"] in ("larger", "smaller")
+        if n < 6:
+            assert row["verdict"] == f"too few sequences to say (n = {n})"
+    # at most 6% in the long run: 40 runs have more than 7 with a probability of 0.3%
+    assert said <= 7
+
+
+def test_calibration_is_measured() -> None:
+    right = prediction_calibration(exchangeable_predictions(80, 40, 2.0, 0.0, seed=0)).set_index("predicted")
+    for measure in ("calibration_error", "surprise"):
+        assert right.loc["all", f"{measure}_low"] < 0 < right.loc["all", f"{measure}_high"]
+        assert right.loc["all", f"{measure}_high"] - right.loc["all", f"{measure}_low"] < 0.1
+    assert right["n_tokens"].iloc[1:].sum() == right.loc["all", "n_tokens"] == 80 * 40
+    # nature is flatter than the model: it is too sure
+    data = exchangeable_predictions(80, 40, 2.0, 0.0, flatten=0.4, seed=0)
+    sure = prediction_calibration(data).set_index("predicted")
+    assert sure.loc["all", "calibration_error_high"] < -0.1
+    assert sure.loc["all", "surprise_low"] > 0.1
+    p, is_right = np.exp(data["logp_top"].values), data["is_top"].values
+    inside = (p >= 0.5) & (p < 0.9)
+    assert sure.loc[".5 to .9", "right"] == pytest.approx(is_right[inside].mean())
+    assert sure.loc[".5 to .9", "calibration_error"] == pytest.approx((is_right - p)[inside].mean())
+    expected = -(data["logp_standard"] + data["entropy"]).mean().item()
+    assert sure.loc["all", "surprise"] == pytest.approx(expected)
+    bare = prediction_calibration(data.drop_vars(["logp_top", "is_top"]))
+    assert bare["predicted"].tolist() == ["all"]
+    assert bare["surprise"].item() == pytest.approx(expected)
+    assert np.isnan(bare["right"].item())
+
+
+def test_the_summary_gives_calibration_beside_the_models_own_prediction_and_no_verdict() -> None:
+    data = exchangeable_predictions(40, 20, 2.0, 0.7, flatten=0.3, seed=0)
+    # a drawn token that the model foresees, and realized ones that it does not
+    own = data.assign(
+        logp_own=data["logp"] * 0 - 0.3,
+        logp_own_null=data["logp_null"] * 0 - 0.3,
+        logp_own_standard=data["logp_standard"] * 0 - 0.3,
+        logp_own_second=data["logp_second"] * 0 - 0.3,
+    )
+    result = CounterfactualResult(own)
+    assert result.controls().set_index("kind").loc["own_prediction", "verdict"] == "none by itself"
+    (line,) = [line for line in result.summary().splitlines() if "model's own prediction" in line]
+    assert "By itself that says nothing of the routes" in line
+    assert "its most likely token is right on " in line
+    assert "larger" not in line
+    assert "smaller" not in line
