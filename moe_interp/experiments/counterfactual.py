@@ -20,6 +20,7 @@ from moe_interp.experiments.counterfactual_data import CounterfactualPlan, count
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
 from moe_interp.experiments.memory import tokens_per_pass
 from moe_interp.experiments.naming import model_name, weights_checksum
+from moe_interp.experiments.repeats import distinct_sequences
 from moe_interp.experiments.sequences import ScoredSequence, SequenceBatch, batches_of_sequences, read_sequences
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.branches import BasePass
@@ -72,6 +73,7 @@ def counterfactual_routes(
         sequences: Texts, lists of ids, items, or mappings with ``id`` and ``text``, ``tokens`` or
             ``messages``, and ``mask`` or ``score_from`` for the tokens whose prediction is scored, such as the
             solution of a trajectory: see :func:`moe_interp.experiments.sequences.read_sequences`.
+            Sequences of the same tokens count once, with a warning.
         layers: MoE layers; all by default.
         n_routes: Distinct routes a token, besides the standard one (or all there are).
         sampler: Where routes come from: ``GumbelTopK(tau=1.0)`` by default, the router's own distribution.
@@ -95,7 +97,7 @@ def counterfactual_routes(
     route does to tokens after the next, and what routes at several layers do together.
     """
     chosen, memory_budget = decoder_layers(moe, layers), check_budget(memory_budget)
-    read = read_sequences(moe.bridge, sequences)
+    read, merged = distinct_sequences(read_sequences(moe.bridge, sequences))
     sampler = GumbelTopK() if sampler is None else sampler
     _check_options(n_routes, chosen, sampler, seed, method)
     _check_pool(moe, chosen, sampler)
@@ -124,6 +126,8 @@ def counterfactual_routes(
                 finished[number, key] = cell
                 report(sum(key != TOKENS for _, key in finished), total)
     data = counterfactual_dataset(moe, plan, read, finished)
+    if merged:
+        data.attrs["merged"] = merged
     return CounterfactualResult(data, config=asdict(plan), seeds=seed, data_checksum=plan.sequences)
 
 

@@ -16,6 +16,7 @@ from moe_interp.errors import ConfigError, DataError, HookError, ResultError
 from moe_interp.experiments.counterfactual import first_new, matches
 from moe_interp.experiments.counterfactual_data import CounterfactualPlan
 from moe_interp.experiments.items import Item
+from moe_interp.experiments.repeats import RepeatedContentWarning
 from moe_interp.experiments.sequences import SequenceBatch, read_sequences
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.branches import BasePass
@@ -396,3 +397,31 @@ def test_log_probabilities_that_are_not_finite_name_sequence_position_and_route(
     wrong = rf"of sequence 'one', position \d under route \d+ \(experts by layer: {{1: \[.*{unused}"
     with pytest.warns(SlowRoutesWarning), pytest.raises(DataError, match=wrong):
         run(moe, tokens, layers=[1], n_routes=20)
+
+
+def test_sequences_of_the_same_tokens_count_once(moe: MoEHooks) -> None:
+    given = sequences()
+    again = [*given, {"id": "again", "tokens": given[1]["tokens"]}]
+    with pytest.warns(RepeatedContentWarning, match="again"):
+        found = run(moe, again, layers=[2])
+    assert found.data.attrs["merged"] == {"s1": ["again"]}
+    assert_equal(found.data, run(moe, given, layers=[2]).data)
+    assert "of 4 sequences (1 more with the same content are not counted)" in found.summary()
+
+
+def test_full_passes_have_a_null_route_of_their_own(moe: MoEHooks) -> None:
+    data = run(moe, sequences((5, 4)), n_routes=2, layers=[1], method="naive", controls=False).data
+    assert 0 < data.attrs["null_distance"] < 1e-4  # a batch beside each sequence alone
+
+
+def test_stores_and_results_of_another_law_of_the_sampler_are_refused(moe: MoEHooks, tmp_path: Path) -> None:
+    result = run(moe, sequences((4,)), n_routes=1, layers=[1], controls=False, store=tmp_path / "cells")
+    plan = tmp_path / "cells" / "plan.json"
+    plan.write_text(plan.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(ResultError, match="version: 2 there, 3 here"):
+        run(moe, sequences((4,)), n_routes=1, layers=[1], controls=False, store=tmp_path / "cells")
+    old = result.save(tmp_path / "old.nc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mi.CounterfactualResult, "version", mi.CounterfactualResult.version + 1)
+        with pytest.raises(ResultError, match="or run the experiment again"):
+            mi.load_result(old)

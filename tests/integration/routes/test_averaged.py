@@ -20,19 +20,19 @@ def scored(moe: MoEHooks, layer: int, n_routes: int, method: str, **options: obj
     tokens, mask = padded_batch()
     base = BasePass(moe, tokens, [layer], mask)
     routes = random_routes(moe, layer, tokens, n_routes)
-    routes[1, 5, 0] = -1
+    routes[1, 4, 0] = -1
     averaged = torch.rand(routes.shape[:3], generator=torch.Generator().manual_seed(1)) < 0.5
     averaged[0, 4] = False
     wanted = base.is_real & base.is_real.roll(-1, dims=1)
     wanted[:, -1] = False
     if method == "naive":
-        wanted[:, :4] = wanted[:, 6:] = False
+        wanted[:, :4] = wanted[:, 5:] = False
     given = {layer: check_routes(base, layer, routes)}
     return score_from_base(base, given, wanted, None, method, averaged=averaged, **options), averaged  # type: ignore[arg-type]
 
 
 # the unembedding last or not (granite_moe scales the logits), shared keys or copies of them
-@pytest.mark.parametrize("name", ["olmoe", "granite_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["olmoe", "granite_moe"])
 def test_branches_and_full_passes_give_one_entropy(name: str) -> None:
     moe = attached(name, torch.float64)
     with precision(torch.float64):
@@ -42,7 +42,7 @@ def test_branches_and_full_passes_give_one_entropy(name: str) -> None:
             assert branches.mean_entropy is not None
             assert naive.mean_entropy is not None
             asked = ~naive.logp_null.isnan()
-            assert int(asked.sum()) == 6
+            assert int(asked.sum()) == 3
             difference = (branches.mean_entropy - naive.mean_entropy)[asked]
             assert float(difference.abs().nan_to_num().max()) <= 1e-9
             assert bool(naive.mean_entropy[0, 4].isnan())

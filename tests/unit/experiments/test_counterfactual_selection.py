@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moe_interp.errors import DataError
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
 from moe_interp.experiments.prediction_calibration import prediction_calibration
 from tests.unit.experiments.planted_predictions import exchangeable_predictions
@@ -47,8 +48,9 @@ def test_a_dataset_without_the_mean_predictions_entropy_loads_and_never_confirms
     for seed in range(3):
         data = exchangeable_predictions(30, 20, 2.0, 1.0, n_routes=12, seed=seed).drop_vars("entropy_second")
         result = CounterfactualResult(data)
-        assert "cannot be said" in result.summary()
-        assert "confirmed" not in result.summary()
+        assert "is confirmed" not in result.summary()
+        with pytest.raises(DataError, match="has not kept the entropy of the second draw's mean prediction"):
+            result.by_confidence("entropy")
 
 
 def test_verdicts_of_controls_are_seldom_given_where_there_is_nothing() -> None:
