@@ -409,11 +409,6 @@ def test_sequences_of_the_same_tokens_count_once(moe: MoEHooks) -> None:
     assert "of 4 sequences (1 more with the same content are not counted)" in found.summary()
 
 
-def test_full_passes_have_a_null_route_of_their_own(moe: MoEHooks) -> None:
-    data = run(moe, sequences((5, 4)), n_routes=2, layers=[1], method="naive", controls=False).data
-    assert 0 < data.attrs["null_distance"] < 1e-4  # a batch beside each sequence alone
-
-
 def test_stores_and_results_of_another_law_of_the_sampler_are_refused(moe: MoEHooks, tmp_path: Path) -> None:
     result = run(moe, sequences((4,)), n_routes=1, layers=[1], controls=False, store=tmp_path / "cells")
     plan = tmp_path / "cells" / "plan.json"
