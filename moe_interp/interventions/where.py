@@ -203,7 +203,7 @@ class Where:
         """``[batch, 1]`` real tokens of the prompt."""
         span = self._last
         assert span is not None
-        if span.prompt is None and self._continues and columns.prompt == columns.end:
+        if span.prompt is None and self._continues and self.attention_mask is None:
             raise ConfigError(
                 f"positions={self.listed.tolist()} in a prompt that is run in several passes",
                 "the mask of the whole prompt, which tells where it ends",
