@@ -16,22 +16,23 @@ SIZES = [(0.0, 1.2), (1.0, 1.0), (2.0, 1.0), (3.0, 0.5), (2.5, 1.5)]
 
 @pytest.mark.parametrize(("base", "noise"), SIZES)
 def test_no_class_free_of_selection_has_an_alignment_where_routes_are_exchangeable(base: float, noise: float) -> None:
-    result = CounterfactualResult(exchangeable_predictions(50, 40, base, noise, n_routes=8, seed=5))
+    result = CounterfactualResult(exchangeable_predictions(100, 40, base, noise, n_routes=8, seed=5))
     for by in ("resampled", "entropy"):
         confident = result.data["logp_standard"] if by == "resampled" else -result.data["entropy"]
         thirds = tuple(np.exp(np.quantile(confident, [1 / 3, 2 / 3])))
         table = result.by_confidence(by, thirds)  # type: ignore[arg-type]
-        for row in table[table["n_cells"] > 100].to_dict("records"):
+        for row in table[table["n_cells"] > 200].to_dict("records"):
             half = (row["alignment_high"] - row["alignment_low"]) / 2
-            assert abs(row["alignment"]) < 1.3 * half + 1e-3, (by, row["class"])  # up to six intervals at 95%
+            # 3.3 standard errors, as thirty classes of five sizes are looked at: a false alarm in 3% of such tests
+            assert abs(row["alignment"]) < 1.7 * half < 0.2, (by, row["class"])
             assert row["verdict"] not in ("aligned", "misaligned"), (by, row["class"])
             # of nine that are alike each is the best equally often
             assert row["inclusion_1"] == pytest.approx(1 / 9, abs=0.06), (by, row["class"])
     assert "is confirmed" not in result.summary()
     fresh = result.controls("entropy")
-    fresh = fresh[(fresh["kind"] == "fresh_draw") & (fresh["n_cells"] > 100)]
+    fresh = fresh[(fresh["kind"] == "fresh_draw") & (fresh["n_cells"] > 200)]
     half = (fresh["excess_regret_high"] - fresh["excess_regret_low"]) / 2
-    assert (fresh["excess_regret"].abs() < 1.3 * half + 1e-3).all()
+    assert (fresh["excess_regret"].abs() < 1.7 * half).all()
 
 
 def test_the_entropy_of_the_standard_routes_own_prediction_selects() -> None:
@@ -46,7 +47,7 @@ def test_the_entropy_of_the_standard_routes_own_prediction_selects() -> None:
 
 def test_a_dataset_without_the_mean_predictions_entropy_loads_and_never_confirms() -> None:
     for seed in range(3):
-        data = exchangeable_predictions(30, 20, 2.0, 1.0, n_routes=12, seed=seed).drop_vars("entropy_second")
+        data = exchangeable_predictions(30, 20, 2.0, 1.0, n_routes=8, seed=seed).drop_vars("entropy_second")
         result = CounterfactualResult(data)
         assert "is confirmed" not in result.summary()
         with pytest.raises(DataError, match="has not kept the entropy of the second draw's mean prediction"):
