@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe as transformers_moe
 
+from moe_interp.arch.modules import config_value, is_native, native_part, own_class
 from moe_interp.arch.products import is_faster, linear
 
 # what transformers gives an experts class that has no gate of its own: act(gate) * up
@@ -27,6 +28,45 @@ class ExpertFunctions(Protocol):
     def hidden(self, rows: Tensor, expert: int) -> Tensor: ...
 
     def output(self, hidden: Tensor, expert: int) -> Tensor: ...
+
+
+def unreadable(experts: nn.Module, *parts: nn.Module) -> str | None:
+    """Why experts cannot be computed from their weights, in words; None where they can.
+
+    Args:
+        experts: The module that the block calls.
+        parts: The modules that hold the weights, where it is not that one.
+    """
+    for module in parts or (experts,):
+        name, inner = own_class(module).__name__, native_part(module)
+        if not is_native(module):
+            if inner is module:
+                return f"the experts are of the class {name}, whose weights it cannot read"
+            return f"an adapter or a wrapper of the class {name} is around the experts"
+        if any(p.ndim > 1 and _is_packed(p) for p in module.parameters(recurse=False)):
+            return f"the weights of {name} are packed"
+    return None
+
+
+def sizes(module: Any) -> tuple[int, int]:
+    """Number of experts and neurons an expert, from what any experts module says of itself; 0 where it says nothing."""
+    down = module._parameters.get("down_proj")
+    if is_native(module) and down is not None and down.ndim == 3 and not _is_packed(down):
+        return down.shape[0], down.shape[1 if getattr(module, "is_transposed", False) else 2]
+    n_experts, d_expert = (
+        next((n for name in names if type(n := getattr(module, name, None)) is int), 0) for names in _SIZES
+    )
+    return n_experts, d_expert or int(config_value(module, *_SIZES[1], default=0))
+
+
+_SIZES = (
+    ("num_experts", "n_experts", "num_local_experts"),
+    ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size"),
+)
+
+
+def _is_packed(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or weight.element_size() < 2
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -45,10 +85,11 @@ class StackedExperts:
         self.up_bias = (
             (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
         )
-        self.down_bias = getattr(module, "down_proj_bias", None)
+        # once each: a parametrized weight is computed anew whenever it is asked for
+        self.down, self.down_bias = module.down_proj, getattr(module, "down_proj_bias", None)
         self.n_experts = self.up.shape[0]
-        self.d_expert = module.down_proj.shape[1 if module.is_transposed else 2]
-        self.d_out = module.down_proj.shape[2 if module.is_transposed else 1]
+        self.d_expert = self.down.shape[1 if module.is_transposed else 2]
+        self.d_out = self.down.shape[2 if module.is_transposed else 1]
         self.gates_plainly = getattr(type(module), "_apply_gate", None) is _PLAIN_GATE
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
@@ -65,13 +106,13 @@ class StackedExperts:
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
         bias = None if self.down_bias is None else self.down_bias[expert]
-        out = _linear(hidden, self.module.down_proj[expert], bias, self.module.is_transposed)
+        out = _linear(hidden, self.down[expert], bias, self.module.is_transposed)
         return self.module.post_expert_norm(out) if getattr(self.module, "has_post_expert_norm", False) else out
 
     def write(self, hidden: Tensor, expert: int, out: Tensor) -> None:
         """The first rows of an expert's output into ``out`` ``[row, d_out]``; without gradients."""
         is_bare = self.down_bias is None and not getattr(self.module, "has_post_expert_norm", False)
-        weight = self.module.down_proj[expert]
+        weight = self.down[expert]
         if is_bare and len(hidden) == len(out) and not is_faster(hidden, weight):
             torch.mm(hidden, weight if self.module.is_transposed else weight.t(), out=out)
         else:
@@ -82,30 +123,42 @@ class Llama4Experts:
     """Llama 4: transposed stacks, no bias; the block scales the input of an expert, not its output."""
 
     def __init__(self, module: Any) -> None:
-        self.module = module
-        self.n_experts, self.d_expert = module.down_proj.shape[:2]
+        self.module, self.up, self.down = module, module.gate_up_proj, module.down_proj
+        self.n_experts, self.d_expert = self.down.shape[:2]
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        gate, up = linear(rows, self.module.gate_up_proj[expert].t()).chunk(2, dim=-1)
+        gate, up = linear(rows, self.up[expert].t()).chunk(2, dim=-1)
         return up * self.module.act_fn(gate)
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
-        return linear(hidden, self.module.down_proj[expert].t())
+        return linear(hidden, self.down[expert].t())
+
+
+def llama4_sizes(module: Any) -> tuple[int, int]:
+    down = module._parameters.get("down_proj")
+    if down is None or not is_native(module) or _is_packed(down):
+        return sizes(module)
+    return down.shape[0], down.shape[1]
 
 
 class JetMoeExperts:
     """JetMoE: two stacks of linear maps that belong to the block."""
 
     def __init__(self, block: Any) -> None:
-        self.block = block
-        self.n_experts, self.d_expert = block.output_linear.num_experts, block.output_linear.input_size
+        self.block, self.up, self.down = block, block.input_linear.weight, block.output_linear.weight
+        self.n_experts, self.d_expert = jetmoe_sizes(block)
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        gate, up = linear(rows, self.block.input_linear.weight[expert]).chunk(2, dim=-1)
+        gate, up = linear(rows, self.up[expert]).chunk(2, dim=-1)
         return self.block.activation(gate) * up
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
-        return linear(hidden, self.block.output_linear.weight[expert])
+        return linear(hidden, self.down[expert])
+
+
+def jetmoe_sizes(block: Any) -> tuple[int, int]:
+    out: Any = native_part(block.output_linear)
+    return out.num_experts, out.input_size
 
 
 class SwitchExperts:
@@ -113,8 +166,7 @@ class SwitchExperts:
 
     def __init__(self, module: nn.ModuleDict) -> None:
         self.module = module
-        first: Any = module["expert_0"]
-        self.n_experts, self.d_expert = len(module), first.wo.weight.shape[-1]
+        self.n_experts, self.d_expert = switch_sizes(module)
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
         layer: Any = self.module[f"expert_{expert}"]
@@ -126,3 +178,8 @@ class SwitchExperts:
         if hidden.dtype != layer.wo.weight.dtype and layer.wo.weight.dtype != torch.int8:
             hidden = hidden.to(layer.wo.weight.dtype)
         return layer.wo(hidden)
+
+
+def switch_sizes(module: Any) -> tuple[int, int]:
+    first = getattr(module, "expert_0", None)
+    return sizes(module) if first is None else (len(module), first.wi.out_features)

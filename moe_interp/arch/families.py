@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_interp.arch.experts import ExpertFunctions, JetMoeExperts, Llama4Experts, StackedExperts, SwitchExperts
+from moe_interp.arch.experts import (
+    ExpertFunctions,
+    JetMoeExperts,
+    Llama4Experts,
+    StackedExperts,
+    SwitchExperts,
+    jetmoe_sizes,
+    llama4_sizes,
+    sizes,
+    switch_sizes,
+)
 from moe_interp.arch.layouts import CappedTriple, DenseScores, OneHot, RouterLayout, ScoresTriple, SortedPairs, Triple
 from moe_interp.arch.modules import child, config_value, unwrap
 from moe_interp.arch.rules import (
@@ -47,6 +57,8 @@ class Family:
         router, experts_at, shared, shared_gate: Submodules of the container; an empty ``experts_at`` is the container.
         beside: Shared experts that sit on the layer beside the container.
         experts: The adapter that makes functions of the experts.
+        sizes: From an experts module, their number and their neurons each; 0 where it does not say.
+        weights_in: The submodules of ``experts_at`` that hold the weights.
         own_block: The container calls its experts in a way of its own, so indices and weights are taken at the router.
         weight_on_input: A slot's weight scales the expert's input.
         latent: The container's projection from the experts' latent width back to d_model.
@@ -69,6 +81,8 @@ class Family:
     shared_gate: str | None = None
     beside: str | None = None
     experts: Callable[[Any], ExpertFunctions] = StackedExperts
+    sizes: Callable[[Any], tuple[int, int]] = sizes
+    weights_in: tuple[str, ...] = ("",)
     own_block: bool = False
     weight_on_input: bool = False
     latent: str | None = None
@@ -85,6 +99,17 @@ class Family:
     @property
     def has_shared(self) -> bool:
         return self.shared is not None or self.beside is not None
+
+    def top_k(self, router: Any) -> int:
+        """Experts a token, from where the family's own code reads it."""
+        fixed = {SwitchTop1: 1, SparseMixer: 2}.get(self.rule_type)
+        if fixed is not None:
+            return fixed
+        if hasattr(router, "tid2eid"):  # a table of experts by token
+            return int(router.tid2eid.shape[-1])
+        return int(
+            getattr(router, "top_k", 0) or config_value(router, "top_k_experts", "num_experts_per_tok", default=0)
+        )
 
 
 def _softmax(*, normalize: bool | None = None, cast: str = "none", **options: Any) -> RuleBuilder:
@@ -288,7 +313,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="gpt_oss",
-        containers=("GptOssMLP",),
+        containers=("GptOssMLP", "Mxfp4GptOssMLP"),
         architectures=("GptOssForCausalLM",),
         rule_text="top-k of the (biased) logits, softmax over the chosen",
         rule=_top_k_softmax(float32=False),
@@ -328,6 +353,8 @@ FAMILIES: tuple[Family, ...] = (
         router="router",
         experts_at="",
         experts=JetMoeExperts,
+        sizes=jetmoe_sizes,
+        weights_in=("input_linear", "output_linear"),
         own_block=True,
         output_bias="bias",
         note="the block adds a bias after routed_out; the attention's experts are not hooked",
@@ -465,6 +492,7 @@ FAMILIES: tuple[Family, ...] = (
         router="router",
         shared="shared_expert",
         experts=Llama4Experts,
+        sizes=llama4_sizes,
         own_block=True,
         weight_on_input=True,
         note="expert_out is E(weight * x), already weighted: routed_out is its plain sum",
@@ -479,6 +507,7 @@ FAMILIES: tuple[Family, ...] = (
         layout=OneHot(),
         router="router",
         experts=SwitchExperts,
+        sizes=switch_sizes,
         own_block=True,
         note="a token over capacity uses no expert; padding consumes capacity; written indices bypass it",
     ),
@@ -516,35 +545,14 @@ def find_container(hf_layer: nn.Module) -> tuple[Family, nn.Module] | None:
     return None
 
 
-def build_spec(family: Family, container: nn.Module, hf_layer: nn.Module, layer: Layer) -> MoESpec:
-    """Read one layer's sizes from its modules."""
-    router, experts = child(container, family.router), child(container, family.experts_at)
-    # the outermost module: TransformerLens computes some shared experts itself, without calling the original
-    shared = getattr(container, family.shared, None) if family.shared else None
-    shared = getattr(hf_layer, family.beside, None) if family.beside else shared
-    functions = family.experts(experts)
-    n_experts = functions.n_experts
-    d_model = next(p.shape[1] for p in router.parameters() if p.ndim == 2 and p.shape[0] == n_experts)
-    return MoESpec(
-        family=family,
-        layer=layer,
-        container=container,
-        router=router,
-        experts=experts,
-        shared=shared,
-        shared_gate=child(container, family.shared_gate) if family.shared_gate else None,
-        n_experts=n_experts,
-        top_k=1 if family.rule_type is SwitchTop1 else _top_k(router),
-        d_model=d_model,
-        d_expert=functions.d_expert,
-        n_shared_experts=_n_shared(container) if shared is not None else 0,
-    )
+def build_spec(
+    family: Family, container: nn.Module, hf_layer: nn.Module, layer: Layer, above: tuple[nn.Module, ...] = ()
+) -> MoESpec:
+    """One layer's spec.
 
-
-def _top_k(router: nn.Module) -> int:
-    return int(getattr(router, "top_k", 0) or config_value(router, "top_k_experts", "num_experts_per_tok"))
-
-
-def _n_shared(container: nn.Module) -> int:
-    names = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-    return int(config_value(container, *names, default=1))
+    Raises:
+        AttachError: the router is a stranger, so that the number of experts, k or the rule cannot be read.
+    """
+    spec = MoESpec(family=family, layer=layer, container=container, hf_layer=hf_layer, above=above)
+    _ = spec.rule  # refuse now what could not be routed later
+    return spec

@@ -1,6 +1,7 @@
 """What a family's router module returns, read into one form and written back.
 
 ``read`` gives ``(logits, indices, weights)``: raw logits ``[*token, expert]``, the native route ``[*token, slot]``.
+Where the return value does not hold the raw logits, they are heard while the router runs.
 ``write`` gives the router's own return value for another route, so that the family's own code goes on from it.
 """
 
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moe_interp.arch.modules import unwrap
+from moe_interp.arch.heard import HeardLogits
 from moe_interp.arch.rules import RoutingRule, SigmoidTopK
 from moe_interp.errors import RouteError
 
@@ -38,9 +39,17 @@ def unpacked(router: Any, out: Any, choice: int) -> tuple[Tensor, Tensor, Tensor
 
 
 class RouterLayout(Protocol):
-    """One way of packing logits, weights and indices into a return value."""
+    """One way of packing logits, weights and indices into a return value.
 
-    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+    Attributes:
+        hears_logits: Whether ``read`` needs the logits heard during the router's call; else it calls it once more.
+    """
+
+    hears_logits: bool
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any: ...
 
@@ -48,7 +57,11 @@ class RouterLayout(Protocol):
 class Triple:
     """``(logits, weights, indices)``: nearly every family."""
 
-    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = unpacked(router, out, choice=2)
         return logits, indices, weights
 
@@ -60,15 +73,25 @@ class Triple:
 class CappedTriple(Triple):
     """Laguna: the returned logits are after the soft-cap, the weights before the block's scale."""
 
-    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hears_logits = True
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         _, weights, indices = unpacked(router, out, choice=2)
-        raw = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), router.weight).float()
-        return raw, indices, weights * _block_scale(rule)
+        raw = _hear(router, rule, x) if heard is None else heard
+        return raw.float(), indices, weights * _block_scale(rule)
 
     def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
         assert isinstance(rule, SigmoidTopK)
         indices, weights = route
         return rule.capped(logits), weights / _block_scale(rule), indices
+
+
+def _hear(router: Any, rule: RoutingRule, x: Tensor) -> Tensor:
+    with HeardLogits(router, rule.n_experts) as heard:
+        router(x)
+    return heard.logits
 
 
 def _block_scale(rule: RoutingRule) -> float:
@@ -78,10 +101,13 @@ def _block_scale(rule: RoutingRule) -> float:
 class ScoresTriple(Triple):
     """Gemma 4: ``(probabilities, weights, indices)``; the logits are those of the inner projection."""
 
-    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hears_logits = True
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         _, weights, indices = unpacked(router, out, choice=2)
-        normed = unwrap(router.norm)(x) * router.scale * router.scalar_root_size
-        return unwrap(router.proj)(normed), indices, weights
+        return (_hear(router, rule, x) if heard is None else heard), indices, weights
 
     def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
         indices, weights = route
@@ -91,7 +117,11 @@ class ScoresTriple(Triple):
 class DenseScores:
     """Llama 4: ``(weights at full width, logits)``, zero where an expert is not chosen."""
 
-    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits = out[1]
         return logits, *rule.route(logits)
 
@@ -112,7 +142,11 @@ class DenseScores:
 class OneHot:
     """Switch Transformers: ``(one-hot choice, weight of the choice, logits)``, all over ``[batch, pos]``."""
 
-    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return unpacked(router, out, choice=0)[2], *self.handed_on(out)
 
     def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
@@ -131,7 +165,11 @@ class OneHot:
 class SortedPairs:
     """JetMoE: (token, slot) pairs sorted by expert: ``(order, tokens, weights, sizes, logits)``."""
 
-    def read(self, router: Any, rule: RoutingRule, x: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits = out[-1]
         return logits, *rule.route(logits)
 

@@ -6,12 +6,32 @@ from typing import Any
 
 from torch import nn
 
+_WRAPPED = ("original_component", "_orig_mod")  # TransformerLens' components, torch.compile's modules
+_NATIVE = "transformers.models."
+
 
 def unwrap(module: Any) -> Any:
-    """The transformers module inside any number of TransformerLens component bridges."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+    """The transformers module inside any number of TransformerLens component bridges and compiled modules."""
+    while True:
+        inner = next((m for name in _WRAPPED if isinstance(m := getattr(module, name, None), nn.Module)), None)
+        if inner is None:
+            return module
         module = inner
-    return module
+
+
+def own_class(module: Any) -> type:
+    """A module's class, without what torch derives from it for parametrized (or sharded) weights."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.nn.utils."))
+
+
+def is_native(module: Any) -> bool:
+    """Whether a module is of a class of transformers' own models: neither quantised, nor an adapter, nor a stranger."""
+    return own_class(module).__module__.startswith(_NATIVE)
+
+
+def native_part(module: nn.Module) -> nn.Module:
+    """The family's own module inside adapters and wrappers; the module itself where there is none."""
+    return next((part for part in module.modules() if is_native(part)), module)
 
 
 def child(module: nn.Module, path: str) -> Any:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from moe_interp.arch.experts import ExpertFunctions
-from moe_interp.arch.modules import child
+from moe_interp.arch.experts import ExpertFunctions, unreadable
+from moe_interp.arch.modules import child, config_value, native_part
+from moe_interp.arch.offload import materialized
 from moe_interp.arch.products import linear
 from moe_interp.arch.rules import RoutingRule
+from moe_interp.errors import AttachError, HookError
 from moe_interp.types import Layer
 
 if TYPE_CHECKING:
@@ -26,48 +27,147 @@ if TYPE_CHECKING:
 class MoESpec:
     """One MoE layer: its modules in the transformers model, its sizes and its routing rule.
 
+    Only where the layer is, is kept. Modules, sizes and rule are read when asked for, so they are those of the model as
+    it is now: with another k, other weights, adapters, or other experts in the place of the old ones.
+
     Attributes:
         family: The family's row of the table.
         layer: The layer's label.
         container: The transformers module that holds router and experts.
-        router, experts: The modules themselves, inside of any TransformerLens wrapper (``experts`` is the container
-            itself where a family keeps its expert weights there).
-        shared: The shared experts as the layer calls them (the wrapper, where there is one), or None.
-        shared_gate: Their sigmoid gate, or None.
-        n_experts, top_k, d_model, d_expert, n_shared_experts: Sizes; ``n_shared_experts`` counts as the configuration
-            does (a fused shared expert of several experts' width counts as that many).
+        hf_layer: The transformers layer that holds the container (Gemma 4: the container itself).
+        above: The modules that hold the layer, the nearest first: weights may be kept for one of them.
     """
 
     family: Family
     layer: Layer
     container: nn.Module
-    router: nn.Module
-    experts: nn.Module
-    shared: nn.Module | None
-    shared_gate: nn.Module | None
-    n_experts: int
-    top_k: int
-    d_model: int
-    d_expert: int
-    n_shared_experts: int
+    hf_layer: nn.Module
+    above: tuple[nn.Module, ...] = ()
 
+    # -- modules ----------------------------------------------------------------------------------------------------
+    @property
+    def router(self) -> Any:
+        """The router as the container calls it, inside of any TransformerLens wrapper; an adapter around it stays."""
+        return child(self.container, self.family.router)
+
+    @property
+    def experts(self) -> Any:
+        """The experts likewise; the container itself where a family keeps their weights there."""
+        return child(self.container, self.family.experts_at)
+
+    @property
+    def shared(self) -> nn.Module | None:
+        """The shared experts as the layer calls them (the wrapper, where there is one), or None."""
+        # the outermost module: TransformerLens computes some shared experts itself, without calling the original
+        if self.family.beside:
+            return getattr(self.hf_layer, self.family.beside, None)
+        return getattr(self.container, self.family.shared, None) if self.family.shared else None
+
+    @property
+    def shared_gate(self) -> nn.Module | None:
+        """The sigmoid gate of the shared experts, or None."""
+        return child(self.container, self.family.shared_gate) if self.family.shared_gate else None
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """The map from the experts' latent width to d_model; None where experts write d_model."""
+        return None if self.family.latent is None else child(self.container, self.family.latent)
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+    @property
+    def n_experts(self) -> int:
+        router = native_part(self.router)
+        rows = (p.shape[0] for p in router.parameters() if p.ndim == 2)
+        return self.family.sizes(native_part(self.experts))[0] or getattr(router, "num_experts", 0) or next(rows, 0)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return self.family.top_k(native_part(self.router))
+
+    @property
+    def d_model(self) -> int:
+        n_experts, router = self.n_experts, native_part(self.router)
+        widths = (p.shape[1] for p in router.parameters() if p.ndim == 2 and p.shape[0] == n_experts)
+        # packed weights have other shapes
+        return next(widths, 0) or int(getattr(router, "hidden_dim", 0) or getattr(self.hf_layer, "hidden_size", 0))
+
+    @property
+    def d_expert(self) -> int:
+        """Neurons of an expert; 0 where the experts do not say."""
+        return self.family.sizes(native_part(self.experts))[1]
+
+    @property
+    def n_shared_experts(self) -> int:
+        """As the configuration counts: a fused shared expert of several experts' width counts as that many."""
+        names = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+        return 0 if self.shared is None else int(config_value(self.container, *names, default=1))
+
+    # -- the rule ---------------------------------------------------------------------------------------------------
     @property
     def rule(self) -> RoutingRule:
         """The layer's routing rule, with its correction biases and scales as they are now."""
         return self.rule_for(self.expert_dtype)
 
     def rule_for(self, hidden_dtype: torch.dtype) -> RoutingRule:
-        """The rule for hidden states of a given number format (some families cast their weights to it)."""
-        return self.family.rule(self.router, self.container, self.n_experts, self.top_k, hidden_dtype)
+        """The rule for hidden states of a given number format (some families cast their weights to it).
+
+        Raises:
+            AttachError: the router is a stranger, which does not say what its rule is.
+        """
+        router = native_part(self.router)
+        try:
+            with self.materialized(router), materialized(self.container, recurse=False, within=self._holders):
+                return self.family.rule(router, self.container, self.n_experts, self.top_k, hidden_dtype)
+        except AttributeError as error:
+            raise AttachError(
+                f"a router of the class {type(self.router).__name__} at layer {self.layer!r}, of which the rule of "
+                f"{self.family.name} cannot be read ({error})",
+                "the family's own router, or a wrapper that holds it as a submodule",
+                "Merge adapters into the weights, or keep the router in its wrapper.",
+            ) from error
+
+    # -- the experts ------------------------------------------------------------------------------------------------
+    @property
+    def unreadable(self) -> str | None:
+        """Why the experts cannot be computed one by one, in words; None where their weights can be read."""
+        return unreadable(self.experts, *(child(self.experts, part) for part in self.family.weights_in if part))
 
     @property
     def expert_functions(self) -> ExpertFunctions:
-        """The experts' two linear maps as functions of one expert's rows."""
+        """The experts' two linear maps as functions of one expert's rows; call it inside ``reading_experts``.
+
+        Raises:
+            HookError: their weights cannot be read.
+        """
+        if reason := self.unreadable:
+            raise HookError(
+                f"a computation expert by expert at layer {self.layer!r}, but {reason}",
+                "experts of the family's own class, with plain weights",
+                "Merge adapters into the weights, or load the model unquantised; hooks of the routing work as it is.",
+            )
         return self.family.experts(self.experts)
+
+    def reading_experts(self) -> AbstractContextManager[Any]:
+        """Inside the ``with``, weights of the experts and of their projection that are kept elsewhere are real."""
+        return self.materialized(self.experts, self.projection)
+
+    def materialized(self, *modules: nn.Module | None) -> AbstractContextManager[Any]:
+        """Inside the ``with``, weights of the layer's modules that are kept elsewhere are real."""
+        return materialized(*modules, within=self._holders)
+
+    @property
+    def _holders(self) -> tuple[nn.Module, ...]:
+        return (self.container, self.hf_layer, *self.above)
 
     @property
     def expert_dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.experts.parameters() if p.ndim > 1)
+        """The number format of the experts' weights; the router's where theirs is packed."""
+        for module in (self.experts, self.router):
+            for parameter in module.parameters():
+                if parameter.ndim > 1 and parameter.is_floating_point() and parameter.itemsize > 1:
+                    return parameter.dtype
+        return torch.get_default_dtype()
 
     @property
     def weight_on_input(self) -> bool:
@@ -76,26 +176,21 @@ class MoESpec:
 
     @property
     def project(self) -> Callable[[Tensor], Tensor] | None:
-        """The map from the experts' latent width to d_model, without its bias; None where experts write d_model."""
-        weight = getattr(self._projection, "weight", None)
+        """The projection to d_model without its bias; call it inside ``reading_experts``."""
+        weight = getattr(self.projection, "weight", None)
         return None if weight is None else partial(linear, weight=weight)
 
     @property
     def project_bias(self) -> Tensor | None:
         """The bias of that map, added once to the weighted sum."""
-        return getattr(self._projection, "bias", None)
+        with self.materialized(self.projection):
+            return getattr(self.projection, "bias", None)
 
     @property
-    def _projection(self) -> nn.Module | None:
-        return None if self.family.latent is None else child(self.container, self.family.latent)
-
-    def materialized(self) -> AbstractContextManager[Any]:
-        """Parameters that accelerate has offloaded are real inside; free where nothing is offloaded."""
-        modules = [m for m in self.experts.modules() if hasattr(m, "_hf_hook")]
-        stack = ExitStack()
-        for module in modules:
-            stack.enter_context(align_module_device(module))
-        return stack
+    def output_bias(self) -> Tensor | None:
+        """The container's bias, added after the weighted sum; None where it has none."""
+        with materialized(self.container, recurse=False, within=self._holders):
+            return getattr(self.container, self.family.output_bias) if self.family.output_bias else None
 
     @property
     def block_scale(self) -> float:

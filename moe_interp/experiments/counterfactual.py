@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from moe_interp.arch.offload import device_of
 from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual_data import CounterfactualPlan, counterfactual_dataset
@@ -156,7 +157,7 @@ class _Run:
         todo = [key for key in keys if stored[key] is None]
         if todo:
             rows = [self.sequences[i] for i in self.plan.batches[number]]
-            batch = SequenceBatch.build(rows, next(self.moe.bridge.original_model.parameters()).device)
+            batch = SequenceBatch.build(rows, device_of(self.moe.bridge.original_model))
             base = BasePass(self.moe, batch.tokens, [key for key in todo if key != TOKENS], batch.mask)
             targets, in_common = self._targets(base, batch)
         for key in keys:

@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.errors import DataError
 from moe_interp.experiments.expert_choice import best_experts, split_items
@@ -191,7 +192,7 @@ def score_domain_router(
     width, reads = max(len(item) for item in tokenized), reads_per_token(tokenized)
     tokens = tokens_per_pass(moe, width, memory_budget, reads_per_token=reads)
     batches = batches_of_like_length(tokenized, tokens)
-    runner, device = PrefixRunner(moe), next(moe.bridge.original_model.parameters()).device
+    runner, device = PrefixRunner(moe), device_of(moe.bridge.original_model)
     with reporting("scoring routers", progress) as report, torch.no_grad():
         for number, index in enumerate(batches):
             report(number, len(batches))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.isolation_cells import BASELINES, Baseline, IsolationPlan, isolation_dataset
@@ -203,7 +204,7 @@ def _run_batch(
     stored = {layer: None if cells is None else cells.load(number, layer) for layer in plan.layers}
     todo = [layer for layer, cell in stored.items() if cell is None]
     if todo:
-        batch = ItemBatch.build(index, items, next(moe.bridge.original_model.parameters()).device)
+        batch = ItemBatch.build(index, items, device_of(moe.bridge.original_model))
         stats = RoutingStats(moe, batch, todo)
         natural = scorer.begin(batch, todo, stats.hooks())
     for layer in plan.layers:

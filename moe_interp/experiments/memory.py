@@ -7,6 +7,7 @@ import math
 import psutil
 import torch
 
+from moe_interp.arch.offload import device_of
 from moe_interp.arch.products import without_compiled
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
@@ -36,8 +37,8 @@ def tokens_per_pass(
     Raises:
         ConfigError: a budget in which not even one sequence fits.
     """
-    parameter = next(moe.bridge.original_model.parameters())
-    budget = memory_budget if memory_budget is not None else _free_bytes(parameter.device) // 2
+    parameter, device = next(moe.bridge.original_model.parameters()), device_of(moe.bridge.original_model)
+    budget = memory_budget if memory_budget is not None else _free_bytes(device) // 2
     spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
     heads = int(getattr(cfg, "n_heads", 0) or 0)
     mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))
@@ -58,7 +59,7 @@ def tokens_per_pass(
             "Raise memory_budget, or leave the longest items out.",
         )
     tokens = max(fitting(without_compiled(budget, parameter)), width)
-    limit = CPU_TOKENS if parameter.device.type == "cpu" else 256 * CPU_TOKENS
+    limit = CPU_TOKENS if device.type == "cpu" else 256 * CPU_TOKENS
     return int(min(tokens, max(limit, width)))
 
 

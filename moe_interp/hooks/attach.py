@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
-from transformer_lens.hook_points import HookPoint
+import torch
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
@@ -18,6 +18,8 @@ from moe_interp.hooks.layer import OpenLayer, Pass, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
 from moe_interp.hooks.opening import close_layer, describe_layer, find_layers, open_layer
 from moe_interp.hooks.passes import Passes, Span
+from moe_interp.hooks.places import find_place
+from moe_interp.hooks.turns import LayerHookPoint, Turns
 from moe_interp.hooks.verify import Verification, verify
 from moe_interp.types import Layer
 
@@ -36,6 +38,13 @@ class MoEHooks:
         self.bridge = bridge
         self._opened = opened
         self._blocks = blocks
+        self._turns = Turns(bridge.original_model)
+        self._turns.points = [point for layer in opened.values() for point in layer.points.values()]
+        self._places = {label: find_place(bridge.original_model, layer.spec) for label, layer in opened.items()}
+        for layer in opened.values():
+            layer.before_pass = self._prepare
+            for point in layer.points.values():
+                vars(point)["turns"] = self._turns
         self._mount()
 
     @property
@@ -67,6 +76,12 @@ class MoEHooks:
         """Bare names of the layer's hooks, in the order they fire."""
         return tuple(self._open(layer).points)
 
+    def absent(self, layer: Layer) -> dict[str, str]:
+        """The hooks that the layer does not have, with the reason in words."""
+        opened = self._open(layer)
+        missing = [name for name in HOOK_NAMES if name not in opened.points]
+        return {name: absence(name, opened.spec.family, opened.spec.unreadable) for name in missing}
+
     def hook_name(self, name: str, layer: Layer) -> str:
         """The full name of a hook point, ``blocks.{layer}.hook_{name}``, for ``run_with_hooks``.
 
@@ -75,10 +90,14 @@ class MoEHooks:
         """
         opened = self._open(layer)
         if name not in opened.points:
+            reason = absence(name, opened.spec.family, opened.spec.unreadable)
             raise HookError(
-                f"hook {name!r} at layer {layer!r}: {absence(name, opened.spec.family)}",
+                f"hook {name!r} at layer {layer!r}: {reason}",
                 f"one of {', '.join(opened.points)}",
-                "See moe_interp.support_table() for what each family can serve.",
+                "Merge adapters into the weights (peft: merge_and_unload), or load the model unquantised; then attach "
+                "anew."
+                if reason == opened.spec.unreadable
+                else "See moe_interp.support_table() for what each family can serve.",
             )
         return f"{self._blocks[plain_label(layer)]}.hook_{name}"
 
@@ -204,6 +223,11 @@ class MoEHooks:
                 self.bridge._hook_registry[point.name] = point
         containers = {layer: opened.spec.container for layer, opened in self._opened.items()}
         self._passes = Passes(self.bridge, containers)
+        model = self.bridge.original_model
+        self._watch = (
+            model.register_forward_pre_hook(self._begin_pass),
+            model.register_forward_hook(self._end_pass, always_call=True),
+        )
         self.bridge.__dict__[_MARK] = self
 
     def _unmount(self) -> None:
@@ -215,7 +239,30 @@ class MoEHooks:
                 del block._modules[f"hook_{name}"]
                 self.bridge._hook_registry.pop(f"{self._blocks[layer]}.hook_{name}", None)
         self._passes.remove()
+        for handle in self._watch:
+            handle.remove()
         del self.bridge.__dict__[_MARK]
+
+    @torch.compiler.disable
+    def _begin_pass(self, module: nn.Module, args: Any) -> None:
+        self._turns.begin()
+        for label, layer in self._opened.items():
+            if layer.is_hooked() and not self._places[label].still_holds(layer.spec.container):
+                self._turns.end()
+                raise HookError(
+                    f"hooks at layer {label!r}, whose experts' block was replaced after attaching",
+                    "the modules that were attached to",
+                    "Detach, put the modules in place, and attach anew.",
+                )
+
+    @torch.compiler.disable
+    def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._turns.end()
+
+    def _prepare(self, layer: OpenLayer) -> None:
+        """Before a hooked pass through a layer: whose hooks these are, and which modules are there now."""
+        self._turns.check()
+        open_layer(layer)
 
     def __enter__(self) -> MoEHooks:
         return self
@@ -269,8 +316,9 @@ def attach(bridge: TransformerBridge, layers: Sequence[Layer] | None = None, exp
     opened, blocks = {}, {}
     for label in chosen:
         path, spec = found[label]
-        names = hooks_of(spec.family, has_shared=spec.shared is not None, expert_outputs=expert_outputs)
-        opened[label], blocks[label] = OpenLayer(spec, {name: HookPoint() for name in names}), path
+        can_read = expert_outputs and spec.unreadable is None
+        names = hooks_of(spec.family, has_shared=spec.shared is not None, expert_outputs=can_read)
+        opened[label], blocks[label] = OpenLayer(spec, {name: LayerHookPoint() for name in names}), path
     return MoEHooks(bridge, opened, blocks)
 
 

@@ -8,29 +8,51 @@ from typing import Any
 from torch import Tensor
 
 from moe_interp.arch.layouts import DenseScores, OneHot
+from moe_interp.errors import HookError
 from moe_interp.hooks.experts import EXPERT_HOOKS, finish, mix
-from moe_interp.hooks.layer import OpenLayer, Pass, is_edited
+from moe_interp.hooks.layer import Opened, OpenLayer, Pass, is_edited
 
 
-class OpenedBlock:
+class OpenedBlock(Opened):
     """The container of router and experts: where a pass begins and ends."""
 
-    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
-        self.layer, self.native_forward = layer, native_forward
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         layer.last_pos = hidden.shape[-2]
         if not layer.is_hooked():
             return self.native_forward(hidden, *args, **kwargs)
+        layer.prepare()
         batch, pos = hidden.shape[:2] if hidden.ndim == 3 else (1, hidden.shape[0])
-        layer.running = Pass(batch, pos)
+        outer, layer.running = layer.running, Pass(batch, pos)
         try:
-            if layer.spec.family.own_block and layer.is_hooked(*_block_hooks(layer)):
-                return _OWN_BLOCKS[layer.spec.family.name](layer, layer.running, hidden)
-            return self.native_forward(hidden, *args, **kwargs)
+            own = _own_block(layer)
+            out = self.native_forward(hidden, *args, **kwargs) if own is None else own(layer, layer.running, hidden)
+            _check_seen(layer, layer.running)
+            return out
         finally:
-            layer.running = None
+            layer.running = outer  # a pass inside of a hook has ended
+
+
+def _own_block(layer: OpenLayer) -> Callable[[OpenLayer, Pass, Tensor], Any] | None:
+    """The block in our words, where the family's own cannot serve the hooks that are in use."""
+    if type(layer.spec.container).__name__ in _FUSED:
+        return _in_steps
+    own = layer.spec.family.own_block and layer.is_hooked(*_block_hooks(layer))
+    return _OWN_BLOCKS[layer.spec.family.name] if own else None
+
+
+def _check_seen(layer: OpenLayer, run: Pass) -> None:
+    """Refuse a block that went past its router's or its experts' forward, where hooks would not have fired."""
+    for part, missed in (("router", run.rule is None), ("experts", run.indices is None)):
+        if missed:
+            module = getattr(layer.spec, part)
+            raise HookError(
+                f"a pass through layer {layer.spec.layer!r} in which the {part} ({type(module).__name__}) did not run "
+                "through the forward that was opened for the hooks",
+                "a block that calls its router and its experts as modules",
+                "If their forward was replaced after attaching, detach and attach anew; switch off fused kernels "
+                "of the block.",
+            )
 
 
 def _block_hooks(layer: OpenLayer) -> tuple[str, ...]:
@@ -70,6 +92,15 @@ def _follow(layer: OpenLayer, run: Pass, out: Any) -> None:
         run.indices, run.weights = run.fold(indices), run.fold(weights)
 
 
+def _in_steps(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-OSS's block with packed weights, which otherwise routes inside of a fused kernel."""
+    block: Any = layer.spec.container
+    x = hidden.reshape(-1, hidden.shape[-1])
+    logits, weights, indices = block.router(x)
+    return block.experts(x, indices, weights).reshape(hidden.shape), logits
+
+
+_FUSED = ("Mxfp4GptOssMLP",)
 _OWN_BLOCKS: dict[str, Callable[[OpenLayer, Pass, Tensor], Any]] = {
     "llama4": _llama4,
     "jetmoe": _jetmoe,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_interp.arch.modules import unwrap
+from moe_interp.arch.norms import is_watched
 from moe_interp.arch.products import linear
 from moe_interp.hooks import shared_attention
 from moe_interp.hooks.attach import MoEHooks
@@ -97,8 +98,8 @@ class BasePass:
             return f"layer {layer} carries several residual streams"
         if any(kind is tuple for kind in self.returns.values()):
             return "layers hand on more than the residual stream"
-        if any(parameter.is_meta for parameter in self.moe.bridge.original_model.parameters()):
-            return "weights are kept elsewhere until a module is called"
+        if reason := self.moe.spec(layer).unreadable:
+            return f"at layer {layer} {reason}"
         config: Any = self.moe.bridge.original_model.config
         attention = getattr(config.get_text_config(), "_attn_implementation", None)
         if attention not in (None, "eager", "sdpa") and layer + 1 < len(self.blocks):
@@ -380,7 +381,7 @@ def _target(block: nn.Module, moe: MoEHooks, layer: int) -> str:
 def _unembedding(head: nn.Module) -> Callable[[Tensor], Tensor]:
     native = unwrap(head)
     # TransformerLens gives a head without a bias one of zeros, which would be copied into every logit
-    if type(native) is nn.Linear and native.bias is not None and not bool(native.bias.any()):
+    if type(native) is nn.Linear and native.bias is not None and not is_watched(native) and not bool(native.bias.any()):
         return partial(linear, weight=native.weight)
     return head.forward
 

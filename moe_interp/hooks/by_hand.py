@@ -52,12 +52,14 @@ class LayerByHand:
         rows = self.x.unsqueeze(1).expand(-1, indices.shape[1], -1)
         if self.spec.weight_on_input:
             rows = rows * weights.unsqueeze(-1).to(rows.dtype)
-        return self._per_expert(self.spec.expert_functions.hidden, rows, indices, self.spec.d_expert)
+        with self.spec.reading_experts():
+            return self._per_expert(self.spec.expert_functions.hidden, rows, indices, self.spec.d_expert)
 
     def outputs(self, neurons: Tensor, indices: Tensor) -> Tensor:
         """``[token, slot, d_model]``, before the weight; zero at empty slots."""
-        found = self._per_expert(self.spec.expert_functions.output, neurons, indices, self.x.shape[-1])
-        return found if self.spec.project is None else self.spec.project(found)
+        with self.spec.reading_experts():
+            found = self._per_expert(self.spec.expert_functions.output, neurons, indices, self.x.shape[-1])
+            return found if self.spec.project is None else self.spec.project(found)
 
     def routed(self, outputs: Tensor, weights: Tensor) -> Tensor:
         """``[token, d_model]``: the weighted sum over the slots, in single precision at least."""
@@ -73,9 +75,9 @@ class LayerByHand:
 
     def block(self, routed: Tensor, shared: Tensor | None) -> Tensor:
         """The block's output from its parts."""
-        family = self.spec.family
-        total = routed if shared is None or family.beside is not None else routed + shared
-        return total if family.output_bias is None else total + getattr(self.spec.container, family.output_bias)
+        total = routed if shared is None or self.spec.family.beside is not None else routed + shared
+        bias = self.spec.output_bias
+        return total if bias is None else total + bias
 
     def _per_expert(
         self, function: Callable[[Tensor, int], Tensor], rows: Tensor, indices: Tensor, width: int

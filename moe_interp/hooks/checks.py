@@ -75,12 +75,12 @@ def parts_sum(trial: Trial) -> Iterator[Finding]:
     """``routed_out + shared_out`` is what the block returns, where nothing comes after the sum."""
     check = "parts sum to the block's output"
     for layer in trial.layers:
-        family, block = trial.specs[layer].family, trial.block_outputs[layer]
+        spec, block = trial.specs[layer], trial.block_outputs[layer]
+        family, bias = spec.family, spec.output_bias
         total = trial.seen["routed_out", layer]
         if family.beside is None and ("shared_out", layer) in trial.seen:
             total = total + trial.seen["shared_out", layer]
-        if family.output_bias is not None:
-            total = total + getattr(trial.specs[layer].container, family.output_bias)
+        total = total if bias is None else total + bias
         yield near(check, layer, "routed_out", total.reshape(block.shape), block, trial)
 
 

@@ -7,32 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.hooks.layer import OpenLayer, Pass, carries_gradient, is_edited
+from moe_interp.errors import HookError
+from moe_interp.hooks.layer import Opened, OpenLayer, Pass, carries_gradient, is_edited
 from moe_interp.hooks.router import choose, with_gradient
 
 EXPERT_HOOKS = ("expert_post", "expert_out")
 
 
-class OpenedExperts:
+class OpenedExperts(Opened):
     """The experts module of a family that hands it ``(hidden, indices, weights)``."""
 
-    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
-        self.layer, self.native_forward = layer, native_forward
-
-    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        layer, run = self.layer, self.layer.running
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.layer.running
         if run is None:
-            return self.native_forward(hidden, indices, weights)
+            return self.native_forward(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        if len(given) != 3 or not all(isinstance(value, Tensor) for value in given):
+            kinds = ", ".join(type(value).__name__ for value in given)
+            raise HookError(
+                f"experts of the class {type(self.module).__name__} at layer {self.layer.spec.layer!r}, which are "
+                f"handed ({kinds})",
+                "experts that are handed the hidden states, the experts' ids and their weights",
+                "Load the model unquantised (or dequantized), or take a newer transformers.",
+            )
+        return self._run(run, *given)
+
+    def _run(self, run: Pass, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        layer = self.layer
         scale = layer.spec.block_scale
         shown = run.fold(weights) if scale == 1.0 else run.fold(weights) * scale
         new_indices, new_weights, changed = choose(layer, run, run.fold(indices), shown)
-        if layer.is_hooked(*EXPERT_HOOKS) or bool((new_indices < 0).any()):
+        has_empty = bool((new_indices < 0).any())
+        if layer.is_hooked(*EXPERT_HOOKS) or (has_empty and layer.spec.unreadable is None):
             routed = mix(layer, run, hidden)
             run.is_projected = layer.spec.family.latent is not None
         else:
             if changed:
                 slots = new_indices.shape[-1]
-                indices = new_indices.reshape(-1, slots)
+                # an empty slot has weight 0, whatever expert is named in it
+                indices = new_indices.reshape(-1, slots).clamp(min=0) if has_empty else new_indices.reshape(-1, slots)
                 written = _unscale(new_weights, scale).reshape(-1, slots)
                 weights = written if run.is_edited else with_gradient(weights, written)
             routed = self.native_forward(hidden, indices, weights)
@@ -44,13 +57,10 @@ class OpenedExperts:
         return _unscale(routed, scale)
 
 
-class OpenedProjection:
+class OpenedProjection(Opened):
     """The projection from a latent width to d_model (Nemotron-H): passes what the experts have already projected."""
 
-    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
-        self.layer, self.native_forward = layer, native_forward
-
-    def forward(self, latent: Tensor) -> Tensor:
+    def call(self, latent: Tensor) -> Tensor:
         run = self.layer.running
         if run is None:
             return self.native_forward(latent)
@@ -60,13 +70,10 @@ class OpenedProjection:
         return finish(self.layer, run, latent if bias is None else latent + bias)
 
 
-class OpenedShared:
+class OpenedShared(Opened):
     """The shared experts. Where a block calls them before the routed ones, their hook still fires after."""
 
-    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
-        self.layer, self.native_forward = layer, native_forward
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = self.native_forward(x, *args, **kwargs)
         if not self.layer.is_hooked("shared_out"):
             return out
@@ -114,7 +121,6 @@ def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
 def _expert_outputs(layer: OpenLayer, run: Pass, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Each slot's expert output ``[token, slot, d_model]``; zero at empty slots."""
     spec = layer.spec
-    experts = spec.expert_functions
     n_tokens, slots = indices.shape
     flat = indices.reshape(-1)
     order = flat.argsort(stable=True)[int((flat < 0).sum()) :]
@@ -129,12 +135,13 @@ def _expert_outputs(layer: OpenLayer, run: Pass, hidden: Tensor, indices: Tensor
         full = full.view(run.batch, run.pos, slots, width)
         return layer.fire(name, full, owned=True).reshape(n_tokens * slots, width)
 
-    with spec.materialized():
-        neurons = _per_expert(experts.hidden, rows, sizes, spec.d_expert)
+    with spec.reading_experts():
+        experts, project = spec.expert_functions, spec.project
+        neurons = _per_expert(experts.hidden, rows, sizes, experts.d_expert)
         if layer.is_hooked("expert_post"):
-            neurons = fired("expert_post", neurons, spec.d_expert)[order]
+            neurons = fired("expert_post", neurons, experts.d_expert)[order]
         outputs = _per_expert(experts.output, neurons, sizes, hidden.shape[-1])
-    outputs = outputs if spec.project is None else spec.project(outputs)
+        outputs = outputs if project is None else project(outputs)
     return fired("expert_out", outputs, outputs.shape[-1]).view(n_tokens, slots, -1)
 
 

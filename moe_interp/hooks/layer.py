@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import HookError, RouteError
+from moe_interp.hooks.turns import PerThread
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Pass:
     shared_out: Tensor | None = None
     routed_is_done: bool = False
     is_projected: bool = False  # the experts' outputs have already left their latent width
+    notes: dict[Any, Any] = field(default_factory=dict)  # what functions that hooks call keep for this pass
 
     def fold(self, flat: Tensor) -> Tensor:
         """``[batch * pos, ...] -> [batch, pos, ...]``; already folded tensors pass."""
@@ -47,15 +50,44 @@ class Pass:
         return self.rule.weights(self.logits, indices)
 
 
+class _Running(PerThread):
+    """The pass that a thread is running."""
+
+    run: Pass | None = None
+
+
 class OpenLayer:
-    """A layer whose forward pass can be read and edited at its hook points."""
+    """A layer whose forward pass can be read and edited at its hook points.
+
+    Attributes:
+        spec: What the layer is.
+        points: Its hook points, by bare name.
+        last_pos: Positions of the last pass.
+        opened: What is in the place of the modules' own forwards, by kind.
+        before_pass: Called with the layer before a pass that hooks look at.
+    """
 
     def __init__(self, spec: MoESpec, points: dict[str, HookPoint]) -> None:
         self.spec = spec
         self.points = points
-        self.running: Pass | None = None
         self.last_pos = 0
-        self.replaced: list[tuple[nn.Module, Any]] = []  # opened modules, each with a forward of its own it had before
+        self.opened: dict[type[Opened], Opened] = {}
+        self.before_pass: Callable[[OpenLayer], None] | None = None
+        self._running = _Running()
+
+    @property
+    def running(self) -> Pass | None:
+        """The pass that this thread is running; a pass inside of a hook is another one."""
+        return self._running.run
+
+    @running.setter
+    def running(self, run: Pass | None) -> None:
+        self._running.run = run
+
+    def prepare(self) -> None:
+        """A hooked pass is about to run through the layer."""
+        if self.before_pass is not None:
+            self.before_pass(self)
 
     def is_hooked(self, *names: str) -> bool:
         """Whether any of these hook points (all by default) has a hook, forward or backward."""
@@ -115,6 +147,47 @@ class OpenLayer:
             expected,
             "Return the edited tensor, or None after editing in place; the model was left as it was.",
         )
+
+
+class Opened:
+    """A forward in the place of a module's own.
+
+    A bound method of a plain object, not a closure: a deep copy of the model is then open on its own. It is kept out of
+    the graphs of ``torch.compile``, which would not see hooks that come later.
+
+    Attributes:
+        layer: The layer.
+        module: The module.
+        native_forward: Its own forward.
+    """
+
+    def __init__(self, layer: OpenLayer, module: nn.Module) -> None:
+        self.layer, self.module = layer, module
+        state = module.__dict__
+        # accelerate keeps the forward that it wraps in an attribute: inside of it, weights are where they are used
+        slot = "_old_forward" if "_hf_hook" in state and "_old_forward" in state else "forward"
+        self._had_forward, self._is_open = "forward" in state, True
+        self.native_forward: Any = state.get(slot, module.forward)
+        state[slot] = self.forward
+
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs) if self._is_open else self.native_forward(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does while it is open."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the module its own forward back; where somebody has wrapped this one, it only hands calls on."""
+        self._is_open = False
+        state = self.module.__dict__
+        for slot in ("forward", "_old_forward"):  # accelerate may have come or gone meanwhile
+            if getattr(state.get(slot), "__self__", None) is self:
+                if slot == "_old_forward" or self._had_forward:
+                    state[slot] = self.native_forward
+                else:
+                    del state[slot]
 
 
 def plain_label(label: Any) -> Any:

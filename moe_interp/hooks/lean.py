@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.arch.experts import StackedExperts
 from moe_interp.arch.norms import is_watched, rms_norm
+from moe_interp.arch.offload import device_of
 from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear, padded
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.swap import swapped_forward
@@ -38,9 +39,10 @@ class LeanPasses:
         self._linears = [m for m in model.modules() if type(m) is nn.Linear]
         # at lower precision the loop rounds its sum over slots more often than the grouped product
         weight = next(model.parameters())
-        is_apt = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        is_apt = weight.dtype == torch.float32 and device_of(model).type == "cpu"
         self._short = {id(m): rms_norm(m.original_component) for m in self._norms} if is_apt else {}
-        stacked = [spec.experts for spec in specs if not getattr(spec.experts, "_is_expert_parallel", False)]
+        readable = [spec.experts for spec in specs if spec.unreadable is None]
+        stacked = [experts for experts in readable if not getattr(experts, "_is_expert_parallel", False)]
         configs = [getattr(experts, "config", None) for experts in stacked] if is_apt else []
         self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_experts_implementation")}
         self._rows_a_token = max(spec.top_k / spec.n_experts for spec in specs)

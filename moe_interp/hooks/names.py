@@ -67,17 +67,23 @@ HOOK_NAMES = tuple(hook.name for hook in HOOKS)
 
 
 def hooks_of(family: Family, *, has_shared: bool, expert_outputs: bool = True) -> tuple[str, ...]:
-    """The bare names of the hooks a layer of this family has."""
+    """The bare names of the hooks a layer of this family has; ``expert_outputs`` where its experts can be read."""
     present = {"always": True, "scores": family.has_scores, "experts": expert_outputs, "shared": has_shared}
     return tuple(hook.name for hook in HOOKS if present[hook.on])
 
 
-def absence(name: str, family: Family) -> str:
-    """Why a layer of this family has no such hook."""
+def absence(name: str, family: Family, unreadable: str | None = None) -> str:
+    """Why a layer of this family has no such hook.
+
+    Args:
+        name: The hook's bare name.
+        family: The layer's family.
+        unreadable: Why its experts cannot be computed one by one, if they cannot.
+    """
     if name not in HOOK_NAMES:
         return f"no hook is called {name!r}"
     return {
         "scores": f"{family.name} selects by its logits: it has no full-width scores before selecting",
-        "experts": "the model was attached with expert_outputs=False",
+        "experts": unreadable or "the model was attached with expert_outputs=False",
         "shared": f"this layer of {family.name} has no shared experts",
     }[next(hook.on for hook in HOOKS if hook.name == name)]

@@ -10,12 +10,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 
 from moe_interp.arch.families import build_spec, find_container
-from moe_interp.arch.modules import child, unwrap
+from moe_interp.arch.modules import unwrap
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError
 from moe_interp.hooks.blocks import OpenedBlock
 from moe_interp.hooks.experts import OpenedExperts, OpenedProjection, OpenedShared
-from moe_interp.hooks.layer import OpenLayer
+from moe_interp.hooks.layer import Opened, OpenLayer
 from moe_interp.hooks.router import OpenedRouter
 from moe_interp.types import Layer
 
@@ -34,12 +34,13 @@ def find_layers(bridge: TransformerBridge) -> dict[Layer, tuple[str, MoESpec]]:
     """
     found: dict[Layer, tuple[str, MoESpec]] = {}
     unknown = []
+    above = _holders(bridge)
     for label, path, block in _blocks(bridge):
         hf_layer = unwrap(block)
         match = find_container(hf_layer)
         if match is not None:
             family, container = match
-            found[label] = (path, build_spec(family, container, hf_layer, label))
+            found[label] = (path, build_spec(family, container, hf_layer, label, above[path]))
         else:
             unknown += [type(unwrap(m)).__name__ for m in block.modules() if _is_unknown_moe(m)]
     if found:
@@ -65,33 +66,32 @@ def describe_layer(bridge: TransformerBridge, layer: Any) -> str:
 
 
 def open_layer(layer: OpenLayer) -> None:
-    """Put our forwards in the place of the modules' own.
-
-    Bound methods of plain objects, not closures: a deep copy of the model is then open on its own.
-    """
-    spec = layer.spec
-    _replace(layer, spec.container, OpenedBlock)
-    _replace(layer, spec.router, OpenedRouter)
-    if not spec.family.own_block:
-        _replace(layer, spec.experts, OpenedExperts)
-    if spec.family.latent:
-        _replace(layer, child(spec.container, spec.family.latent), OpenedProjection)
-    if spec.shared is not None:
-        _replace(layer, spec.shared, OpenedShared)
+    """Put our forwards in the place of the modules' own; modules that are there already open stay as they are."""
+    wanted = _to_open(layer.spec)
+    for kind in [kind for kind, opened in layer.opened.items() if wanted.get(kind) is not opened.module]:
+        layer.opened.pop(kind).close()
+    for kind, module in wanted.items():
+        if kind not in layer.opened:
+            layer.opened[kind] = kind(layer, module)
 
 
 def close_layer(layer: OpenLayer) -> None:
     """Give the modules their own forwards back."""
-    for module, before in reversed(layer.replaced):
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
-    layer.replaced.clear()
+    for opened in reversed(layer.opened.values()):
+        opened.close()
+    layer.opened.clear()
 
 
-def _replace(layer: OpenLayer, module: nn.Module, opened: Callable[..., Any]) -> None:
-    layer.replaced.append((module, module.__dict__.get("forward")))
-    module.__dict__["forward"] = opened(layer, module.forward).forward
+def _to_open(spec: MoESpec) -> dict[type[Opened], nn.Module]:
+    """What to open of a layer, as its modules are now."""
+    wanted: dict[type[Opened], nn.Module] = {OpenedBlock: spec.container, OpenedRouter: spec.router}
+    if not spec.family.own_block:
+        wanted[OpenedExperts] = spec.experts
+    if spec.projection is not None:
+        wanted[OpenedProjection] = spec.projection
+    if spec.shared is not None:
+        wanted[OpenedShared] = spec.shared
+    return wanted
 
 
 def _blocks(bridge: TransformerBridge) -> Iterator[tuple[Layer, str, nn.Module]]:
@@ -99,6 +99,19 @@ def _blocks(bridge: TransformerBridge) -> Iterator[tuple[Layer, str, nn.Module]]
         blocks: Any = bridge._modules.get(stack) or ()
         for index, block in enumerate(blocks):
             yield label(index), f"{stack}.{index}", block
+
+
+def _holders(bridge: TransformerBridge) -> dict[str, tuple[nn.Module, ...]]:
+    """By a block's path on the bridge, the transformers modules that hold it, the nearest first."""
+    layers = {id(unwrap(block)): path for _, path, block in _blocks(bridge)}
+    found: dict[str, tuple[nn.Module, ...]] = dict.fromkeys(layers.values(), ())
+    modules = dict(bridge.original_model.named_modules())
+    for name, module in modules.items():
+        if id(module) in layers:
+            parts = name.split(".")
+            names = [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
+            found[layers[id(module)]] = tuple(modules[n] for n in names if unwrap(modules[n]) is not module)
+    return found
 
 
 def _is_unknown_moe(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from moe_interp.hooks.turns import PerThread
 from moe_interp.types import Layer
 
 
@@ -46,6 +47,21 @@ class Generation:
     cached: int | None = None  # columns in the cache at its first pass
 
 
+class _Now(PerThread):
+    """What a thread runs.
+
+    Attributes:
+        generation: Its call of ``generate``.
+        spans: By stack, the passes that run, the innermost last; the last one stays when it has ended.
+        running: By stack, how many of them run.
+    """
+
+    def __init__(self) -> None:
+        self.generation: Generation | None = None
+        self.spans: dict[str, list[Span]] = {}
+        self.running: dict[str, int] = {}
+
+
 class Passes:
     """Follows the passes through a model's stacks of layers, and the calls of ``generate`` that run them.
 
@@ -54,22 +70,22 @@ class Passes:
     """
 
     def __init__(self, bridge: TransformerBridge, layers: dict[Layer, nn.Module]) -> None:
-        self._generation: Generation | None = None
-        self._spans: dict[str, Span] = {}
+        self._now = _Now()
         model = bridge.original_model
         stacks = {stack_of(layer): _stack_module(model, container) for layer, container in layers.items()}
-        self._handles = [
-            module.register_forward_pre_hook(_Watch(self, name).begin, with_kwargs=True)
-            for name, module in stacks.items()
-        ]
+        self._handles = []
+        for name, module in stacks.items():
+            watch = _Watch(self, name)
+            self._handles.append(module.register_forward_pre_hook(watch.begin, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(watch.end, always_call=True))
         self._replaced: list[tuple[Any, str, Any]] = []
         self._open(model, "generate", OpenedGenerate)
         self._open(bridge, "generate", OpenedGenerate)
         self._open(bridge, "generate_stream", OpenedStream)
 
     def span(self, layer: Layer) -> Span:
-        """Of the running (or last) pass through the layer's stack."""
-        return self._spans.get(stack_of(layer), Span())
+        """Of this thread's running (or last) pass through the layer's stack."""
+        return self._now.spans.get(stack_of(layer), [Span()])[-1]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -83,15 +99,15 @@ class Passes:
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
         """A call of ``generate``; one inside another adds what the outer did not know."""
-        outer = self._generation
+        outer = self._now.generation
         if outer is None:
-            self._generation = generation
+            self._now.generation = generation
         elif outer.prompt is None and outer.cached is None:
             outer.prompt, outer.prompt_mask = generation.prompt, generation.prompt_mask
         try:
             yield
         finally:
-            self._generation = outer
+            self._now.generation = outer
 
     def begin(self, stack: str, inputs: dict[str, Any]) -> None:
         """A pass through a stack begins."""
@@ -101,7 +117,7 @@ class Passes:
             "fills_cache": bool(inputs.get("use_cache")) or inputs.get("past_key_values") is not None,
             "attention_mask": mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
         }
-        generation = self._generation
+        generation = self._now.generation
         if generation is not None and stack != "encoder":
             if generation.cached is None:
                 generation.cached = n_past
@@ -112,7 +128,16 @@ class Passes:
                 "prompt_cached": generation.cached,
                 "prompt_mask": generation.prompt_mask,
             }
-        self._spans[stack] = Span(**known)
+        now = self._now
+        outer = now.spans[stack] if now.running.get(stack) else []
+        now.spans[stack], now.running[stack] = [*outer, Span(**known)], len(outer) + 1
+
+    def end(self, stack: str) -> None:
+        """It has ended, also by an exception; a pass around it, in whose hook it ran, goes on."""
+        now = self._now
+        now.running[stack] = max(now.running.get(stack, 0) - 1, 0)
+        if now.running[stack]:
+            now.spans[stack].pop()
 
     def _open(self, owner: Any, name: str, opened: Callable[..., Any]) -> None:
         native = getattr(owner, name, None)
@@ -163,6 +188,10 @@ class _Watch:
         if args:
             inputs = dict(inspect.signature(module.forward).bind_partial(*args).arguments) | kwargs
         self.passes.begin(self.stack, inputs)
+
+    @torch.compiler.disable
+    def end(self, module: Any, args: Any, output: Any) -> None:
+        self.passes.end(self.stack)
 
 
 def stack_of(layer: Layer) -> str:

@@ -7,29 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.heard import HeardLogits
 from moe_interp.arch.rules import HashTable, RoutingRule, SparseMixer
 from moe_interp.errors import RouteError
-from moe_interp.hooks.layer import OpenLayer, Pass, carries_gradient, is_edited
+from moe_interp.hooks.layer import Opened, OpenLayer, Pass, carries_gradient, is_edited
 
 
-class OpenedRouter:
+class OpenedRouter(Opened):
     """Runs the family's own router; re-routes by its rule where a hook reads or writes what comes before selection."""
 
-    def __init__(self, layer: OpenLayer, native_forward: Any) -> None:
-        self.layer, self.native_forward = layer, native_forward
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         run, spec = self.layer.running, self.layer.spec
         if run is None:
             return self.native_forward(hidden, *args, **kwargs)
         read = self._hooked_input(run, hidden)
-        jitters = read is not hidden and spec.router.training
+        jitters = read is not hidden and self.module.training
         state = _random_state(hidden.device) if jitters else None
-        out = self.native_forward(read, *args, **kwargs)
+        run.rule, layout = spec.rule_for(hidden.dtype), spec.family.layout
+        out, heard = self._native(read, args, kwargs, run.rule.n_experts if layout.hears_logits else None)
         if state is not None:
             self._jitter(hidden, state, args, kwargs)
-        run.rule = spec.rule_for(hidden.dtype)
-        flat_logits, *route = spec.family.layout.read(spec.router, run.rule, read, out)
+        flat_logits, *route = layout.read(self.module, run.rule, read, out, heard)
         leading = flat_logits.shape[:-1]
         logits, indices, weights = run.fold(flat_logits), run.fold(route[0]), run.fold(route[1])
         indices, weights, changed = self._reroute(run, run.rule, logits, indices, weights)
@@ -40,10 +38,20 @@ class OpenedRouter:
             assert run.logits is not None
             scores = None if run.scores is None else run.scores.reshape(*leading, -1)
             flat = (indices.reshape(*leading, -1), weights.reshape(*leading, -1))
-            written = spec.family.layout.write(run.rule, run.logits.reshape(*leading, -1), scores, flat, out)
+            written = layout.write(run.rule, run.logits.reshape(*leading, -1), scores, flat, out)
             out = written if run.is_edited else _as_returned(out, written)
         run.handed_on = out
         return out
+
+    def _native(
+        self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], listen_for: int | None
+    ) -> tuple[Any, Tensor | None]:
+        """What the family's own router returns, and its raw logits where their width is given to listen for."""
+        if listen_for is None:
+            return self.native_forward(hidden, *args, **kwargs), None
+        with HeardLogits(self.module, listen_for) as listening:
+            out = self.native_forward(hidden, *args, **kwargs)
+        return out, listening.logits
 
     def _hooked_input(self, run: Pass, hidden: Tensor) -> Tensor:
         """What the router reads: the block's own tensor, unless a hook edited it or its gradient must arrive."""
@@ -54,7 +62,7 @@ class OpenedRouter:
         if not (is_edited(new, folded) or carries_gradient(new)):
             return hidden
         # in training some routers write their jitter into their input, and the hook's tensor is not theirs to write to
-        return new.reshape(hidden.shape).clone() if self.layer.spec.router.training else new.reshape(hidden.shape)
+        return new.reshape(hidden.shape).clone() if self.module.training else new.reshape(hidden.shape)
 
     def _jitter(self, hidden: Tensor, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the router write the jitter of the hook's tensor into the block's as well, where the experts read.
@@ -95,7 +103,7 @@ class OpenedRouter:
 
     def _differentiates(self, rule: RoutingRule, value: Tensor, name: str) -> bool:
         """Whether the route must be recomputed from the hooked tensor so that its gradient arrives."""
-        random_choice = isinstance(rule, SparseMixer) and self.layer.spec.router.training
+        random_choice = isinstance(rule, SparseMixer) and self.module.training
         return self.layer.is_hooked(name) and carries_gradient(value) and not random_choice
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from moe_interp.arch.offload import device_of
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.eval_mode import eval_mode
@@ -191,7 +192,7 @@ def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int 
         DataError: text without a tokenizer, or longer than the model's context.
         ConfigError: not 2-D, or not integers.
     """
-    device = next(bridge.original_model.parameters()).device
+    device = device_of(bridge.original_model)
     if isinstance(tokens, str):
         reader = TextReader(bridge)
         row = reader.start(tokens, "the text", "tokens")

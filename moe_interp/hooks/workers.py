@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from moe_interp.arch.offload import device_of
 from moe_interp.hooks.attach import MoEHooks
 
 _MOST = 4  # Python runs one thread at a time
@@ -34,7 +35,7 @@ def n_workers(moe: MoEHooks) -> int:
     model: Any = moe.bridge.original_model
     forks = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
     alone = (
-        next(model.parameters()).device.type != "cpu"
+        device_of(model).type != "cpu"
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0

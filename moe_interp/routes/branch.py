@@ -300,16 +300,16 @@ def block_outputs(base: BasePass, layer: int, routes: LayerRoutes, tokens: Tenso
 def _expert_outputs(base: BasePass, layer: int, tokens: Tensor, needed: Tensor) -> Tensor:
     """Each needed expert's output for each token, ``[expert, token, d_model]``; zero where it is not needed."""
     spec = base.moe.spec(layer)
-    experts = spec.expert_functions
     x = base.experts_in[layer].flatten(0, 1)[tokens]
     scale = _input_weights(base, layer, tokens) if spec.weight_on_input else None
     outputs = x.new_zeros(spec.n_experts, len(tokens), spec.d_model)
-    with spec.materialized():
+    with spec.reading_experts():
+        experts, project = spec.expert_functions, spec.project
         for expert in needed.any(dim=0).nonzero().flatten().tolist():
             rows = needed[:, expert].nonzero().flatten()
             read = x[rows] if scale is None else x[rows] * scale[rows, expert, None].to(x.dtype)
             out = experts.output(experts.hidden(read, expert), expert)
-            outputs[expert, rows] = (out if spec.project is None else spec.project(out)).to(x.dtype)
+            outputs[expert, rows] = (out if project is None else project(out)).to(x.dtype)
     return outputs
 
 
