@@ -6,6 +6,7 @@ What the hooks show and what writing to them does is compared with this.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +41,19 @@ class LayerByHand:
         self.shared = None
         if layer in trial.shared_calls:
             shared = trial.shared_calls[layer]
-            gate = 1.0 if spec.shared_gate is None else torch.sigmoid(spec.shared_gate(shared.args[0]))
+            with spec.materialized(spec.shared_gate):
+                gate = 1.0 if spec.shared_gate is None else torch.sigmoid(spec.shared_gate(shared.args[0]))
             self.shared = _flat(gate * shared.output)
 
     def replied(self, hidden: Tensor, output: object) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, experts and weights (as applied) of a reply of the router."""
-        return self.spec.family.layout.read(self.spec.router, self.rule, hidden, output)
+        with self.spec.materialized(self.spec.router):
+            return self.spec.family.layout.read(self.spec.router, self.rule, hidden, output)
+
+    def reply(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the untouched router answers to other hidden states."""
+        with self.spec.materialized(self.spec.router):
+            return self.spec.router(hidden, *args, **kwargs)
 
     def neurons(self, indices: Tensor, weights: Tensor) -> Tensor:
         """``[token, slot, d_expert]`` after the activation; weights enter only where they scale the input."""
@@ -69,9 +77,17 @@ class LayerByHand:
         bias = self.spec.project_bias
         return wide.sum(dim=1) if bias is None else wide.sum(dim=1) + bias
 
+    def routed_of(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of a route; by the untouched experts module where its weights cannot be read."""
+        if self.spec.unreadable is None:
+            return self.routed(self.outputs(self.neurons(indices, weights), indices), weights)
+        with self.spec.materialized(self.spec.experts):
+            given = weights.masked_fill(indices < 0, 0.0).to(self.weights.dtype) / self.spec.block_scale
+            return self.spec.experts(self.x, indices.clamp(min=0), given) * self.spec.block_scale
+
     def route(self, indices: Tensor, weights: Tensor) -> Tensor:
         """The block's output if these experts ran with these weights."""
-        return self.block(self.routed(self.outputs(self.neurons(indices, weights), indices), weights), self.shared)
+        return self.block(self.routed_of(indices, weights), self.shared)
 
     def block(self, routed: Tensor, shared: Tensor | None) -> Tensor:
         """The block's output from its parts."""

@@ -149,3 +149,15 @@ def _having(trial: Trial, hook: str) -> list[Layer]:
 
 def _same(value: Tensor) -> Tensor:
     return value
+
+
+# -- what is absent ----------------------------------------------------------------------------------------------------
+
+
+def unreadable_experts(trial: Trial) -> Iterator[Finding]:
+    """The hooks of the experts that a layer lacks because the weights cannot be read, and why."""
+    for layer in trial.layers:
+        if (reason := trial.specs[layer].unreadable) is not None:
+            for hook in [hook for hook, why in trial.moe.absent(layer).items() if why == reason]:
+                note = f"absent: {reason}"
+                yield Finding(check="the hook is served", layer=layer, hook=hook, figure=float("nan"), note=note)

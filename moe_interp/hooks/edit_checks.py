@@ -64,7 +64,7 @@ def _natural(hand: LayerByHand) -> dict[str, Callable[[], Tensor]]:
         "expert_weights": lambda: hand.weights,
         "expert_post": neurons,
         "expert_out": outputs,
-        "routed_out": lambda: hand.routed(outputs(), hand.weights),
+        "routed_out": lambda: hand.routed_of(hand.indices, hand.weights),
         "shared_out": shared,
     }
 
@@ -245,7 +245,7 @@ def _of_router_in(trial: Trial, layer: Layer, hand: LayerByHand) -> Callable[[],
         call = trial.router_calls[layer]
         shown = trial.seen["router_in", layer]
         hidden = _of_other_tokens(shown).reshape(call.args[0].shape)
-        reply = hand.spec.router(hidden, *call.args[1:], **call.kwargs)
+        reply = hand.reply(hidden, call.args[1:], call.kwargs)
         _, indices, weights = (part.reshape(len(hand.x), -1) for part in hand.replied(hidden, reply))
         return hand.route(indices, weights)
 
@@ -299,7 +299,7 @@ def _of_parts(trial: Trial, layer: Layer, hand: LayerByHand, *, at_shared: bool)
         return _turned(value.view(*trial.tokens.shape, -1)).flatten(0, 1)
 
     def block() -> Tensor:
-        routed = hand.routed(hand.outputs(hand.neurons(hand.indices, hand.weights), hand.indices), hand.weights)
+        routed = hand.routed_of(hand.indices, hand.weights)
         if at_shared:
             assert hand.shared is not None
             return hand.block(routed, turned(hand.shared))

@@ -108,12 +108,16 @@ def _inside(hand: LayerByHand, of_routed: Tensor) -> dict[str, Tensor]:
         scores = reference.scores(hand.rule, logits.detach())
         scores = None if scores is None else scores.requires_grad_()
         weights = hand.weights.detach().clone().requires_grad_()
-        neurons = hand.neurons(hand.indices, weights)
-        neurons = neurons if neurons.requires_grad else neurons.requires_grad_()
-        outputs = hand.outputs(neurons, hand.indices)
-        outputs = outputs if outputs.requires_grad else outputs.requires_grad_()
-        routed = hand.routed(outputs, weights)
-        wanted = {"expert_weights": weights, "expert_post": neurons, "expert_out": outputs}
+        wanted = {"expert_weights": weights}
+        if hand.spec.unreadable is None:
+            neurons = hand.neurons(hand.indices, weights)
+            neurons = neurons if neurons.requires_grad else neurons.requires_grad_()
+            outputs = hand.outputs(neurons, hand.indices)
+            outputs = outputs if outputs.requires_grad else outputs.requires_grad_()
+            wanted |= {"expert_post": neurons, "expert_out": outputs}
+            routed = hand.routed(outputs, weights)
+        else:
+            routed = hand.routed_of(hand.indices, weights)
         found = dict(zip(wanted, torch.autograd.grad(routed, list(wanted.values()), of_routed.to(routed.dtype))))
         leaves = {"router_logits": (logits, None)} | ({} if scores is None else {"router_probs": (scores, scores)})
         for hook, (leaf, given) in leaves.items():

@@ -44,7 +44,7 @@ def _replies(trial: Trial, layer: Layer, hand: LayerByHand) -> Iterator[Call]:
         generator = torch.Generator().manual_seed(number)
         order = torch.randperm(hidden[..., 0].numel(), generator=generator).to(hidden.device)
         mixed = hidden + scale * hidden.reshape(-1, hidden.shape[-1])[order].view(hidden.shape)
-        yield Call((mixed, *call.args[1:]), call.kwargs, hand.spec.router(mixed, *call.args[1:], **call.kwargs))
+        yield Call((mixed, *call.args[1:]), call.kwargs, hand.reply(mixed, call.args[1:], call.kwargs))
 
 
 def _as_the_router(trial: Trial, hand: LayerByHand, reply: Call) -> float:

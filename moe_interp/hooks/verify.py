@@ -20,6 +20,7 @@ from moe_interp.hooks.checks import (
     parts_sum,
     passes_through,
     reroutes_as_the_rule,
+    unreadable_experts,
 )
 from moe_interp.hooks.edit_checks import edits_do_what_they_say, edits_in_place_count, values_are_shown
 from moe_interp.hooks.finding import Check, Finding
@@ -41,6 +42,7 @@ CHECKS: tuple[Check, ...] = (
     gradients_arrive,
     past_is_counted,
     detaching_restores,
+    unreadable_experts,
 )
 # checks of parts that build on the hooks, imported when they are made
 FURTHER = ("moe_interp.routes.agreement:branches_equal_naive",)

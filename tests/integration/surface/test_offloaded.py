@@ -91,6 +91,13 @@ def test_every_way_of_offloading(family: str, part: str) -> None:
     assert_as_in_memory(moe, attach_to(family), family)
 
 
+def test_verify_on_a_model_whose_blocks_are_offloaded() -> None:
+    moe = attach_to("deepseek_v3")
+    offload(moe.bridge, "block")
+    table = moe.verify(TOKENS, layers=moe.layers[:1])
+    assert table.ok, table[~table["passed"]]
+
+
 def items() -> list[dict[str, Any]]:
     draw = np.random.default_rng(0)
     ids = draw.integers(3, 90, (4, 7)).tolist()

@@ -110,6 +110,16 @@ def test_routing_hooks_attach_to_any_experts(family: str, kind: type[nn.Module])
     assert torch.equal(logits_of(bridge, family), plain)
 
 
+def test_verify_names_the_hooks_that_are_absent() -> None:
+    bridge = build("deepseek_v3")
+    replace(bridge, "experts", ParamWrapper)
+    table = attach(bridge).verify(TOKENS)
+    assert table.ok, table[~table["passed"]]
+    absent = table[table["check"] == "the hook is served"]
+    assert set(absent["hook"]) == {"expert_post", "expert_out"}
+    assert absent["note"].str.contains("absent: an adapter or a wrapper of the class ParamWrapper").all()
+
+
 def test_experts_that_become_unreadable_after_attaching_are_refused_in_words() -> None:
     moe = attach_to("olmoe")
     replace(moe, "experts", ParamWrapper)
