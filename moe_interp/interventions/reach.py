@@ -39,13 +39,24 @@ def limits(rule: RoutingRule, added: Tensor) -> Limits:
         return Limits({}, {})
     if rule.bias is None and (rule.group_score is None or rule.n_groups == rule.top_groups):
         return Limits({}, {})
-    ranking, up, down = _Ranking(rule, *_choice_bounds(rule, added)), {}, {}
+    up: dict[int, str] = {}
+    down: dict[int, str] = {}
     for expert in added.nonzero().flatten().tolist():
+        ranking = _Ranking(rule, *_choice_bounds(rule, _without_rivals(rule, added, expert)))
         if added[expert] > 0 and (reason := ranking.may_miss(expert)):
             up[expert] = reason
         if added[expert] < 0 and ranking.may_take(expert):
             down[expert] = f"it keeps {ranking.low[expert]:.3g}, which others may stay below"
     return Limits(up, down)
+
+
+def _without_rivals(rule: RoutingRule, added: Tensor, expert: int) -> Tensor:
+    """The bias without the others of its sign where they are more than a token can use, or leave out, in any family."""
+    same = added.sign() == added[expert].sign()
+    if int(same.sum()) <= (rule.top_k if added[expert] > 0 else rule.n_experts - rule.top_k):
+        return added
+    same[expert] = False
+    return added.masked_fill(same, 0.0)
 
 
 def _choice_bounds(rule: ScoreRule, added: Tensor) -> tuple[Any, Any]:
