@@ -141,7 +141,7 @@ def test_limits_of_rules_by_hand() -> None:
     # two groups of two, of which one is open: nothing is sure of an expert whose group may be shut
     grouped = SigmoidTopK(n_experts=4, top_k=1, n_groups=2, top_groups=1, group_score="top2")
     assert limits(grouped, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)).up == {0: "its group can be shut"}
-    assert limits(grouped, torch.tensor([1.0, 1, 0, 0], dtype=torch.float64)).up == {}
+    assert limits(replace(grouped, top_k=2), torch.tensor([1.0, 1, 0, 0], dtype=torch.float64)).up == {}
     assert limits(replace(grouped, top_groups=2), torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)).up == {}
     # promoting or suppressing more experts than a token can use or leave out says nothing about the family
     shared = SoftmaxTopK(n_experts=4, top_k=2, n_groups=2, top_groups=1, group_score="max", shut=0.0)
