@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_interp.disk import parse_json, read_bytes
 from moe_interp.errors import DataError
+
+LARGEST_LINES = 2**32  # bytes of a file of lines
 
 
 def read_json_lines(path: Path, expected: str) -> Iterator[tuple[int, Any]]:
@@ -20,20 +22,18 @@ def read_json_lines(path: Path, expected: str) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: No such file, not UTF-8, or a line that is not JSON (its number is named).
     """
-    if path.is_dir() or not path.exists():
+    if not path.is_file():
         raise DataError(f"{path}, which is not a file", expected, "Check the path.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: {error}", expected, "Check the path and its permissions.") from error
+        text = read_bytes(path, expected, limit=LARGEST_LINES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {error}", f"{expected}, in UTF-8", "Convert the file.") from error
     # at line feeds only: JSON strings may hold the other separators that splitlines() cuts at
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                value = parse_json(line)
+            except ValueError as error:
                 remedy = ONE_A_LINE if _is_json(text) else "Correct the line."
                 raise DataError(f"{path}, line {number}: {error}", expected, remedy) from error
             yield number, value
@@ -44,7 +44,7 @@ ONE_A_LINE = "The file is one JSON document: write one object a line instead (jq
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text)
+    except ValueError:
         return False
     return True

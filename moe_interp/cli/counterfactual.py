@@ -25,6 +25,7 @@ from moe_interp.errors import ConfigError
 
 
 def counterfactual(
+    context: typer.Context,
     model: Model,
     out: Out,
     sequences: Annotated[
@@ -73,7 +74,7 @@ def counterfactual(
     from moe_interp.cli.inputs import announced_sequences, read_sequence_files, route_sampler
     from moe_interp.cli.load import load_hooks
     from moe_interp.cli.outputs import ROUTE_CELLS, group_table, write_counterfactual
-    from moe_interp.cli.runs import finished_cells
+    from moe_interp.cli.runs import cell_folder, finished_cells
     from moe_interp.experiments.counterfactual import counterfactual_routes
     from moe_interp.report import counterfactual_page, write_page
 
@@ -82,8 +83,8 @@ def counterfactual(
     labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
     read = announced_sequences(moe, chosen, len(labels or moe.layers), routes)
     work_begins()
-    store = out / ROUTE_CELLS
-    with finished_cells(store, resume):
+    store = cell_folder(context, out / ROUTE_CELLS, "sequences")
+    with finished_cells(store.path, resume):
         result = counterfactual_routes(
             moe,
             read,

@@ -33,6 +33,7 @@ class Stages:
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results, figures and the page.")] = Path("demo"),
     first: Annotated[int, typer.Option(help="Use the first N items of each domain.")] = PER_DOMAIN,
     memory: Memory = None,
@@ -50,7 +51,7 @@ def demo(
         from moe_interp.cli.inputs import demo_sequences, first_of_each, read_items
         from moe_interp.cli.load import load_hooks
         from moe_interp.cli.outputs import CELLS, ROUTE_CELLS, write_counterfactual, write_isolation
-        from moe_interp.cli.runs import finished_cells
+        from moe_interp.cli.runs import cell_folder, finished_cells
         from moe_interp.experiments.counterfactual import counterfactual_routes
         from moe_interp.experiments.domain_router import score_domain_router
         from moe_interp.experiments.isolation import isolate_experts
@@ -61,13 +62,15 @@ def demo(
         items = first_of_each(short, first)
     work_begins()
     with stage("isolating experts"), finished_cells(out / CELLS, resume):
-        result = isolate_experts(moe, items, memory_budget=budget, seed=seed, store=out / CELLS)
+        store = cell_folder(context, out / CELLS, "items")
+        result = isolate_experts(moe, items, memory_budget=budget, seed=seed, store=store)
     with stage("replacing the router"):
         routers = score_domain_router(moe, items, result, seed=seed)
         routers.save(out / "domain_router.nc")
     with stage("scoring counterfactual routes"), finished_cells(out / ROUTE_CELLS, resume):
         sequences = demo_sequences(first, LONGEST)
-        routes = counterfactual_routes(moe, sequences, memory_budget=budget, seed=seed, store=out / ROUTE_CELLS)
+        store = cell_folder(context, out / ROUTE_CELLS, "sequences")
+        routes = counterfactual_routes(moe, sequences, memory_budget=budget, seed=seed, store=store)
     with stage("statistics and figures"):
         write_isolation(result, out)
         write_counterfactual(routes, out)

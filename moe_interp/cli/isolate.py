@@ -24,6 +24,7 @@ from moe_interp.cli.startup import work_begins
 
 
 def isolate(
+    context: typer.Context,
     model: Model,
     out: Out,
     items: Annotated[
@@ -65,7 +66,7 @@ def isolate(
     from moe_interp.cli.inputs import announce_items, read_items
     from moe_interp.cli.load import load_hooks
     from moe_interp.cli.outputs import CELLS, write_isolation
-    from moe_interp.cli.runs import finished_cells
+    from moe_interp.cli.runs import cell_folder, finished_cells
     from moe_interp.experiments.isolation import isolate_experts
     from moe_interp.report import isolation_page, write_page
 
@@ -74,8 +75,8 @@ def isolate(
     labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
     announce_items(chosen, len(labels or moe.layers), len(sets or range(moe.spec(moe.layers[0]).n_experts)))
     work_begins()
-    store = out / CELLS
-    with finished_cells(store, resume):
+    store = cell_folder(context, out / CELLS, "items")
+    with finished_cells(store.path, resume):
         result = isolate_experts(
             moe,
             chosen,

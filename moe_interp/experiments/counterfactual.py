@@ -6,9 +6,9 @@ the realized next token with only this token's route at this layer changed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 from moe_interp.arch.offload import device_of
 from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.experiments.counterfactual_data import CounterfactualPlan, counterfactual_dataset
+from moe_interp.experiments.counterfactual_data import CounterfactualPlan, counterfactual_dataset, stored_plan
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.identity import model_identity, value_identity, weights_of
 from moe_interp.experiments.memory import tokens_per_pass
-from moe_interp.experiments.naming import model_name, weights_checksum
+from moe_interp.experiments.naming import model_name
 from moe_interp.experiments.repeats import distinct_sequences
 from moe_interp.experiments.sequences import ScoredSequence, SequenceBatch, batches_of_sequences, read_sequences
 from moe_interp.hooks.attach import MoEHooks
@@ -60,7 +61,7 @@ def counterfactual_routes(
     controls: bool = True,
     method: Method = "auto",
     memory_budget: int | None = None,
-    store: str | Path | None = None,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | Report | None = None,
 ) -> CounterfactualResult:
     """Score sampled routes of every token at every MoE layer, one layer at a time.
@@ -84,7 +85,9 @@ def counterfactual_routes(
             and most tables need them.
         method: See :func:`moe_interp.score_routes`.
         memory_budget: Bytes for a forward pass, and for the branches.
-        store: Folder for finished cells (layer x batch of sequences): an interrupted run goes on from there.
+        store: Folder for finished cells (layer x batch of sequences): an interrupted run goes on from there. Cells of
+            another model or state of it (see :func:`moe_interp.experiments.identity.model_identity`), of other
+            sequences or options are refused.
         progress: See :func:`moe_interp.progress.reporting`.
 
     Raises:
@@ -103,9 +106,10 @@ def counterfactual_routes(
     _check_options(n_routes, chosen, sampler, seed, method)
     _check_pool(moe, chosen, sampler)
     n_routes, seed = int(n_routes), int(seed)
+    identity = model_identity(moe)
     plan = CounterfactualPlan(
         model=model_name(moe),
-        weights=weights_checksum(moe),
+        weights=weights_of(identity),
         sequences=checksum([[s.id, s.tokens, s.is_scored] for s in read]),
         layers=chosen,
         sampler=repr(sampler),
@@ -116,7 +120,10 @@ def counterfactual_routes(
         method=method,
         batches=_batches(moe, read, memory_budget, store),
     )
-    cells = None if store is None else CellStore(store, asdict(plan))
+    cells = None
+    if store is not None:
+        identity["sampler"] = value_identity(sampler, "sampler")
+        cells = CellStore(store, stored_plan(plan, len(read), identity))
     run = _Run(moe, plan, sampler, read, cells, memory_budget)
     finished: dict[tuple[int, Any], Arrays] = {}
     with reporting("scoring routes", progress) as report, torch.no_grad():
@@ -304,7 +311,7 @@ def _check_pool(moe: MoEHooks, layers: Sequence[int], sampler: RouteSampler) -> 
 
 
 def _batches(
-    moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None, store: str | Path | None
+    moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None, store: str | os.PathLike[str] | None
 ) -> tuple[tuple[int, ...], ...]:
     """Sequences that run together; without a budget as in the store."""
     kept = CellStore.batches_of(store, len(sequences)) if store is not None and memory_budget is None else None

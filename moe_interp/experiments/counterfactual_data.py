@@ -52,6 +52,7 @@ TOGETHER = (
     ("logp_second", "router_logp_second", "second_route", "second_share"),
     ("logp_own", "logp_own_standard", "logp_own_null"),
 )
+CELLS_VERSION = 3  # raised when cells change their meaning: 3 has the sampler's present law
 LABELS = ("sequence", "pos")
 
 
@@ -82,13 +83,35 @@ class CounterfactualPlan:
     seed: int
     method: Method
     batches: tuple[tuple[int, ...], ...]
-    version: int = 3
+    version: int = CELLS_VERSION
 
     def stream(self, name: str) -> int:
         """The seed of one of the draws; the main draw's is the run's own."""
         if name == "main":
             return self.seed
         return int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:8], "little") >> 1
+
+
+def stored_plan(plan: CounterfactualPlan, n_sequences: int, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What finished cells belong to: everything that changes a number in them, by the names of the options.
+
+    Args:
+        plan: The run.
+        n_sequences: How many sequences there are.
+        identity: Of the model, and of the sampler.
+    """
+    return {
+        "model": plan.model,
+        "sequences": {"count": n_sequences, "checksum": plan.sequences},
+        "layers": plan.layers,
+        "n_routes": plan.n_routes,
+        "controls": plan.n_second > 0,
+        "seed": plan.seed,
+        "method": plan.method,
+        "version": CELLS_VERSION,
+        **identity,
+        "batches": plan.batches,
+    }
 
 
 def counterfactual_dataset(

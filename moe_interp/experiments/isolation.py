@@ -6,9 +6,9 @@ its weight set, so that nothing else runs. Masses, the uniform and the random ba
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.errors import ConfigError
-from moe_interp.experiments.isolation_cells import BASELINES, Baseline, IsolationPlan, isolation_dataset
+from moe_interp.experiments.identity import model_identity, weights_of
+from moe_interp.experiments.isolation_cells import BASELINES, Baseline, IsolationPlan, isolation_dataset, stored_plan
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.experiments.items import (
     Item,
@@ -29,7 +30,7 @@ from moe_interp.experiments.items import (
     tokenize_items,
 )
 from moe_interp.experiments.memory import tokens_per_pass
-from moe_interp.experiments.naming import model_name, weights_checksum
+from moe_interp.experiments.naming import model_name
 from moe_interp.experiments.repeats import distinct_items
 from moe_interp.experiments.routing_stats import RoutingStats
 from moe_interp.experiments.scoring import NaiveScorer, PrefixScorer, by_item, rounding
@@ -58,7 +59,7 @@ def isolate_experts(
     memory_budget: int | None = None,
     seed: int = 0,
     method: Literal["prefix", "naive"] = "prefix",
-    store: str | Path | None = None,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | Report | None = None,
 ) -> IsolationResult:
     """Score every item with every expert, alone at every MoE layer in turn.
@@ -83,8 +84,9 @@ def isolate_experts(
         memory_budget: Bytes a forward pass may use; half of the free memory by default.
         seed: Seed of the random baseline.
         method: "prefix" computes a layer's prefix once; "naive" runs ``run_with_hooks`` one item and set at a time.
-        store: Folder for finished cells (layer x batch of items): an interrupted run goes on from there. Cells
-            of other weights, items or options are refused.
+        store: Folder for finished cells (layer x batch of items): an interrupted run goes on from there. Cells of
+            another model or state of it (see :func:`moe_interp.experiments.identity.model_identity`), of other items or
+            options are refused.
         progress: See :func:`moe_interp.progress.reporting`.
 
     Raises:
@@ -100,7 +102,9 @@ def isolate_experts(
     if method not in ("prefix", "naive"):
         raise ConfigError(f"method={method!r}", "'prefix' or 'naive'", "Choose one of these.")
     tokenized, merged = distinct_items(tokenize_items(moe.bridge, check_items(items)))
-    plan = _plan(moe, [item.item for item in tokenized], layers, experts, baselines, mode, mass, random_draws, seed)
+    checked = [item.item for item in tokenized]
+    identity = model_identity(moe)
+    plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed, weights_of(identity))
     width = max(len(item) for item in tokenized)
     tokens = tokens_per_pass(
         moe,
@@ -111,7 +115,8 @@ def isolate_experts(
         reads_per_token=reads_per_token(tokenized),
     )
     batches = _batches(tokenized, tokens, memory_budget, store)
-    cells = None if store is None else CellStore(store, asdict(plan) | {"batches": batches})
+    options = {"random_draws": random_draws, "seed": int(seed), "method": method}
+    cells = None if store is None else CellStore(store, stored_plan(plan, tokenized, identity, options, batches))
     scorer = NaiveScorer(moe, mode) if method == "naive" else PrefixScorer(moe, mode, tokens)
     finished: dict[tuple[int, int], Arrays] = {}
     with reporting("isolating experts", progress) as report, torch.no_grad():
@@ -142,6 +147,7 @@ def _plan(
     mass: Sequence[Mass],
     random_draws: int,
     seed: int,
+    weights: str,
 ) -> IsolationPlan:
     labels: list[Any] = list(moe.layers) if layers is None else [moe.layer_label(layer) for layer in layers]
     for name, given in (("layers", labels), ("baselines", baselines), ("mass", mass)):
@@ -163,7 +169,7 @@ def _plan(
     drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
     return IsolationPlan(
         model=model_name(moe),
-        weights=weights_checksum(moe),
+        weights=weights,
         items=checksum([item.content for item in items]),
         mode=mode,
         layers=tuple(labels),
@@ -175,7 +181,7 @@ def _plan(
 
 
 def _batches(
-    items: list[TokenizedItem], tokens: int, memory_budget: int | None, store: str | Path | None
+    items: list[TokenizedItem], tokens: int, memory_budget: int | None, store: str | os.PathLike[str] | None
 ) -> list[list[int]]:
     """Items that run together; without a budget as in the store."""
     kept = CellStore.batches_of(store, len(items)) if store is not None and memory_budget is None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ from moe_interp.experiments.routing_stats import POSITIONS
 from moe_interp.experiments.variants import ExpertSet, Mode, label
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import Mass
+from moe_interp.results import checksum
 from moe_interp.results.cells import Arrays
 
 Baseline = Literal["natural", "uniform", "random"]
 BASELINES: tuple[Baseline, ...] = ("natural", "uniform", "random")
+CELLS_VERSION = 2  # raised when cells change their meaning
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,39 @@ class IsolationPlan:
     def to_score(self, layer: int) -> list[ExpertSet]:
         """The sets to score at a layer: those asked for, then the drawn ones that are not among them."""
         return list(dict.fromkeys([*self.sets, *self.drawn[self.layers.index(layer)]]))
+
+
+def stored_plan(
+    plan: IsolationPlan,
+    items: list[TokenizedItem],
+    identity: Mapping[str, Any],
+    options: Mapping[str, Any],
+    batches: list[list[int]],
+) -> dict[str, Any]:
+    """What finished cells belong to: everything that changes a number in them, by the names of the options.
+
+    Args:
+        identity: Of the model.
+        options: ``random_draws``, ``seed`` and ``method`` of the run.
+        batches: Items that run together.
+    """
+    is_drawn = "random" in plan.baselines
+    return {
+        "model": plan.model,
+        "items": {"count": len(items), "checksum": plan.items},
+        "tokens": {"checksum": checksum([item.prompt, item.answer] for item in items)},
+        "layers": plan.layers,
+        "experts": [label(chosen) for chosen in plan.sets],
+        "mode": plan.mode,
+        "mass": plan.mass,
+        "baselines": plan.baselines,
+        "random_draws": options["random_draws"] if is_drawn else None,
+        "seed": options["seed"] if is_drawn else None,
+        "method": options["method"],
+        "version": CELLS_VERSION,
+        **identity,
+        "batches": batches,
+    }
 
 
 def isolation_dataset(

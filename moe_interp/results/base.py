@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -16,12 +14,15 @@ import xarray as xr
 
 import moe_interp
 from moe_interp.errors import ResultError
+from moe_interp.results.content import content_checksum, read_netcdf, refuse_unstorable, write_netcdf
 from moe_interp.results.files import replacing
 from moe_interp.results.manifest import Manifest, describe, plain
+from moe_interp.results.seals import read_sealed, sealed
 
-CONTAINER = 1  # how dataset and manifest share a file; a class adds its own `version`
+CONTAINER = 2  # how dataset and manifest share a file; a class adds its own `version`
 SLOT = "slot"  # the axis of a route's experts
 MANIFEST, ATTRS = "moe_interp_manifest", "moe_interp_attrs"
+RERUN = "Restore it from a copy, or run the experiment again."
 
 # kind -> module that defines its class, imported only when such a file is loaded
 HOMES = {
@@ -95,11 +96,12 @@ class Result:
         """Write dataset and manifest to one netCDF 4 file, and return its path.
 
         The file appears whole or not at all: after a full disk or Ctrl-C an earlier file of that name is unchanged. An
-        existing folder gets the file ``<kind>.nc``. The manifest is the JSON attribute ``moe_interp_manifest``.
+        existing folder gets the file ``<kind>.nc``. The manifest is the JSON attribute ``moe_interp_manifest``. The
+        last line of the file is a checksum of its bytes, which readers of netCDF pass over.
 
         Raises:
-            ResultError: The file cannot be written, its name has a suffix of another format, or an attribute has no
-                JSON form.
+            ResultError: The file cannot be written, its name has a suffix of another format, an attribute has no
+                JSON form, or a text cannot be stored.
         """
         target = Path(path)
         if target.is_dir():
@@ -110,11 +112,11 @@ class Result:
                 "a name that ends in .nc: a result is a netCDF file",
                 f"Save it as {target.stem}.nc; to_dataframe().to_csv(path) writes a table.",
             )
+        refuse_unstorable(self.data)
         manifest = Manifest(**{**self.manifest.__dict__, "content_checksum": content_checksum(self.data)})
         stored = self.data.copy(deep=False)
         stored.attrs = {MANIFEST: manifest.to_json(), ATTRS: json.dumps(self.data.attrs, default=plain)}
-        # through memory: HDF5 does not survive a failed write on the disk itself
-        content = stored.to_netcdf(engine="h5netcdf")
+        content = sealed(write_netcdf(stored))
         with replacing(target) as file:
             file.write(content)
         return target
@@ -199,9 +201,9 @@ def load_result(path: str | Path) -> Result:
         )
     if manifest.content_checksum != content_checksum(data):
         raise ResultError(
-            f"{str(source)!r} does not hold the numbers that were saved",
-            f"arrays with checksum {str(manifest.content_checksum)[:12]}",
-            "The file was changed or damaged: restore it from a copy or run the experiment again.",
+            f"{str(source)!r} does not hold the numbers, labels and attributes that were saved",
+            f"content with checksum {str(manifest.content_checksum)[:12]}",
+            RERUN,
         )
     return cls(data, manifest=manifest)
 
@@ -222,19 +224,20 @@ def result_file(path: str | Path) -> Path:
 
 def read_result_file(source: Path) -> tuple[Manifest, xr.Dataset]:
     """Manifest and data of a result file, whatever its kind and schema."""
+    content = read_sealed(source, "a result", RERUN)
     try:
-        content = io.BytesIO(source.read_bytes())
-        with xr.open_dataset(content, engine="h5netcdf", decode_timedelta=False) as opened:
-            data = opened.load()
+        data = read_netcdf(content)
         manifest = Manifest.from_json(data.attrs[MANIFEST])
         data.attrs = json.loads(data.attrs[ATTRS])
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        if not isinstance(data.attrs, dict):
+            raise TypeError(f"attributes that are a {type(data.attrs).__name__}")
+        return manifest, data
+    except Exception as error:  # HDF5 and what is built on it raise errors of any class
         raise ResultError(
             f"{str(source)!r} cannot be read as a result ({type(error).__name__}: {error})",
-            "a whole netCDF file written by a result's save()",
-            "If it was cut short, restore it from a copy or run the experiment again.",
+            "a netCDF file written by a result's save()",
+            RERUN,
         ) from error
-    return manifest, data
 
 
 def result_class(kind: str, source: Path) -> type[Result]:
@@ -265,17 +268,3 @@ def _as_text(routes: xr.Variable) -> xr.Variable:
     known, which = np.unique(routes.values.reshape(-1, routes.shape[-1]), axis=0, return_inverse=True)
     texts = np.array([" ".join(str(e) for e in row if e >= 0) for row in known.tolist()], dtype=object)
     return xr.Variable(routes.dims[:-1], texts[which.reshape(-1)].reshape(routes.shape[:-1]))
-
-
-def content_checksum(data: xr.Dataset) -> str:
-    """SHA-256 over names, axes and values of all variables and coordinates, in order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(map(str, data.variables)):
-        variable = data.variables[name]
-        values = np.asarray(variable.values)
-        digest.update(f"{name}{variable.dims}{values.shape}".encode())
-        if values.dtype.kind in "biufc":
-            digest.update(np.ascontiguousarray(values).tobytes())
-        else:
-            digest.update("\x00".join(map(str, values.ravel())).encode())
-    return digest.hexdigest()

@@ -43,7 +43,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
 
 
-def check_folder(path: str | Path, what: str) -> Path:
+def check_folder(path: str | os.PathLike[str], what: str) -> Path:
     """The path of a folder that is there, or could be made.
 
     Raises:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,32 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The manifest that :meth:`to_json` wrote; fields that this version does not know are left out."""
+        """The manifest that :meth:`to_json` wrote; fields that this version does not know are left out.
+
+        Raises:
+            ValueError, TypeError: not JSON, a field is missing, or a field is of another type.
+        """
         given = json.loads(text)
-        return cls(**{name: given[name] for name in cls.__dataclass_fields__ if name in given})
+        known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
+        for name, types in FIELD_TYPES.items():
+            if name in known and not isinstance(known[name], types):
+                raise TypeError(f"the manifest's {name} is a {type(known[name]).__name__}")
+        return cls(**known)
+
+
+TEXT, OPTIONAL = (str,), (str, type(None))
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "kind": TEXT,
+    "schema": TEXT,
+    "moe_interp": TEXT,
+    "created": TEXT,
+    "versions": (dict,),
+    "config": (dict,),
+    "seeds": (dict,),
+    "git_hash": OPTIONAL,
+    "data_checksum": OPTIONAL,
+    "content_checksum": OPTIONAL,
+}
 
 
 def describe(
@@ -68,7 +92,7 @@ def describe(
     data_checksum: str | None = None,
 ) -> Manifest:
     """A manifest of the running process: versions, commit and time are looked up, the rest is as given."""
-    named = {"seed": seeds} if isinstance(seeds, int) else dict(seeds or {})
+    named = {"seed": int(seeds)} if isinstance(seeds, Integral) else dict(seeds or {})  # type: ignore[arg-type]
     return Manifest(
         kind=kind,
         schema=schema,

@@ -13,7 +13,7 @@ from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.folder import RunFolder
 from moe_interp.testbed.registry import load_domains
 from moe_interp.testbed.strategies import check_strategy
-from moe_interp.testbed.train import train
+from moe_interp.testbed.train import VERSION, described_run, train
 
 
 def compare(
@@ -54,7 +54,11 @@ def compare(
             cell = config.model_copy(update={"strategy": strategy, "seed": seed})
             folder = None if out is None else RunFolder(Path(out) / f"{strategy}-seed{seed}")
             if folder is not None:
-                folder.check(cell, resume)
+                beside = {"mixed_precision": mixed_precision, "version": VERSION}
+                # data that the configuration names are checked when they are made; a finished run is not made again
+                if domains is not None:
+                    beside = described_run(domains, mixed_precision)
+                folder.check(cell, resume, beside)
             cells[strategy, seed] = cell, folder
     histories: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for seed in seeds:  # seed by seed, so that the strategies share the data, and an early stop leaves whole seeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ from scipy.stats import hypergeom
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from moe_interp.checks import check_name
+from moe_interp.disk import read_bytes, read_json
 from moe_interp.errors import DataError
 from moe_interp.hooks.attach import attach
+from moe_interp.results.files import replacing
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain, Item, read_items, write_items
 from moe_interp.testbed.evaluate import evaluate
@@ -31,6 +34,8 @@ from moe_interp.testbed.worlds.arithmetic import final_answer
 from moe_interp.traces.trace import RoutingTrace
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
+CHECKSUMS = "checksums.json"
+ANEW = "Install the package anew, or make them with moe_interp.testbed.demo.make_demo()."
 _PACKAGES = ("torch", "transformers", "tokenizers", "accelerate")
 _SAMPLED_PROBLEMS = 150
 _LICENCES = {
@@ -59,16 +64,19 @@ def load_demo_assets(folder: Path = ASSETS) -> DemoAssets:
     """The files that the package ships; no network, no model loaded.
 
     Raises:
-        DataError: They are not there, as in a checkout without them.
+        DataError: They are not there, as in a checkout without them, or not as they were shipped.
     """
-    if not (folder / "provenance.json").is_file():
-        raise DataError(
-            f"no demo model in {folder}",
-            "the files that the package ships",
-            "Install the package anew, or make them with moe_interp.testbed.demo.make_demo().",
-        )
-    items = {path.stem: read_items(path) for path in sorted((folder / "items").glob("*.jsonl"))}
-    return DemoAssets(folder / "model", items, json.loads((folder / "provenance.json").read_text(encoding="utf-8")))
+    expected = "the files that the package ships"
+    if not (folder / CHECKSUMS).exists():
+        raise DataError(f"no demo model in {folder}", expected, ANEW)
+    sums = read_json(folder / CHECKSUMS, expected, ANEW)
+    if not isinstance(sums, dict) or "provenance.json" not in sums:
+        raise DataError(f"{folder / CHECKSUMS} without the files' checksums", expected, ANEW)
+    for name, kept in sums.items():
+        if hashlib.sha256(read_bytes(folder / name, expected, ANEW)).hexdigest() != kept:
+            raise DataError(f"{folder / name}, which is not as it was shipped", expected, ANEW)
+    items = {Path(name).stem: read_items(folder / name) for name in sorted(sums) if name.endswith(".jsonl")}
+    return DemoAssets(folder / "model", items, read_json(folder / "provenance.json", expected, ANEW))
 
 
 def make_demo(out: Path, assets: Path = ASSETS, config: TestbedConfig = DEMO, progress: bool = True) -> dict[str, Any]:
@@ -101,7 +109,16 @@ def write_assets(run: TrainedRun, assets: Path = ASSETS, n_samples: int = 64) ->
         "judged": judge(assets / "model", run, n_samples),
     }
     (assets / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    write_checksums(assets)
     return provenance
+
+
+def write_checksums(assets: Path = ASSETS) -> None:
+    """SHA-256 of every file of the assets, which loading compares with."""
+    files = sorted(path for path in assets.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    sums = {path.relative_to(assets).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    with replacing(assets / CHECKSUMS) as file:
+        file.write((json.dumps(sums, indent=1) + "\n").encode())
 
 
 def _sizes(domain: Domain) -> dict[str, Any]:

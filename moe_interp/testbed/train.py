@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.threads import threads_asleep
+from moe_interp.results import checksum
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.evaluate import Evaluation, max_violation, unigram_loss
@@ -34,6 +35,7 @@ from moe_interp.testbed.trainer import Trainer
 from moe_interp.traces.trace import RoutingTrace
 
 PRECISIONS = ("no", "bf16")
+VERSION = 1  # raised when the same configuration gives another run
 
 
 @dataclass(frozen=True)
@@ -82,33 +84,39 @@ def train(
             memory.
         resume: Go on from ``state.pt`` if it is there. A run killed and resumed equals an uninterrupted one.
         stop_at: Stop (with a checkpoint) after so many steps of the schedule.
-        mixed_precision: "no", or "bf16" (autocast, for a GPU; weights and optimiser stay float32). The checkpoint does
-            not record it: resume with the same.
+        mixed_precision: "no", or "bf16" (autocast, for a GPU; weights and optimiser stay float32).
 
     Raises:
         ConfigError: An unknown strategy or precision; a reference router whose blocks are too small.
         DataError: Empty or overlapping domains.
-        ResultError: ``out`` holds a run of another configuration, or a run and ``resume`` is False.
+        ResultError: ``out`` holds a run of another configuration, of other data or precision, or a run and ``resume``
+            is False; or the system refuses a write.
         TrainingError: A loss or gradient is not finite; the last checkpoint stays.
     """
     _check_precision(mixed_precision)
     check_strategy(config.strategy, config, config.domains if domains is None else [d.name for d in domains])
     folder = None if out is None else RunFolder(Path(out))
     if folder is not None:
-        folder.check(config, resume)
+        folder.check(config, resume, {"mixed_precision": mixed_precision, "version": VERSION})
     accelerator = _accelerator()
-    trainer = Trainer(config, load_domains(config) if domains is None else domains, accelerator, mixed_precision)
+    data = load_domains(config) if domains is None else domains
+    beside = described_run(data, mixed_precision)
+    if folder is not None:
+        folder.check(config, resume, beside)
+    trainer = Trainer(config, data, accelerator, mixed_precision)
     if folder is not None:
         if folder.state.exists():
             trainer.load_state(folder.state)
         if accelerator.is_main_process:
-            folder.open(config, trainer.history)
+            folder.open(config, trainer.history, beside)
     _run_steps(trainer, folder, min(config.steps, stop_at or config.steps), progress and accelerator.is_main_process)
     final = trainer.evaluate()
     path = None
     if folder is not None and trainer.step == config.steps:
         path = folder.model
         _save_model(trainer, path)
+        if accelerator.is_main_process:
+            folder.close(beside)
     trainer.bridge.eval()
     trainer.moe.detach()
     moe = attach(trainer.bridge)
@@ -124,6 +132,11 @@ def train(
         history=trainer.history,
         path=path,
     )
+
+
+def described_run(domains: Sequence[Domain], mixed_precision: str) -> dict[str, Any]:
+    """What changes a run's numbers beside its configuration: the data, the precision and the version of the method."""
+    return {"mixed_precision": mixed_precision, "version": VERSION, "data": checksum(domains)}
 
 
 def _accelerator() -> Accelerator:

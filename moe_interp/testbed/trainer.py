@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,9 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from moe_interp.errors import ConfigError, ResultError, TrainingError
+from moe_interp.errors import ConfigError, MoEInterpError, ResultError, TrainingError
 from moe_interp.hooks.attach import attach
 from moe_interp.hooks.eval_mode import eval_mode
+from moe_interp.results.files import replacing
+from moe_interp.results.seals import read_sealed, sealed_zip
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains import Domain
 from moe_interp.testbed.evaluate import Evaluation, evaluate, token_losses
@@ -25,6 +27,8 @@ from moe_interp.testbed.optim import make_optimizers
 from moe_interp.testbed.packing import training_sequences, validation_sequences
 from moe_interp.testbed.strategies import make_strategy
 from moe_interp.testbed.strategy import Batch, Loads, Records, Setting, recorded
+
+RESTORE = "Restore it from a copy, or train anew in another folder."
 
 
 class Trainer:
@@ -163,17 +167,28 @@ class Trainer:
             "strategy": self.strategy.state_dict(),
             "history": self.history,
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with replacing(path) as file:
+            file.write(sealed_zip(buffer.getvalue()))
         self.saved = path
 
     def load_state(self, path: Path) -> None:
         """Inverse of :meth:`save_state`.
 
         Raises:
-            ResultError: The checkpoint belongs to another configuration.
+            ResultError: The checkpoint belongs to another configuration, was damaged, or has no checksum.
         """
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        state = read_state(path, self.accelerator.device)
+        try:
+            self._restore(state, path)
+        except MoEInterpError:
+            raise
+        except Exception as error:  # tensors of other shapes, or none
+            given = f"{str(path)!r} cannot be read as a checkpoint ({type(error).__name__}: {error})"
+            raise ResultError(given, "a checkpoint of this run", RESTORE) from error
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         if state["fingerprint"] != self.config.fingerprint():
             raise ResultError(
                 f"{path} is of configuration {state['fingerprint']}, this run of {self.config.fingerprint()}",
@@ -187,6 +202,23 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.strategy.load_state_dict(state["strategy"])
         self.step, self.history, self.saved = state["step"], state["history"], path
+
+
+def read_state(path: Path, device: Any) -> dict[str, Any]:
+    """What :meth:`Trainer.save_state` wrote.
+
+    Raises:
+        ResultError: the checkpoint was damaged, is without a checksum, or is not one of the testbed.
+    """
+    content = read_sealed(path, "a checkpoint", RESTORE)
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        if not isinstance(state, dict) or "fingerprint" not in state:
+            raise TypeError("no state of a run")
+    except Exception as error:  # torch and zip raise errors of any class
+        given = f"{str(path)!r} cannot be read as a checkpoint ({type(error).__name__}: {error})"
+        raise ResultError(given, "a checkpoint of the testbed", RESTORE) from error
+    return state
 
 
 def dropped_slots(records: Records, top_k: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_interp.errors import ConfigError, ResultError
+from moe_interp.disk import parse_json, read_bytes
+from moe_interp.errors import ConfigError, MoEInterpError, ResultError
 from moe_interp.results.files import replacing
+from moe_interp.results.npz import FREELY, RATIO, npz_arrays, npz_bytes
+from moe_interp.results.seals import LENGTH, check_seal, read_sealed, sealed
 
-VERSION = 1
+VERSION = 2  # 1 had no checksum
 VERSION_KEY = "moe_interp_trace_version"
 OPTIONAL = ("expert_weights", "domain", "token_ids", "predicted_ids")
+FIELDS = ("expert_indices", "sequence_lengths", "n_experts", "layers", *OPTIONAL)
+AGAIN = "Save the trace again; for arrays of another origin use RoutingTrace.from_arrays."
 
 
 def write_trace_file(path: str | Path, format: str | None, arrays: dict[str, Any]) -> Path:
@@ -34,19 +38,19 @@ def read_trace_file(path: str | Path, format: str | None) -> dict[str, Any]:
     """The arguments of ``RoutingTrace.from_arrays`` that a file holds.
 
     Raises:
-        ResultError: No such file, unknown format, another version, or damaged.
+        ResultError: No such file, unknown format, another version, without a checksum, or damaged.
     """
     source = Path(path)
     reader = READERS[known_format(source, format)]
-    if not source.is_file():
-        raise ResultError(f"{str(source)!r} does not exist", "a trace written by trace.save(path)", "Check the path.")
     try:
         version, arrays = reader(source)
-    except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except MoEInterpError:
+        raise
+    except Exception as error:  # zipfile, numpy and pyarrow raise errors of any class
         raise ResultError(
             f"{str(source)!r} cannot be read as a trace ({type(error).__name__}: {error})",
             "a whole file written by trace.save(path)",
-            "Save the trace again; for arrays of another origin use RoutingTrace.from_arrays.",
+            AGAIN,
         ) from error
     if version != VERSION:
         raise ResultError(
@@ -69,22 +73,20 @@ def known_format(path: Path, format: str | None) -> str:
     return name
 
 
-def npz_bytes(arrays: dict[str, Any]) -> bytes:
+def trace_npz(arrays: dict[str, Any]) -> bytes:
     """One compressed array a field; readable by ``numpy.load``."""
-    buffer = io.BytesIO()
-    stored: dict[str, Any] = {VERSION_KEY: VERSION} | arrays
-    np.savez_compressed(buffer, **stored)
-    return buffer.getvalue()
+    return npz_bytes({VERSION_KEY: VERSION} | arrays, compressed=True)
 
 
 def read_npz(path: Path) -> tuple[int, dict[str, Any]]:
     """Version and fields of an npz file."""
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    arrays: dict[str, Any] = dict(npz_arrays(read_sealed(path, "a trace", AGAIN)))
     version = int(arrays.pop(VERSION_KEY))
     if version == VERSION:
         arrays["n_experts"] = int(arrays["n_experts"])
         arrays["layers"] = arrays["layers"].tolist()
+        if unknown := arrays.keys() - set(FIELDS):
+            raise KeyError(sorted(unknown)[0])
     return version, arrays
 
 
@@ -110,14 +112,28 @@ def parquet_bytes(arrays: dict[str, Any]) -> bytes:
     typed = pa.Table.from_pandas(table, preserve_index=False)
     buffer = io.BytesIO()
     parquet.write_table(typed.replace_schema_metadata({"moe_interp": json.dumps(layout)}), buffer)
-    return buffer.getvalue()
+    content = buffer.getvalue()
+    # readers find the footer from the end of the file, and the pages by its offsets
+    return sealed(content, at=len(content) - footer_bytes(content))
+
+
+def footer_bytes(content: bytes) -> int:
+    """Length of a parquet file's footer, its own length and the closing mark included."""
+    return int.from_bytes(content[-8:-4], "little") + 8
 
 
 def read_parquet(path: Path) -> tuple[int, dict[str, Any]]:
     """Version and fields of a parquet file."""
     _, parquet = pyarrow_modules()
-    stored = parquet.read_table(io.BytesIO(path.read_bytes()))
-    layout = json.loads(stored.schema.metadata[b"moe_interp"])
+    content = read_bytes(path, "a trace that moe_interp wrote", AGAIN, ResultError)
+    check_seal(content, path, "a trace", AGAIN, at=len(content) - footer_bytes(content) - LENGTH)
+    described = parquet.read_metadata(io.BytesIO(content))
+    groups = [described.row_group(i) for i in range(described.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    if max(sum(c.total_uncompressed_size for c in columns), described.num_rows) > max(FREELY, RATIO * len(content)):
+        raise ValueError(f"{described.num_rows} rows in a file of {len(content)} bytes")
+    stored = parquet.read_table(io.BytesIO(content))
+    layout = parse_json(stored.schema.metadata[b"moe_interp"])
     if layout[VERSION_KEY] != VERSION:
         return layout[VERSION_KEY], {}
     table = stored.to_pandas()
@@ -169,5 +185,5 @@ def pyarrow_modules() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-WRITERS: dict[str, Callable[[dict[str, Any]], bytes]] = {"npz": npz_bytes, "parquet": parquet_bytes}
+WRITERS: dict[str, Callable[[dict[str, Any]], bytes]] = {"npz": trace_npz, "parquet": parquet_bytes}
 READERS: dict[str, Callable[[Path], tuple[int, dict[str, Any]]]] = {"npz": read_npz, "parquet": read_parquet}

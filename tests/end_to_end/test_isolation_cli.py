@@ -164,7 +164,7 @@ def test_results_of_another_version_are_refused_with_both(tmp_path: Path, monkey
     monkeypatch.setattr(mi.IsolationResult, "version", mi.IsolationResult.version + 1)
     newer = mi.IsolationResult(result.data).save(tmp_path / "newer.nc")
     monkeypatch.undo()
-    with pytest.raises(ResultError, match=r"schema 1\.2\. Expected: schema 1\.1 of kind 'isolation'"):
+    with pytest.raises(ResultError, match=r"schema 2\.2\. Expected: schema 2\.1 of kind 'isolation'"):
         mi.load_result(newer)
 
 

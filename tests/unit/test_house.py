@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "moe_interp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "types", "checks", "progress", "jsonlines", "tokenization"}
+BASE = {"errors", "types", "checks", "progress", "disk", "jsonlines", "tokenization"}
 NUMBERS = {"stats", "results"}
 TOWER = ["arch", "hooks", "interventions"]
 METHODS = {"patching", "routes", "traces"}
@@ -30,9 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"errors"},
     "tokenization": {"errors", "checks"},
     "progress": {"errors", "types"},
-    "jsonlines": {"errors"},
+    "disk": {"errors"},
+    "jsonlines": {"errors", "disk"},
     "stats": {"errors", "types", "checks"},
-    "results": {"errors", "types", "checks", "stats"},
+    "results": {"errors", "types", "checks", "disk", "stats"},
     "plots": {"errors", "types", "stats", "results"},
     "report": {"errors", "types", "stats", "results", "plots"},
     "arch": BASE,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import xarray as xr
@@ -17,6 +18,7 @@ import moe_interp
 from moe_interp.errors import ResultError
 from moe_interp.results import Result, checksum, load_result
 from moe_interp.results import base as base_module
+from moe_interp.results.content import content_checksum
 
 
 class PlantedResult(Result, kind="planted"):
@@ -142,7 +144,7 @@ def test_a_file_of_another_schema_is_refused_with_both_versions(tmp_path, monkey
     monkeypatch.setattr(PlantedResult, "version", 2)
     path = planted().save(tmp_path / "run.nc")
     monkeypatch.undo()
-    with pytest.raises(ResultError, match=r"written by moe_interp 9\.9\.0 with schema 1\.2\. Expected: schema 1\.1.*"):
+    with pytest.raises(ResultError, match=r"written by moe_interp 9\.9\.0 with schema 2\.2\. Expected: schema 2\.1.*"):
         load_result(path)
 
 
@@ -184,14 +186,69 @@ def test_what_is_not_a_whole_result_file_is_refused(tmp_path, damage):
         load_result(path)
 
 
-def test_changed_numbers_are_noticed(tmp_path):
+CHANGES = {
+    "a value": lambda data: data["delta"].values.__setitem__((1, 1, 1), 0.5),
+    "an attribute": lambda data: data.attrs.update(paired=False),
+    "a nested attribute": lambda data: data.attrs["options"]["mass"].append("two"),
+    "an attribute taken away": lambda data: data.attrs.pop("memory_budget"),
+    "a variable's attribute": lambda data: data["delta"].attrs.update(units="hours"),
+    "a label": lambda data: data.assign_coords(layer=[1, 6]),
+    "a label beside an axis": lambda data: data.assign_coords(domain=("item", ["math", "law", "law"])),
+    "a name": lambda data: data.rename(slot_share="share"),
+    "an axis' name": lambda data: data.rename(expert="specialist"),
+    "the order of axes": lambda data: data.transpose("layer", "item", "expert"),
+    "the number format": lambda data: data.assign(slot_share=data["slot_share"].astype("float64")),
+    "a variable's role": lambda data: data.set_coords("total"),
+    "a variable more": lambda data: data.assign(more=1),
+    "a variable less": lambda data: data.drop_vars("total"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_numbers_labels_or_attributes_is_noticed_even_with_a_right_checksum_of_the_file(
+    tmp_path, monkeypatch, change
+):
+    path = planted().save(tmp_path / "run.nc")
+    assert load_result(path).manifest.content_checksum == content_checksum(planted_data())
+    kept = content_checksum(planted_data())
+    changed = planted_data()
+    made = CHANGES[change](changed)
+    changed = made if isinstance(made, xr.Dataset) else changed
+    monkeypatch.setattr(base_module, "content_checksum", lambda data: kept)
+    PlantedResult(changed).save(path)
+    monkeypatch.undo()
+    with pytest.raises(ResultError, match="does not hold the numbers, labels and attributes that were saved"):
+        load_result(path)
+
+
+def test_a_file_that_another_program_changed_is_refused(tmp_path):
     path = planted().save(tmp_path / "run.nc")
     with xr.open_dataset(path, engine="h5netcdf", decode_timedelta=False) as opened:
         changed = opened.load()
-    changed["delta"][1, 1, 1] += 1e-12
+    changed.attrs["note"] = "mine"
     changed.to_netcdf(path, engine="h5netcdf")
-    with pytest.raises(ResultError, match="does not hold the numbers that were saved"):
+    with pytest.raises(ResultError, match=r"no checksum where one belongs.*Restore it from a copy, or run"):
         load_result(path)
+
+
+def test_other_programs_read_the_file_as_before(tmp_path):
+    path = planted().save(tmp_path / "run.nc")
+    with xr.open_dataset(path, engine="h5netcdf", decode_timedelta=False) as opened:
+        np.testing.assert_array_equal(opened["delta"].values, planted_data()["delta"].values)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["delta"][:], planted_data()["delta"].values)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "half \ud800"])
+def test_a_text_that_netcdf_cannot_hold_is_refused_before_anything_is_written(tmp_path, text):
+    path = planted().save(tmp_path / "run.nc")
+    with pytest.raises(ResultError, match=r"the text '.*' in 'domain'.*Rename it"):
+        PlantedResult(planted_data().assign_coords(domain=("item", np.array(["a", "b", text])))).save(path)
+    assert load_result(path).data["item"].values.tolist() == ["a", "b", "ü"]
+
+
+def test_numpy_seeds_are_seeds():
+    assert Result(planted_data(), seeds=np.int64(3)).manifest.seeds == {"seed": 3}
 
 
 def test_a_full_disk_leaves_the_earlier_file_and_no_remains(tmp_path):

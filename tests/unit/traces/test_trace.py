@@ -167,9 +167,9 @@ def test_a_damaged_trace_file_or_one_of_another_version_is_refused(tmp_path, for
     with pytest.raises(ResultError, match="does not exist"):
         RoutingTrace.read(path)
     with monkeypatch.context() as patch:
-        patch.setattr("moe_interp.traces.files.VERSION", 2)
+        patch.setattr("moe_interp.traces.files.VERSION", 3)
         labelled().save(path)
-    with pytest.raises(ResultError, match=r"has trace format version 2\. Expected: version 1"):
+    with pytest.raises(ResultError, match=r"has trace format version 3\. Expected: version 2"):
         RoutingTrace.read(path)
     content = labelled().save(path).read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"routes"):
