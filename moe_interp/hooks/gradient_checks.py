@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_interp.hooks import reference_rules as reference
 from moe_interp.hooks.by_hand import LayerByHand
-from moe_interp.hooks.finding import Finding, excepted, unit_of
+from moe_interp.hooks.finding import Finding, excepted, rounding, unit_of
 from moe_interp.hooks.trial import Edit, Place, Trial, first
 
 _ROUTER = ("router_in", "router_logits", "router_probs")
@@ -32,12 +32,14 @@ _TOGETHER: tuple[tuple[str, ...], ...] = (
 def gradients_arrive(trial: Trial) -> Iterator[Finding]:
     """At every hook with real values, the gradient of a random direction of the logits is that of the plain model."""
     check, bound = "the gradient is the plain model's", _bound(trial)
-    expected = _expected(trial)
+    expected, floors = _expected(trial)
     worst: dict[Place, float] = {}
     for names in _TOGETHER:
         places = [(hook, layer) for layer in trial.layers for hook in trial.moe.hooks(layer) if hook in names]
         for place, gradient in _hooked(trial, places).items():
-            worst[place] = max(worst.get(place, 0.0), _missed(gradient, expected[place]))
+            worst[place] = max(
+                worst.get(place, 0.0), _missed(gradient, expected[place], floors.get(place, 0.0) / bound)
+            )
     for place, figure in worst.items():
         hook, layer = place
         if hook in _ROUTER and not bool(expected[place].any()) and figure == 0.0:
@@ -51,10 +53,10 @@ def _bound(trial: Trial) -> float:
     return 0.4 if max(unit_of(call.args[0]) for call in trial.router_calls.values()) > 1e-4 else 1e-3
 
 
-def _missed(gradient: Tensor, expected: Tensor) -> float:
-    """``|gradient - expected| / |expected|``; 0 where both are zero."""
+def _missed(gradient: Tensor, expected: Tensor, floor: float) -> float:
+    """``|gradient - expected| / max(|expected|, floor)``; 0 where both are zero."""
     expected = expected.reshape(gradient.shape).double()
-    missed, size = float((gradient.double() - expected).norm()), float(expected.norm())
+    missed, size = float((gradient.double() - expected).norm()), max(float(expected.norm()), floor)
     return missed / size if size > 0.0 else (0.0 if missed == 0.0 else float("inf"))
 
 
@@ -85,10 +87,14 @@ def _gradients(logits: Tensor, probes: dict[Any, Tensor]) -> dict[Any, Tensor]:
     return {key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(probes.items(), found)}
 
 
-def _expected(trial: Trial) -> dict[Place, Tensor]:
-    """By hook, the gradient of the model with nothing hooked."""
+def _expected(trial: Trial) -> tuple[dict[Place, Tensor], dict[Place, float]]:
+    """By hook, the gradient of the model with nothing hooked, and the rounding of the terms that it is the sum of.
+
+    Terms cancel where weights are normalised: of a single slot, all of them, and what is left is rounding.
+    """
     plain = _plain(trial)
     found: dict[Place, Tensor] = {}
+    floors: dict[Place, float] = {}
     for layer in trial.layers:
         hand, spec = LayerByHand(trial, layer), trial.specs[layer]
         of_block = plain["block", layer].flatten(0, -2)
@@ -97,8 +103,15 @@ def _expected(trial: Trial) -> dict[Place, Tensor]:
         found |= {("router_in", layer): plain["router", layer], ("routed_out", layer): of_routed}
         if spec.shared is not None:
             found["shared_out", layer] = of_block if spec.family.beside is None else plain["shared", layer]
-        found |= {(hook, layer): value for hook, value in _inside(hand, of_routed).items()}
-    return found
+        inside = _inside(hand, of_routed)
+        found |= {(hook, layer): value for hook, value in inside.items()}
+        terms = (inside["expert_weights"] * hand.weights).double()
+        floors["router_logits", layer] = rounding(trial, layer) * float(terms.norm())
+        scores = reference.scores(hand.rule, hand.logits)
+        if scores is not None:
+            chosen = scores.gather(-1, hand.indices.clamp(min=0)).clamp_min(1e-30)
+            floors["router_probs", layer] = rounding(trial, layer) * float((terms / chosen).norm())
+    return found, floors
 
 
 def _inside(hand: LayerByHand, of_routed: Tensor) -> dict[str, Tensor]:

@@ -38,8 +38,10 @@ class Pass:
     notes: dict[Any, Any] = field(default_factory=dict)  # what functions that hooks call keep for this pass
 
     def fold(self, flat: Tensor) -> Tensor:
-        """``[batch * pos, ...] -> [batch, pos, ...]``; already folded tensors pass."""
-        return flat if flat.shape[:2] == (self.batch, self.pos) else flat.reshape(self.batch, self.pos, *flat.shape[1:])
+        """``[batch * pos, width] -> [batch, pos, width]``; already folded tensors pass."""
+        # judged by the whole shape: of one token and one slot a sequence, [token, slot] is as long as [batch, pos]
+        shape = (self.batch, self.pos, flat.shape[-1])
+        return flat if flat.shape == shape else flat.reshape(shape)
 
     def family_weights(self, indices: Tensor) -> Tensor:
         """The family's own weights ``[batch, pos, slot]`` for any experts, from the logits (or scores) as edited."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_interp.arch.rules import RoutingRule, ScoreRule, SigmoidTopK, SoftmaxTopK, SparseMixer, SwitchTop1, TopKSigmoid
 
-_SMALLEST = 1e-6  # of a choice score whose logarithm is compared
+_SMALLEST = 1e-3  # of a choice score with a bias, whose logarithm is compared; 1e-6 without one
 
 
 def scores(rule: RoutingRule, logits: Tensor) -> Tensor | None:
@@ -61,6 +61,26 @@ def choice(rule: RoutingRule, logits: Tensor, given: Tensor | None = None) -> Te
     best = ordered[..., 0] if rule.group_score == "max" else ordered[..., :2].sum(dim=-1)
     place = best.argsort(dim=-1, descending=True).argsort(dim=-1)
     return grouped.masked_fill((place >= rule.top_groups).unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def log_choice(rule: RoutingRule, logits: Tensor) -> Tensor:
+    """The log of what the family ranks by, up to a constant a token; NaN where it is too near zero to compare.
+
+    Of logits it is these, of scores ``log(s + b)`` less the part of ``b`` that all experts share. -inf where shut.
+    """
+    if not isinstance(rule, ScoreRule):
+        return torch.nn.functional.logsigmoid(logits.double()) if isinstance(rule, TopKSigmoid) else logits.double()
+    ranked, smallest = choice(rule, logits), 1e-6
+    if rule.bias is not None:
+        bias = rule.bias.double()
+        ranked = ranked - torch.zeros_like(bias[0]).clamp(bias.min(), bias.max())
+        smallest = _SMALLEST if bool((bias != bias[0]).any()) else smallest
+    is_shut = ranked.isneginf()
+    if rule.shut == 0.0:  # where too few others are positive, experts of shut groups are taken too
+        too_few = (choice(rule, logits) > 0).sum(dim=-1, keepdim=True) < rule.top_k
+        is_shut = is_shut & ~too_few
+    found = torch.where(ranked > smallest, ranked.clamp_min(1e-300).log(), float("nan"))
+    return found.masked_fill(is_shut, float("-inf"))
 
 
 def log_policy(rule: RoutingRule, logits: Tensor) -> Tensor:

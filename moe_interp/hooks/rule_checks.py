@@ -73,6 +73,8 @@ def _as_defined(
     yield Finding(check="the policy is as defined", figure=figure, bound=1e-4 if unit < 1e-4 else 0.1, **common)
     if not isinstance(rule, HashTable):
         yield Finding(check="ranked as the router ranks", figure=_ranking(rule, logits, native), bound=coarse, **common)
+        figure = _choice_scale(rule, logits)
+        yield Finding(check="choice logits are as defined", figure=figure, bound=1e-4 if unit < 1e-4 else 0.1, **common)
 
 
 def _ranking(rule: RoutingRule, logits: Tensor, native: Tensor) -> float:
@@ -92,6 +94,17 @@ def _ranking(rule: RoutingRule, logits: Tensor, native: Tensor) -> float:
             best = defined.masked_fill(chosen, float("-inf")).amax(dim=-1)
             figures.append(float((best - worst).max()))
     return max(figures) / size
+
+
+def _choice_scale(rule: RoutingRule, logits: Tensor) -> float:
+    """How far ``choice_logits`` are from the log of the choice scores, in nats, beside a constant a token."""
+    found, defined = rule.choice_logits(logits).double(), reference.log_choice(rule, logits)
+    is_shut, compared = defined.isneginf(), defined.isfinite()
+    if not torch.equal(found.isneginf() & ~defined.isnan(), is_shut) or bool(found[compared].isnan().any()):
+        return float("inf")
+    difference = (found - defined).masked_fill(~compared, 0.0)
+    best = defined.masked_fill(~compared, float("-inf")).argmax(dim=-1, keepdim=True)
+    return float((difference - difference.gather(-1, best)).masked_fill(~compared, 0.0).abs().max())
 
 
 def random_sets(rule: RoutingRule, n: int, slots: int | None = None, seed: int = 0, empty: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_interp.arch.rules import RoutingRule, SigmoidTopK
+from moe_interp.arch.rules import RoutingRule, SigmoidTopK, TopKSigmoid
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def as_theirs(shows: str, ours: Mapping[str, Tensor], rule: RoutingRule) -> Tens
     """
     if shows == "expert_weights at full width":
         indices, weights = ours["expert_indices"], ours["expert_weights"]
-        if weights.shape[-1] == rule.n_experts:
-            return weights  # which they take for the full width already
+        if weights.shape[-1] == rule.n_experts and not isinstance(rule, TopKSigmoid):
+            return weights  # which they take for the full width already; Llama 4's own router returns that
         full = weights.new_zeros(*weights.shape[:-1], rule.n_experts)
         return full.scatter_add(-1, indices.clamp(min=0), weights)
     if shows == "expert_indices as one-hot":

@@ -45,7 +45,10 @@ CHECKS: tuple[Check, ...] = (
     unreadable_experts,
 )
 # checks of parts that build on the hooks, imported when they are made
-FURTHER = ("moe_interp.routes.agreement:branches_equal_naive",)
+FURTHER = (
+    "moe_interp.interventions.agreement:edits_touch_their_token",
+    "moe_interp.routes.agreement:branches_equal_naive",
+)
 COLUMNS = ["check", "layer", "hook", "figure", "relation", "bound", "passed", "note"]
 
 

@@ -69,6 +69,14 @@ def test_every_check_passes_on_every_family(family: str) -> None:
     assert set(theirs["hook"]) == {hook.path for hook in THEIR_HOOKS[name]}
 
 
+def test_positions_are_checked_with_a_cache_on_every_layer() -> None:
+    moe = attached("olmoe")
+    table = moe.verify()
+    rows = table[table["check"] == "a position is its token, with a cache"]
+    assert rows["layer"].tolist() == list(moe.layers)
+    assert (rows["figure"] == 0.0).all()
+
+
 def test_branches_are_checked_against_full_passes_on_every_layer_of_a_plain_family() -> None:
     moe = attached("olmoe")
     table = moe.verify()
@@ -127,8 +135,14 @@ def test_float64_models_that_compute_in_float32_inside_pass(name: str) -> None:
     assert table.ok, failures(table)
 
 
-def test_bfloat16_passes_on_every_family(family: str) -> None:
-    assert_half_precision_passes(family, torch.bfloat16)
+# each rule, layout and kind of block once
+HALF = ["mixtral", "deepseek_v2", "deepseek_v3", "deepseek_v4", "gpt_oss", "llama4", "phimoe", "switch_transformers"]
+HALF += ["jetmoe", "nemotron_h", "gemma4_text", "granite_moe_hybrid", "qwen2_moe", "laguna", "ernie4_5_moe"]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_bfloat16_passes(name: str) -> None:
+    assert_half_precision_passes(name, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["flex_olmo", "nemotron_h", "deepseek_v4", "gpt_oss", "llama4"])
@@ -145,14 +159,46 @@ def assert_half_precision_passes(name: str, dtype: torch.dtype) -> None:
     assert (rows["bound"] <= 0.04).all()
 
 
-@pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (2, 2), (4, 4), (2, 1)])
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "jetmoe", "qwen2_moe", "minimax_m2"])
-def test_every_expert_runs_or_there_is_one(name: str, n_experts: int, top_k: int) -> None:
+def resized(name: str, n_experts: int, top_k: int) -> Any:
     entry = tiny.CONFIGS[name]
     sizes = {"num_local_experts": n_experts, "num_experts": n_experts, "num_experts_per_tok": top_k}
     config = copy.deepcopy(entry["config"]) | {key: value for key, value in sizes.items() if key in entry["config"]}
     model = getattr(transformers, entry["model_class"])(getattr(transformers, entry["config_class"])(**config)).eval()
     tiny.redraw(model, torch.Generator().manual_seed(0), 1.0)
+    return model
+
+
+@pytest.mark.parametrize(("name", "n_experts"), [("mixtral", 2), ("llama4", 2), ("jetmoe", 2), ("gpt_oss", 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_hooks_have_their_axes_where_one_token_has_one_slot(name: str, n_experts: int, batch: int) -> None:
+    """As each step of generation with one expert a token: ``[token, slot]`` is as long as ``[batch, pos]``."""
+    moe = attach(tiny.build_bridge(resized(name, n_experts, 1), name))
+    tokens, layer = tiny.random_tokens(batch, 4), moe.layers[-1]
+
+    def shown(tokens: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for hook in moe.hooks(layer):
+
+            def read(value: Tensor, hook: Any, name: str = hook) -> None:
+                found[name] = value.clone()
+
+            with torch.no_grad(), moe.bridge.hooks(fwd_hooks=[(moe.hook_name(hook, layer), read)]):
+                moe.bridge(tokens)
+        return found
+
+    whole, one = shown(tokens), shown(tokens[:, :1])
+    assert one["expert_indices"].shape == one["expert_weights"].shape == (batch, 1, 1)
+    for hook, value in one.items():  # a causal model: the first token is the same
+        torch.testing.assert_close(value, whole[hook][:, :1], msg=lambda text, hook=hook: f"{hook}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "n_experts", "top_k"),
+    [(name, *sizes) for name in ("mixtral", "llama4", "minimax_m2") for sizes in ((1, 1), (2, 1), (4, 4))]
+    + [("gpt_oss", 1, 1), ("gpt_oss", 4, 4), ("jetmoe", 1, 1), ("qwen2_moe", 2, 1), ("qwen2_moe", 2, 2)],
+)
+def test_every_expert_runs_or_there_is_one(name: str, n_experts: int, top_k: int) -> None:
+    model = resized(name, n_experts, top_k)
     moe = attach(tiny.build_bridge(model, name))
     assert (moe.spec(moe.layers[0]).n_experts, moe.spec(moe.layers[0]).top_k) == (n_experts, top_k)
     table = moe.verify(layers=[-1])
@@ -257,7 +303,10 @@ def test_the_printed_table_sums_up_over_the_layers() -> None:
     table = attached("mixtral").verify()
     summary = table.summary()
     assert len(summary) < len(table) / 2
-    assert set(summary["layers"]) == {"3/3", "1/1"}
+    # two edits of the experts a layer: more of them a token, and some slots empty
+    twice = summary[summary["layers"] == "6/6"]
+    assert list(zip(twice["check"], twice["hook"])) == [("writing does what the table says", "expert_indices")]
+    assert set(summary["layers"]) == {"3/3", "1/1", "6/6"}
     text = repr(table)
     assert f"{len(table)} of {len(table)} checks passed" in text
     assert all(name in text for name in HOOK_NAMES if name != "shared_out")

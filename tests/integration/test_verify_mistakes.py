@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from moe_interp.arch.experts import StackedExperts
-from moe_interp.arch.rules import RoutingRule, ScoreRule, SigmoidTopK, SoftmaxTopK, TopKSoftmax
+from moe_interp.arch.rules import RoutingRule, ScoreRule, SigmoidTopK, SoftmaxTopK, TopKSigmoid, TopKSoftmax
 from moe_interp.hooks import blocks, experts
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.layer import OpenLayer, Pass
+from moe_interp.hooks.passes import Span
+from moe_interp.types import Layer
 from tests import tiny
 
 Patch = pytest.MonkeyPatch
@@ -22,6 +25,7 @@ Mistake = Callable[[MoEHooks, Patch], None]
 WRITING, SHOWN = "writing does what the table says", "a hook shows the block's own value"
 GRADIENT, THROUGH = "the gradient is the plain model's", "pass-through changes nothing"
 RULE, OTHERS = "the rule is the router's", "weights of other experts are as defined"
+CHOICE, POSITION = "choice logits are as defined", "a position is its token, with a cache"
 LAYER = 1
 
 
@@ -198,6 +202,24 @@ RULES: dict[str, tuple[Mistake, str, torch.dtype, tuple[str, str]]] = {
         torch.float32,
         ("ranked as the router ranks", "router_logits"),
     ),
+    "choice scores in the place of their logs": (
+        method(ScoreRule, "choice_logits", lambda native, self, logits: native(self, logits).exp()),
+        "qwen3_moe",
+        torch.float32,
+        (CHOICE, "router_logits"),
+    ),
+    "choice logits twice as far apart": (
+        method(ScoreRule, "choice_logits", lambda native, self, logits: 2 * native(self, logits)),
+        "deepseek_v3",
+        torch.bfloat16,
+        (CHOICE, "router_logits"),
+    ),
+    "choice logits of a sigmoid taken as they are": (
+        method(TopKSigmoid, "choice_logits", lambda native, self, logits: logits),
+        "llama4",
+        torch.float32,
+        (CHOICE, "router_logits"),
+    ),
     "a policy of another temperature": (
         method(RoutingRule, "log_policy", lambda native, self, logits: native(self, 2 * logits)),
         "mixtral",
@@ -307,6 +329,21 @@ def past_forgotten(moe: MoEHooks, monkeypatch: Patch) -> None:
     monkeypatch.setattr(MoEHooks, "n_past", property(lambda self: 0))
 
 
+def span_with(past: Callable[[int], int]) -> Mistake:
+    """Every pass is taken to continue another number of tokens than it does."""
+
+    def plant(moe: MoEHooks, monkeypatch: Patch) -> None:
+        native = MoEHooks.span
+
+        def span(self: MoEHooks, layer: Layer) -> Span:
+            right = native(self, layer)
+            return replace(right, n_past=past(right.n_past))
+
+        monkeypatch.setattr(MoEHooks, "span", span)
+
+    return plant
+
+
 def other_expert_functions(moe: MoEHooks, monkeypatch: Patch) -> None:
     native = StackedExperts.output
     monkeypatch.setattr(StackedExperts, "output", lambda self, h, e: native(self, h, e) * (1.5 if e == 3 else 1.0))
@@ -407,6 +444,13 @@ HOOKS: dict[str, tuple[Mistake, str, torch.dtype, tuple[str, str]]] = {
         torch.float32,
         ("positions in the cache are counted", "expert_indices"),
     ),
+    "interventions one token early": (
+        span_with(lambda n: max(n - 1, 0)),
+        "olmoe",
+        torch.float32,
+        (POSITION, "expert_indices"),
+    ),
+    "interventions without a past": (span_with(lambda n: 0), "llama4", torch.float32, (POSITION, "expert_indices")),
     **{
         f"a gradient stopped at {hook} of {name}": (
             of_firing(lambda new, old: new.detach(), hook),
