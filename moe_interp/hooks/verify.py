@@ -112,8 +112,9 @@ def verify(
     every token and slot makes the block return what it returns by hand, from the experts' weights, and changes the
     logits; the router's own choice and weights are ``rule.route``'s bit for bit, those of other experts as defined;
     the parts sum to the whole; TransformerLens' own router hooks show the same; gradients are those of the plain
-    model; positions in a cache are counted; without the hook points the model computes the same, and they come back;
-    branches score counterfactual routes as full forward passes do.
+    model; choice logits are as defined; positions in a cache are counted, and an intervention at one touches that token
+    alone; without the hook points the model computes the same, and they come back; branches score counterfactual routes
+    as full forward passes do.
 
     Exact checks are bounded by twice what the model differs from itself when run again (0.0 where it is deterministic);
     others by rounding, see :func:`moe_interp.hooks.finding.rounding`.
