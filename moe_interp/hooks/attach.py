@@ -38,6 +38,7 @@ class MoEHooks:
         self.bridge = bridge
         self._opened = opened
         self._blocks = blocks
+        self._mounted: dict[Layer, nn.Module] = {}
         self._turns = Turns(bridge.original_model)
         self._turns.points = [point for layer in opened.values() for point in layer.points.values()]
         self._places = {label: find_place(bridge.original_model, layer.spec) for label, layer in opened.items()}
@@ -215,7 +216,7 @@ class MoEHooks:
     def _mount(self) -> None:
         for layer, opened in self._opened.items():
             open_layer(opened)
-            block = self.bridge.get_submodule(self._blocks[layer])
+            block = self._mounted[layer] = self.bridge.get_submodule(self._blocks[layer])
             for name, point in opened.points.items():
                 point.train(self.bridge.training)
                 point.name = f"{self._blocks[layer]}.hook_{name}"
@@ -234,7 +235,7 @@ class MoEHooks:
         check_attached(self)
         for layer, opened in self._opened.items():
             close_layer(opened)
-            block = self.bridge.get_submodule(self._blocks[layer])
+            block = self._mounted.pop(layer)  # something else may be in its place now
             for name in opened.points:
                 del block._modules[f"hook_{name}"]
                 self.bridge._hook_registry.pop(f"{self._blocks[layer]}.hook_{name}", None)

@@ -19,6 +19,8 @@ from tests.integration.surface.helpers import (
 )
 
 FAMILY = "olmoe"
+# of TransformerLens' own blocks, which torch then runs without a graph
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo (does not know how to trace|detected):UserWarning")
 
 
 def compile_part(bridge: Any, part: str) -> None:
@@ -34,7 +36,7 @@ def compile_part(bridge: Any, part: str) -> None:
 
 @pytest.mark.parametrize(
     ("part", "attached_first", "called_first"),
-    [("model", False, True), ("model", True, True), ("layer", True, False), ("block", False, True)],
+    [("model", False, True), ("layer", True, False), ("block", False, True)],
 )
 def test_hooks_fire_in_compiled_models(part: str, attached_first: bool, called_first: bool) -> None:
     torch.compiler.reset()
