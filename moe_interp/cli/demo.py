@@ -55,7 +55,13 @@ def demo(
         from moe_interp.experiments.counterfactual import counterfactual_routes
         from moe_interp.experiments.domain_router import score_domain_router
         from moe_interp.experiments.isolation import isolate_experts
-        from moe_interp.report import counterfactual_chapter, isolation_chapter, render_page, write_page
+        from moe_interp.report import (
+            counterfactual_chapter,
+            domain_router_chapter,
+            isolation_chapter,
+            render_page,
+            write_page,
+        )
 
         moe = load_hooks(DEMO, device)
         short = [item for item in read_items([DEMO], None, None) if len(item.prompt) + len(item.answer) <= LONGEST]
@@ -75,7 +81,7 @@ def demo(
         write_isolation(result, out)
         write_counterfactual(routes, out)
         page = render_page(
-            [isolation_chapter(result), counterfactual_chapter(routes)],
+            [isolation_chapter(result), domain_router_chapter(routers), counterfactual_chapter(routes)],
             title="The demo model's experts and routes",
             model=result.data.attrs["model"],
             extra={name: f"{seconds:.1f} s" for name, seconds in stage.seconds.items()},

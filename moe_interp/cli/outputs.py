@@ -13,31 +13,9 @@ from moe_interp.cli import console
 from moe_interp.errors import DataError
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
 from moe_interp.experiments.isolation_result import IsolationResult
-from moe_interp.plots import (
-    calibration_scatter,
-    confidence,
-    dominance,
-    layer_impact,
-    layer_regret,
-    regret_curve,
-    save_figure,
-    sorted_p,
-    specialization_map,
-)
+from moe_interp.plots import FIGURES, save_figure
 from moe_interp.results.tables import classed_by
 
-ISOLATION_FIGURES: dict[str, Callable[..., Any]] = {
-    "specialization": specialization_map,
-    "calibration": calibration_scatter,
-    "dominance": dominance,
-    "layer_impact": layer_impact,
-    "sorted_p": sorted_p,
-}
-ROUTE_FIGURES: dict[str, Callable[..., Any]] = {
-    "confidence": confidence,
-    "regret_curve": regret_curve,
-    "layer_regret": layer_regret,
-}
 CELLS = "cells"
 ROUTE_CELLS = "route_cells"  # not the folder of an isolation run
 
@@ -45,13 +23,13 @@ ROUTE_CELLS = "route_cells"  # not the folder of an isolation run
 def write_isolation(result: IsolationResult, out: Path) -> None:
     """The result, and those of its figures that can be drawn as SVG files."""
     result.save(out / "isolation.nc")
-    write_figures(result, ISOLATION_FIGURES, out / "figures")
+    write_figures(result, FIGURES["isolation"], out / "figures")
 
 
 def write_counterfactual(result: CounterfactualResult, out: Path) -> None:
     """The result, and those of its figures that can be drawn as SVG files."""
     result.save(out / "counterfactual.nc")
-    write_figures(result, ROUTE_FIGURES, out / "figures")
+    write_figures(result, FIGURES["counterfactual"], out / "figures")
 
 
 def write_figures(result: Any, figures: Mapping[str, Callable[[Any], Any]], folder: Path) -> None:
@@ -84,4 +62,4 @@ def group_table(result: CounterfactualResult) -> Any:
         [str(name), row["n_tokens"], shown(row, "regret", 3), shown(row, "alignment", 2), row["verdict"]]
         for name, row in named
     ]
-    return console.table("", ["", "tokens", "regret (nats)", "alignment", "router is"], rows)
+    return console.table("", ["", "tokens", "regret (nats) [95%]", "alignment [95%]", "router is"], rows)

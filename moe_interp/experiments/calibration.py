@@ -137,7 +137,7 @@ def calibration_points(data: xr.Dataset, mass: str | None = "one", positions: st
         centred over the experts of a layer).
     """
     routing, quality = routing_array(data, chosen(data, "positions", positions)), quality_array(data, mass)
-    layers, experts = data["layer"].values, data["expert"].values.astype(str)
+    layers, experts = data["layer"].values, data["expert"].values
     frames = []
     for domain, index in items_by_domain(data).items():
         labels = {"domain": domain, "layer": np.repeat(layers, len(experts)), "expert": np.tile(experts, len(layers))}
@@ -215,7 +215,7 @@ def _verdict(result: stats.CorrectedCorrelation, n_items: int, level: float) -> 
             f"of quality {y.value:.2f} (lower bound {y.low:.2f})"
         )
     c, p = result.corrected, result.p_crossed
-    text = f"{c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}"
+    text = f"{c.value:.2f}, 95% interval {c.low:.2f} to {c.high:.2f}"
     if p > 1 - level:
         return f"no correlation beyond chance (p = {p:.2g}): {text}"
     words = ("positive correlation", "negative correlation")

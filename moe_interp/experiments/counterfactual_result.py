@@ -9,6 +9,7 @@ from moe_interp.experiments import counterfactual_tables as tables
 from moe_interp.experiments.confidence import By, check_thresholds, check_way
 from moe_interp.experiments.counterfactual_data import check_counterfactual
 from moe_interp.experiments.counterfactual_summary import summary_text
+from moe_interp.experiments.headlines import route_headlines
 from moe_interp.experiments.prediction_calibration import prediction_calibration
 from moe_interp.results import Result
 
@@ -77,6 +78,11 @@ class CounterfactualResult(Result, kind="counterfactual"):
     def token_table(self) -> pd.DataFrame:
         """One row a token and layer: :func:`moe_interp.experiments.counterfactual_tables.token_table`."""
         return self.cached(tables.token_table)
+
+    def headlines(self) -> list[str]:
+        """What was done and three findings, a sentence each:
+        :func:`moe_interp.experiments.headlines.route_headlines`."""
+        return route_headlines(self)
 
     def summary(self) -> str:
         """The run in plain words: what was scored, whether the published pattern is there, and the noise floor."""

@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from moe_interp.experiments.confidence import By
+from moe_interp.experiments.headlines import route_headlines
 from moe_interp.results.tables import unselected
 
 Row = Mapping[Any, Any]
@@ -32,9 +33,18 @@ class CounterfactualTables(Protocol):
 def summary_text(result: CounterfactualTables) -> str:
     """What was scored, regret and its controls, the published pattern, and the noise floor."""
     data = result.data
-    lines = [_run_line(data), _heating_line(data), _regret_line(result), *_control_lines(result)]
+    done, *found = route_headlines(result)
+    lines = [
+        done,
+        *(f"* {sentence}" for sentence in found),
+        " ",
+        "In detail:",
+        _heating_line(data),
+        _regret_line(result),
+        *_control_lines(result),
+    ]
     lines += [_layer_line(result.by_layer()), *_class_lines(result), _noise_line(data)]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line.strip() for line in lines if line)
 
 
 def _pattern_line(classes: Mapping[str, Row]) -> str:
@@ -61,17 +71,6 @@ def _pattern_line(classes: Mapping[str, Row]) -> str:
     return (
         f"The published pattern (the router aligned on confident tokens, uninformative on fragile ones) "
         f"{words[overall]}, with tokens classed by a second draw of routes: {' and '.join(parts)}."
-    )
-
-
-def _run_line(data: xr.Dataset) -> str:
-    n = len(np.unique(data["sequence"].values))
-    merged = sum(len(names) for names in data.attrs.get("merged", {}).values())
-    more = f" ({merged} more with the same content are not counted)" if merged else ""
-    return (
-        f"{data.attrs.get('model', 'The model')}: {_count(data.sizes['token'], 'token')} of {_count(n, 'sequence')}"
-        f"{more}, at {_count(data.sizes['layer'], 'MoE layer')}, with up to {_count(data.sizes['route'], 'route')} "
-        f"each from {data.attrs.get('sampler', 'a sampler')}. Intervals are 95%, over sequences."
     )
 
 

@@ -27,6 +27,7 @@ from moe_interp.experiments.items import (
     tokenize_items,
 )
 from moe_interp.experiments.memory import tokens_per_pass
+from moe_interp.experiments.naming import model_name
 from moe_interp.experiments.repeats import distinct_items
 from moe_interp.experiments.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks, check_attached
@@ -124,20 +125,24 @@ class DomainRouterResult(Result, kind="domain_router"):
         table.attrs = {"pooled": pooled, "level": level}
         return table
 
-    def summary(self) -> str:
-        """In words: what replacing the router changes on held-out items."""
+    def headlines(self) -> list[str]:
+        """What was done, and what each other router changes on held-out items, a line each."""
         table = self.compare()
         n = self.data.sizes["item"]
         lines = [
-            f"The router replaced by each domain's {self.data.attrs['k']} best experts a layer, chosen on half of the "
-            f"items and measured on the other (nats per answer token, against natural routing; 95% intervals over {n} "
-            f"item{'s' * (n != 1)}):"
+            f"The router of {self.data.attrs.get('model', 'the model')} replaced by each domain's "
+            f"{self.data.attrs['k']} best experts a layer, chosen on half of the items and measured on the other "
+            f"(nats per answer token, against natural routing; 95% intervals over {n} item{'s' * (n != 1)}):"
         ]
         for row in table[table["domain"] == table.attrs["pooled"]].to_dict("records"):
             low, high = float(row["ci_low"]), float(row["ci_high"])
             interval = "no interval" if np.isnan(low) else f"{low:+.3f}, {high:+.3f}"
-            lines.append(f"  {row['router']}: {float(row['mean']):+.3f} [{interval}], {row['verdict']}")
-        return "\n".join(lines)
+            lines.append(f"{row['router']}: {float(row['mean']):+.3f} [{interval}], {row['verdict']}")
+        return lines
+
+    def summary(self) -> str:
+        """In words: what replacing the router changes on held-out items."""
+        return "\n  ".join(self.headlines())
 
 
 @threads_asleep()
@@ -211,7 +216,7 @@ def score_domain_router(
             "item": [item.id for item in checked],
             "domain": ("item", [item.domain for item in checked]),
         },
-        attrs={"k": k, "random_draws": random_draws} | ({"merged": merged} if merged else {}),
+        attrs={"model": model_name(moe), "k": k, "random_draws": random_draws} | ({"merged": merged} if merged else {}),
     )
     config = {"k": k, "random_draws": random_draws, "mass": mass}
     return DomainRouterResult(

@@ -12,6 +12,7 @@ import xarray as xr
 from moe_interp import stats
 from moe_interp.errors import DataError
 from moe_interp.experiments.calibration import ALL
+from moe_interp.experiments.headlines import isolation_headlines
 from moe_interp.experiments.isolation_data import chosen, items_by_domain, masses, pooled_name, sign
 from moe_interp.experiments.published import (
     DOMINANT_SHARE,
@@ -167,7 +168,8 @@ def _impact_rows(result: IsolationTables) -> list[dict[str, Any]]:
             "phi_mini_moe_10": published,
         },
         {
-            "finding": "impact of the layers' best experts, cross-fitted, nats per token",
+            "finding": "impact of the layers' best experts, cross-fitted (chosen on one half of the items, measured on "
+            "the other), nats per token",
             "value": top["impact"],
             "low": top["low"],
             "high": top["high"],
@@ -192,11 +194,12 @@ def summary_text(result: IsolationTables, alpha: float = 0.05) -> str:
     """The run in plain words: what was done, what could be shown, what was."""
     data = result.data
     sizes = {domain: len(index) for domain, index in items_by_domain(data).items()}
-    verb = "Ablation" if sign(data) < 0 else "Isolation"
-    counts = ", ".join(f"{name} {n}" for name, n in sizes.items())
+    done, *found = isolation_headlines(result, alpha)
     lines = [
-        f"{verb} of {data.sizes['expert']} experts in each of {data.sizes['layer']} layers of "
-        f"{data.attrs.get('model', 'the model')}; {sum(sizes.values())} items ({counts}){_merged(data)}.",
+        done,
+        *(f"* {sentence}" for sentence in found),
+        "",
+        "In detail (intervals are 95%, over items):",
         plan_isolation(sizes, data.sizes["layer"], data.sizes["expert"], alpha),
         _score_line(data),
         *_specialization_lines(result, alpha),
@@ -207,17 +210,17 @@ def summary_text(result: IsolationTables, alpha: float = 0.05) -> str:
     return "\n".join(lines)
 
 
-def _merged(data: xr.Dataset) -> str:
-    """How many items were given under another id as well."""
-    n = sum(map(len, data.attrs.get("merged", {}).values()))
-    return f"; of the same content as one of them, and not counted: {n} more" if n else ""
-
-
 def _score_line(data: xr.Dataset) -> str:
     """How well the model answers at all: where it cannot, a better score is no better answer."""
     scores = {name: float(data["score"].values[index].mean()) for name, index in items_by_domain(data).items()}
     text = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
     return f"Log-probability of the right answer under natural routing, nats per token: {text}."
+
+
+_MASSES = {
+    "one": "mass one (the expert's weight is 1)",
+    "natural": "mass natural (its weight is the sum that the token's own experts had)",
+}
 
 
 def _specialization_lines(result: IsolationTables, alpha: float) -> list[str]:
@@ -229,8 +232,8 @@ def _specialization_lines(result: IsolationTables, alpha: float) -> list[str]:
         if counts["out_of_reach"]:
             unused += f"; {counts['out_of_reach']} used only where they cannot reach the answer"
         lines.append(
-            f"Against {baseline} routing, mass {mass}: of {counts['n_tests']} tests at q <= {alpha}, "
-            f"{counts['helped']} helped and {counts['hurt']} hurt{unused}."
+            f"Against {baseline} routing, {_MASSES.get(mass, f'mass {mass}')}: of {counts['n_tests']} tests "
+            f"at q <= {alpha}, {counts['helped']} helped and {counts['hurt']} hurt{unused}."
         )
     if len(masses(result.data)) > 1:
         agreement = result.mass_agreement(baseline=baseline, alpha=alpha).attrs
@@ -247,7 +250,10 @@ def _calibration_lines(result: IsolationTables) -> list[str]:
         table, items = result.calibration_by_domain(), result.item_calibration()
     except DataError as error:
         return [f"Calibration: not testable, {error.given}; expected {error.expected}."]
-    lines = ["Calibration (does the router prefer the better experts?), mean rho over layers:"]
+    lines = [
+        "Calibration (does the router prefer the better experts?), mean rho over layers; corrected for "
+        "reliability, the share of the differences between experts that new items would show again:"
+    ]
     for row in table.to_dict("records"):
         interval = _interval(row["rho"], row["low"], row["high"])
         lines.append(f"  {row['domain']}: {interval}, p = {row['p']:.2g}. Corrected for reliability: {row['verdict']}.")

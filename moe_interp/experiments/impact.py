@@ -20,6 +20,7 @@ from moe_interp.experiments.isolation_data import (
     items_by_domain,
     per_domain,
     quality_array,
+    routed_axis,
     sign,
 )
 
@@ -43,13 +44,15 @@ def dominance_table(data: xr.Dataset, by_layer: bool = False, level: float = 0.9
     Source: the Phi-mini-MoE study; the interval is derived. Expert 3 of one layer has nothing to do with expert 3 of
     another: a mean over layers shows dominance of a number, not of an expert.
     """
-    share = data["share_item"].sel(positions="all").transpose("item", "layer", "routed_expert").values
-    layers, experts = data["layer"].values, data["routed_expert"].values
+    axis = routed_axis(data)
+    share = data["share_item"].sel(positions="all").transpose("item", "layer", axis).values
+    layers, experts = data["layer"].values, data[axis].values
+    n_experts = data.attrs.get("n_experts", len(experts))  # of the model, also where a user has selected some
     frames = []
     for domain, rows in per_domain(share, items_by_domain(data)).items():
         part = rows if by_layer else rows.mean(1, keepdims=True)
         found = stats.mean_interval(part, axis=0, level=level, bounds=(0, 1))
-        mean, even = found.estimate, 1 / len(experts)
+        mean, even = found.estimate, 1 / n_experts
         columns: dict[str, Any] = {"domain": np.full(mean.size, domain)}
         if by_layer:
             columns["layer"] = np.repeat(layers, len(experts))
@@ -59,7 +62,7 @@ def dominance_table(data: xr.Dataset, by_layer: bool = False, level: float = 0.9
             "low": found.low.ravel(),
             "high": found.high.ravel(),
             "uniform": np.full(mean.size, even),
-            "ratio": mean.ravel() * len(experts),
+            "ratio": mean.ravel() / even,
             "rank": (1 + (mean[:, None, :] > mean[:, :, None]).sum(-1)).ravel(),
             "verdict": [
                 stats.verdict(low, high, n=len(part), words=EVEN_USE, null=even)
@@ -101,7 +104,7 @@ def layer_impact_table(
     baseline, mass = chosen(data, "baseline", baseline), chosen(data, "mass", mass)
     delta, quality = delta_array(data, mass, baseline), quality_array(data, mass)
     fits, naive, favourites = [], [], []
-    labels = data["expert"].values.astype(str)
+    labels = data["expert"].values
     for domain, index in groups.items():
         fit = cross_fitted(quality[index], delta[index], stats.derive_rng(seed, "layer_impact", domain))
         fits.append(fit)

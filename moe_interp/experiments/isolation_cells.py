@@ -127,7 +127,7 @@ def isolation_dataset(
             "n_prompt_tokens": ("item", [len(item.prompt) for item in items]),
             "n_answer_tokens": ("item", [len(item.answer) for item in items]),
             "layer": list(plan.layers),
-            "expert": [label(chosen) for chosen in plan.sets],
+            "expert": [chosen[0] if len(chosen) == 1 else label(chosen) for chosen in plan.sets],
             "routed_expert": np.arange(spec.n_experts),
             "mass": list(plan.mass),
             "baseline": list(plan.baselines),

@@ -12,12 +12,14 @@ from moe_interp.errors import ConfigError, DataError
 
 FloatArray = NDArray[np.float64]
 
+# the axis of natural routing where the isolated experts are not all experts, each alone; else that is `expert` too
+ROUTED = "routed_expert"
 REQUIRED = {
     "delta": {"mass", "baseline", "item", "layer", "expert"},
     "baseline_score": {"mass", "baseline", "item", "layer"},
     "score": {"item"},
-    "routing_item": {"positions", "item", "layer", "routed_expert"},
-    "share_item": {"positions", "item", "layer", "routed_expert"},
+    "routing_item": {"positions", "item", "layer", ROUTED},
+    "share_item": {"positions", "item", "layer", ROUTED},
 }
 # below this many nats two deltas are the same number: without it the ranks of experts could hang on the rounding of
 # whichever baseline was subtracted
@@ -31,7 +33,8 @@ def check_isolation(data: xr.Dataset) -> None:
     Raises:
         DataError: Variables, axes or the items' domains are missing, ids occur twice, or delta has missing values.
     """
-    for name, axes in REQUIRED.items():
+    for name, needed in REQUIRED.items():
+        axes = {routed_axis(data) if axis == ROUTED else axis for axis in needed}
         if name not in data or set(data[name].dims) != axes:
             found = f"axes {list(data[name].dims)}" if name in data else "none"
             raise DataError(
@@ -49,6 +52,31 @@ def check_isolation(data: xr.Dataset) -> None:
             "a value for every item, layer and expert",
             "Finish the run, or drop these items.",
         )
+
+
+def routed_axis(data: xr.Dataset) -> str:
+    """The axis of the experts that natural routing chooses among."""
+    return ROUTED if ROUTED in data.dims else "expert"
+
+
+def with_one_expert_axis(data: xr.Dataset) -> xr.Dataset:
+    """The dataset with whole numbers as experts, and natural routing on the axis of the deltas, wherever that can be.
+
+    Experts are numbers unless sets of them were forced together. Natural routing has its own axis, ``routed_expert``,
+    only where the isolated experts are not all of the model's, each alone. Files of earlier versions had texts and two
+    axes always. A dataset that is not one of an isolation run is left to :func:`check_isolation`.
+    """
+    if "expert" not in data.coords or data["expert"].dims != ("expert",):
+        return data
+    labels = [str(label) for label in data["expert"].values]
+    if not all(label.isdecimal() for label in labels):
+        return data
+    experts = [int(label) for label in labels]
+    data = data.assign_coords(expert=experts)
+    if ROUTED not in data.coords or sorted(map(int, data[ROUTED].values)) != sorted(experts):
+        return data
+    ordered = data.sel({ROUTED: experts}).drop_vars(ROUTED)
+    return ordered.assign({name: v.rename({ROUTED: "expert"}) for name, v in ordered.items() if ROUTED in v.dims})
 
 
 def items_by_domain(data: xr.Dataset) -> dict[str, NDArray[np.int64]]:
@@ -142,9 +170,10 @@ def routing_array(data: xr.Dataset, positions: str = "all", measure: str = "prob
     """
     if measure not in ("probability", "share"):
         raise ConfigError(f"measure={measure!r}", "'probability' or 'share'", "Choose one of these.")
+    axis = routed_axis(data)
     variable = data["routing_item" if measure == "probability" else "share_item"]
-    picked = variable.sel(positions=chosen(data, "positions", positions)).transpose("item", "layer", "routed_expert")
-    routed = [int(expert) for expert in data["routed_expert"].values]
+    picked = variable.sel(positions=chosen(data, "positions", positions)).transpose("item", "layer", axis)
+    routed = [int(expert) for expert in data[axis].values]
     taken = np.zeros((len(routed), data.sizes["expert"]))
     for column, label in enumerate(data["expert"].values):
         taken[[routed.index(expert) for expert in members(label)], column] = 1

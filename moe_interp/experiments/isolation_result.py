@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import xarray as xr
 
 from moe_interp.experiments import calibration as calibration_tables
 from moe_interp.experiments import specialization as specialization_tables
 from moe_interp.experiments.findings import findings_table, summary_text
+from moe_interp.experiments.headlines import isolation_headlines
 from moe_interp.experiments.impact import dominance_table, layer_impact_table
-from moe_interp.experiments.isolation_data import check_isolation, items_by_domain
+from moe_interp.experiments.isolation_data import check_isolation, items_by_domain, with_one_expert_axis
 from moe_interp.experiments.item_calibration import item_calibration_table
 from moe_interp.results import Result
 
@@ -21,6 +24,9 @@ class IsolationResult(Result, kind="isolation"):
     baseline), ``delta_first``, the scores, and the natural routing of each item and domain. It is not to be changed in
     place: tables are computed once and kept.
 
+    Experts are whole numbers, ``delta.sel(expert=3)``; texts such as "3+5" where sets were forced together. Natural
+    routing is on the axis ``expert`` too where every expert of the model stands alone, else on ``routed_expert``.
+
     Raises:
         DataError: The dataset is not one of an isolation run, or is incomplete.
     """
@@ -28,6 +34,9 @@ class IsolationResult(Result, kind="isolation"):
     main = "delta"
 
     check = staticmethod(check_isolation)
+
+    def __init__(self, data: xr.Dataset, **origin: Any) -> None:
+        super().__init__(with_one_expert_axis(data), **origin)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -92,6 +101,11 @@ class IsolationResult(Result, kind="isolation"):
     def findings_table(self) -> pd.DataFrame:
         """Beside the published numbers: :func:`moe_interp.experiments.findings.findings_table`."""
         return findings_table(self)
+
+    def headlines(self) -> list[str]:
+        """What was done and three findings, a sentence each:
+        :func:`moe_interp.experiments.headlines.isolation_headlines`."""
+        return isolation_headlines(self)
 
     def summary(self) -> str:
         """The run in plain words: what was done, what it could show, what it shows."""

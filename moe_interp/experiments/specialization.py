@@ -17,6 +17,7 @@ from moe_interp.experiments.isolation_data import (
     masses,
     members,
     quality_array,
+    routed_axis,
     sign,
 )
 
@@ -97,7 +98,7 @@ def specialization(
 
 def _tests(data: xr.Dataset, delta: FloatArray, level: float) -> pd.DataFrame:
     """One row per (domain, layer, expert): the columns that need that row's items only."""
-    layers, experts = data["layer"].values, data["expert"].values.astype(str)
+    layers, experts = data["layer"].values, data["expert"].values
     used, reached = _use(data)
     frames = []
     for domain, index in items_by_domain(data).items():
@@ -131,8 +132,9 @@ def _use(data: xr.Dataset) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] 
     set]``; None where experts were forced, or where a run does not say."""
     if sign(data) > 0 or "uses_item" not in data:
         return None, None
-    ids = [[data["routed_expert"].values.tolist().index(e) for e in members(label)] for label in data["expert"].values]
-    both = (data[name].transpose("item", "layer", "routed_expert").values for name in ("uses_item", "reaches_item"))
+    axis = routed_axis(data)
+    ids = [[data[axis].values.tolist().index(e) for e in members(label)] for label in data["expert"].values]
+    both = (data[name].transpose("item", "layer", axis).values for name in ("uses_item", "reaches_item"))
     used, reached = (np.stack([values[..., chosen].any(-1) for chosen in ids], axis=-1) for values in both)
     return used.astype(bool), reached.astype(bool)
 
@@ -202,7 +204,7 @@ def domain_effect_table(
     centred = sign(data) * quality_array(data, mass)
     labels = data["domain"].values.astype(str)
     result = stats.domain_effect(centred, labels, n_permutations=n_permutations, seed=seed)
-    layers, experts = data["layer"].values, data["expert"].values.astype(str)
+    layers, experts = data["layer"].values, data["expert"].values
     columns = {
         "layer": np.repeat(layers, len(experts)),
         "expert": np.tile(experts, len(layers)),

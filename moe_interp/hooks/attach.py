@@ -378,6 +378,7 @@ def _check_bridge(bridge: Any) -> TransformerBridge:
         raise AttachError(
             "a bridge that is already attached",
             "an unattached bridge",
-            "Use moe_interp.attached(bridge) to get its hooks, or detach() them first.",
+            "Go on with its hooks, moe = moe_interp.attached(bridge), or take them off first, moe.detach(): also where "
+            "a cell of a notebook runs again.",
         )
     return bridge

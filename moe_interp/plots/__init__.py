@@ -4,21 +4,27 @@ from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
 from moe_interp.plots.dominance import dominance
 from moe_interp.plots.figure import save_figure, to_svg
+from moe_interp.plots.figures import FIGURES
 from moe_interp.plots.layer_impact import layer_impact
 from moe_interp.plots.layer_regret import layer_regret
 from moe_interp.plots.regret_curve import regret_curve
+from moe_interp.plots.router_scores import router_scores
 from moe_interp.plots.sorted_p import sorted_p
 from moe_interp.plots.specialization_map import specialization_map
+from moe_interp.plots.strategies import strategies
 
 __all__ = [
+    "FIGURES",
     "calibration_scatter",
     "confidence",
     "dominance",
     "layer_impact",
     "layer_regret",
     "regret_curve",
+    "router_scores",
     "save_figure",
     "sorted_p",
     "specialization_map",
+    "strategies",
     "to_svg",
 ]

@@ -27,6 +27,7 @@ def calibration_scatter(result: IsolationTables, mass: str | None = None) -> Fig
     figure, axes = panels([_title(lines[domain]) for domain in domains], 2.9)
     low, high = points["routing"].min(), points["routing"].max()
     wide = 0 < 5 * low < high
+    routed = "routed_expert" if "routed_expert" in result.data.dims else "expert"
     layers = sorted(points["layer"].unique())
     for axis, domain in zip(axes, domains):
         here = points[points["domain"] == domain]
@@ -43,7 +44,7 @@ def calibration_scatter(result: IsolationTables, mass: str | None = None) -> Fig
             edgecolors="white",
         )
         axis.axhline(0, color=GREY, linewidth=0.8)
-        axis.axvline(1 / result.data.sizes["routed_expert"], color=GREY, linewidth=0.8, linestyle=":")
+        axis.axvline(1 / result.data.sizes[routed], color=GREY, linewidth=0.8, linestyle=":")
         if wide:
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

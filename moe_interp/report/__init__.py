@@ -1,6 +1,7 @@
 """Results to one self-contained HTML page."""
 
 from moe_interp.report.counterfactual import counterfactual_chapter, counterfactual_page
+from moe_interp.report.domain_router import domain_router_chapter, domain_router_page
 from moe_interp.report.isolation import isolation_chapter, isolation_page
 from moe_interp.report.page import render_page, write_page
 from moe_interp.report.tokens import token_view
@@ -8,6 +9,8 @@ from moe_interp.report.tokens import token_view
 __all__ = [
     "counterfactual_chapter",
     "counterfactual_page",
+    "domain_router_chapter",
+    "domain_router_page",
     "isolation_chapter",
     "isolation_page",
     "render_page",

@@ -22,7 +22,13 @@ def counterfactual_chapter(result: CounterfactualTables, title: str = "Counterfa
         for name, heading, text, draw, tabulate in _PARTS
     ]
     sections.append(Section("Token by token", "", view=token_view(result)))
-    return Chapter(title, result.summary(), tuple(sections), manifest=getattr(result, "manifest", None))
+    return Chapter(
+        title,
+        result.summary(),
+        tuple(sections),
+        headlines=tuple(result.headlines()),
+        manifest=getattr(result, "manifest", None),
+    )
 
 
 def counterfactual_page(result: CounterfactualTables, *, extra: Mapping[str, str] | None = None) -> str:
@@ -49,7 +55,8 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "confidence",
         "Is the router right where the model is confident?",
         "Alignment: rank correlation, within a token, of the router's log-probability of a route and how well the "
-        "route predicts the next token. Regret: what the best route scored would have gained. The table's classes are "
+        "route predicts the next token. Regret: what the best route scored would have gained. Inclusion 1: the share "
+        "of tokens whose standard route, the router's own, is the best of those scored. The table's classes are "
         "by a second draw of routes, free of the selection that classing by the standard route's own p brings; by that "
         "p where the run has no such draw.",
         plots.confidence,
@@ -60,7 +67,8 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "Is that regret more than luck?",
         "The best of many routes is better than one by chance alone. So the same is asked of a next token drawn from "
         "the model's own prediction (which is a null only where that prediction is calibrated), of random routes, of a "
-        "fresh draw of routes, and of the standard route itself.",
+        "fresh draw of routes (another draw by the same sampler, one of which takes the standard route's place), and "
+        "of the standard route itself. Matched: the share of tokens that can be compared.",
         plots.regret_curve,
         lambda r: r.controls(),
     ),

@@ -45,7 +45,7 @@ def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
     for name in [c for c in table if f"{c}_low" in table and f"{c}_high" in table]:
         bounds = zip(table[name], table[f"{name}_low"], table[f"{name}_high"])
         shown[name] = [_interval(*map(float, each)) for each in bounds]
-        shown = shown.drop(columns=[f"{name}_low", f"{name}_high"])
+        shown = shown.drop(columns=[f"{name}_low", f"{name}_high"]).rename(columns={name: f"{name} [95%]"})
     return shown
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_interp import plots
-from moe_interp.report.html import html_table
+from moe_interp.report.html import html_table, with_intervals
 from moe_interp.report.page import Chapter, render_page, section
 from moe_interp.results.tables import IsolationTables
 
@@ -24,8 +24,10 @@ def isolation_chapter(result: IsolationTables, title: str = "Expert isolation an
     return Chapter(
         title=title,
         summary=result.summary(),
-        findings=html_table(findings.drop(columns=["value", "low", "high"])),
-        findings_note=f"{findings.attrs['note']} Published: {findings.attrs['source']}.",
+        headlines=tuple(result.headlines()),
+        findings=html_table(findings.drop(columns=["value", "low", "high", "reliability"])),
+        findings_note=f"{findings.attrs['note']} Published: {findings.attrs['source']}. In square brackets: 95% "
+        "intervals.",
         sections=tuple(
             section(name, heading, text, draw and partial(draw, result), tabulate and partial(tabulate, result))
             for name, heading, text, draw, tabulate in _PARTS
@@ -39,19 +41,44 @@ def isolation_page(result: IsolationTables, *, extra: Mapping[str, str] | None =
     return render_page([isolation_chapter(result)], model=result.data.attrs.get("model", ""), extra=extra)
 
 
+_EACH = 3  # experts of a domain in the first table
+_LARGEST = 12  # rows of the table between domains
+
+
 def _specialized(result: IsolationTables) -> pd.DataFrame:
     table = result.specialization(baseline=_baseline(result))
-    return table[table["direction"].isin(["helped", "hurt"])].sort_values(["q", "p"], kind="stable")
+    table = table[table["direction"].isin(["helped", "hurt"])]
+    table = table.iloc[table["mean"].abs().argsort(kind="stable")[::-1]]
+    shown = table.groupby("domain", sort=True).head(_EACH).sort_values("domain", kind="stable")
+    return with_intervals(shown[["domain", "layer", "expert", "n", "mean", "mean_low", "mean_high", "q", "direction"]])
+
+
+def _correlations(result: IsolationTables) -> pd.DataFrame:
+    columns = ["domain", "n_items", "rho", "low", "high", "p", "reliability_routing", "reliability_quality"]
+    columns += ["corrected", "corrected_low", "corrected_high", "verdict"]
+    return _as_intervals(result.calibration_by_domain()[columns], rho=("low", "high"))
+
+
+def _worth(result: IsolationTables) -> pd.DataFrame:
+    return _as_intervals(result.layer_impact(baseline=_baseline(result)), impact=("low", "high"))
+
+
+def _as_intervals(table: pd.DataFrame, **bounds: tuple[str, str]) -> pd.DataFrame:
+    """Values and their bounds as one column, also of bounds that are not named after the value."""
+    names = {old: f"{name}_{end}" for name, both in bounds.items() for old, end in zip(both, ("low", "high"))}
+    return with_intervals(table.rename(columns=names))
 
 
 def _between(result: IsolationTables) -> pd.DataFrame:
     table = result.domain_effect()
-    return table[table["significant"]].sort_values(["q", "eta_squared"], ascending=[True, False], kind="stable")
+    table = table[table["significant"]].sort_values("eta_squared", ascending=False, kind="stable").head(_LARGEST)
+    return table.drop(columns=["statistic", "p", "significant"])
 
 
 def _dominant(result: IsolationTables) -> pd.DataFrame:
     table = result.dominance()
-    return table[table["rank"] <= 3].sort_values(["domain", "rank"], kind="stable")
+    table = table[table["rank"] <= 3].sort_values(["domain", "rank"], kind="stable")
+    return _as_intervals(table, share=("low", "high"))
 
 
 def _disagreeing(result: IsolationTables) -> pd.DataFrame:
@@ -73,7 +100,9 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "specialization",
         "Which experts help or hurt a domain",
         "Delta: answer log-probability with all tokens of one layer forced through one expert (or with the expert "
-        "ablated), minus the baseline's. The table lists the tests that reject, smallest q first.",
+        "ablated), minus the baseline's; mass one: the expert's weight is 1, mass natural: the sum that the token's "
+        "own experts had. The table lists the largest mean deltas of each domain among the tests that reject, three at "
+        "most: picked as the largest, they are likely smaller on new items.",
         lambda r: plots.specialization_map(r, baseline=_baseline(r)),
         _specialized,
     ),
@@ -96,9 +125,10 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "calibration",
         "Does the router prefer the better experts?",
         "rho: rank correlation over the experts of a layer between natural routing and quality, averaged over layers. "
-        "Corrected: what it would be without the noise of a finite number of items.",
+        "Corrected: what it would be without the noise of a finite number of items. Reliability: the share of the "
+        "differences between experts that new items would show again; too noisy where it cannot be told from 0.",
         plots.calibration_scatter,
-        lambda r: r.calibration_by_domain(),
+        _correlations,
     ),
     (
         "calibration-layers",
@@ -124,14 +154,16 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
     (
         "layer-impact",
         "What a layer's best expert is worth",
-        "Mean over domains of the best expert's delta; chosen on one half of the items, measured on the other.",
+        "Mean over domains of the best expert's delta, cross-fitted: chosen on one half of the items, measured on the "
+        "other. Naive: both on the same items, which is optimistic.",
         lambda r: plots.layer_impact(r, baseline=_baseline(r)),
-        lambda r: r.layer_impact(baseline=_baseline(r)),
+        _worth,
     ),
     (
         "domain-effect",
         "Specialization between domains",
-        "Experts that help some domains more than others, beyond domains being more or less fragile as a whole.",
+        "Experts that help some domains more than others, beyond domains being more or less fragile as a whole: of the "
+        "pairs that reject, those with the largest share of variance between domains (eta squared).",
         None,
         _between,
     ),

@@ -43,6 +43,7 @@ class Chapter:
     Attributes:
         title: Heading.
         summary: The result in words.
+        headlines: What was done, then the findings, a sentence each; the page begins with them.
         sections: Figures and tables.
         findings, findings_note: A table beside published numbers, and the sentence over it.
         manifest: Where the result comes from.
@@ -51,6 +52,7 @@ class Chapter:
     title: str
     summary: str
     sections: tuple[Section, ...]
+    headlines: tuple[str, ...] = ()
     findings: Markup | None = None
     findings_note: str = ""
     manifest: Manifest | None = None

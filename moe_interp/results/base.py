@@ -18,6 +18,7 @@ from moe_interp.results.content import content_checksum, read_netcdf, refuse_uns
 from moe_interp.results.files import replacing
 from moe_interp.results.manifest import Manifest, describe, plain
 from moe_interp.results.seals import read_sealed, sealed
+from moe_interp.results.views import draw, write_report
 
 CONTAINER = 2  # how dataset and manifest share a file; a class adds its own `version`
 SLOT = "slot"  # the axis of a route's experts
@@ -167,6 +168,32 @@ class Result:
         chosen = data[list(columns.values())]
         frame = chosen.to_dataframe() if chosen.dims else pd.DataFrame([{n: chosen[n].item() for n in chosen}])
         return frame.reset_index() if chosen.dims else frame
+
+    def plot(self, name: str | None = None, **options: Any) -> Any:
+        """A figure of the result, which a notebook shows as it is; ``moe_interp.plots.save_figure`` writes it.
+
+        Args:
+            name: Of the figure; the first of this kind's by default. ``moe_interp.plots.FIGURES[kind]`` lists them.
+            options: Of the figure's function, such as ``baseline``.
+
+        Returns:
+            A matplotlib ``Figure``.
+
+        Raises:
+            ConfigError: No figure of that name, or none at all for this kind of result.
+            DataError: The data cannot bear this figure.
+        """
+        return draw(self, self.kind, name, options)
+
+    def report(self, path: str | Path) -> Path:
+        """Write a page of the result, one HTML file that needs nothing else, and return its path.
+
+        An existing folder gets the file ``index.html``.
+
+        Raises:
+            ResultError: The file cannot be written.
+        """
+        return write_report(self, self.kind, path)
 
     def summary(self) -> str:
         """What it is, on which axes, and from where, in a few lines of text."""

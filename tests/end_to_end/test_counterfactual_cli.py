@@ -15,6 +15,7 @@ from moe_interp.cli.application import cli
 from moe_interp.errors import MoEInterpError
 from moe_interp.experiments import counterfactual
 from moe_interp.experiments.sequence_texts import FIELDS
+from moe_interp.plots import FIGURES
 from moe_interp.testbed.demo import load_demo_assets
 
 runner = CliRunner(env={"COLUMNS": "80", "HF_HUB_OFFLINE": "1"})
@@ -56,7 +57,7 @@ def test_the_demos_own_trajectories_are_the_default(tmp_path: Path) -> None:
     assert page.count("<svg") == 3
     assert "Regret in nats" in page
     assert str(tmp_path) not in page
-    for name in outputs.ROUTE_FIGURES:
+    for name in FIGURES["counterfactual"]:
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 1000
 
 

@@ -36,7 +36,7 @@ def test_demo_writes_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert "The published pattern" in done.output
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "Phi-mini-MoE" in page
-    assert page.count("<svg") == len(FIGURES) + len(ROUTE_FIGURES)
+    assert page.count("<svg") == len(FIGURES) + 1 + len(ROUTE_FIGURES)
     assert "Regret in nats" in page
     assert 'src="http' not in page
     for name in (*FIGURES, *ROUTE_FIGURES):

@@ -89,7 +89,7 @@ def test_first_layer_and_all_layers_agree_with_a_hand_written_hook() -> None:
                 logp = moe.bridge.run_with_hooks(tokens, fwd_hooks=fwd_hooks).log_softmax(-1)[0]
                 start = len(item["prompt"])
                 scores.append(np.mean([logp[start + k - 1, t].item() for k, t in enumerate(item["answer"])]))
-            found = result.data.delta.sel(mass="one", baseline="natural", item=item["id"], layer=layer, expert="2")
+            found = result.data.delta.sel(mass="one", baseline="natural", item=item["id"], layer=layer, expert=2)
             assert float(found) == pytest.approx(scores[0] - scores[1], abs=2e-5)
 
 

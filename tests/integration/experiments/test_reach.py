@@ -56,10 +56,10 @@ def test_what_cannot_reach_the_answer_changes_nothing(name: str) -> None:
     for number, item in enumerate(items):
         for layer, route in routes_one_at_a_time(moe, item).items():
             answer_from = len(item["prompt"]) - 1 if layer == last else 0
-            for expert in data["routed_expert"].values.tolist():
+            for expert in data["expert"].values.tolist():
                 where = (route == expert).any(-1)
                 at = {"item": number, "layer": data["layer"].values.tolist().index(layer)}
-                delta = data["delta"].isel(at).sel(expert=str(expert)).values
+                delta = data["delta"].isel(at).sel(expert=expert).values
                 uses, reaches = (bool(data[v].isel(at).values[expert]) for v in ("uses_item", "reaches_item"))
                 assert uses == bool(where.any())
                 assert reaches == bool(where[answer_from:-1].any())

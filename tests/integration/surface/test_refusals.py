@@ -45,7 +45,8 @@ def test_attaching_twice() -> None:
     assert refusal(caught.value) == (
         "a bridge that is already attached",
         "an unattached bridge",
-        "Use moe_interp.attached(bridge) to get its hooks, or detach() them first.",
+        "Go on with its hooks, moe = moe_interp.attached(bridge), or take them off first, moe.detach(): also where "
+        "a cell of a notebook runs again.",
     )
     assert_same(before, snapshot(bridge))
     assert attached(bridge) is moe

@@ -93,7 +93,7 @@ def planted_isolation(
             "baseline": list(baselines),
             "item": [f"{name}-{index}" for index, name in enumerate(domain)],
             "layer": np.arange(n_layers),
-            "expert": [str(e) for e in range(n_experts)],
+            "expert": np.arange(n_experts),
             "routed_expert": np.arange(n_experts),
             "positions": ["all", "prompt", "answer"],
             "domain": ("item", domain),
@@ -112,3 +112,9 @@ def planted_isolation(
         | dict(attrs or {}),
     )
     return IsolationResult(data)
+
+
+def routing_apart(data: xr.Dataset) -> xr.Dataset:
+    """Natural routing on an axis of its own, so that some of the experts can be selected, or put together to sets."""
+    names = ("routing_item", "share_item", "routing_prob", "slot_share")
+    return data.assign({name: data[name].rename(expert="routed_expert") for name in names})

@@ -74,22 +74,22 @@ def test_domains_too_small_for_any_test_are_shown_but_not_counted():
 def test_an_unused_expert_is_a_test_with_p_one():
     result = planted_isolation(mode="ablate", n_items={"math": 10, "facts": 10})
     data = result.data.copy(deep=True)
-    data["delta"].loc[{"expert": "4"}] = 0.0
+    data["delta"].loc[{"expert": 4}] = 0.0
     table = IsolationResult(data).specialization()
-    unused = table[table["expert"] == "4"]
+    unused = table[table["expert"] == 4]
     assert unused["unused"].all()
     assert (unused["p"] == 1).all()
     assert (unused["direction"] == "none").all()
     assert table.attrs["n_tests"] == 128
     assert table.attrs["unused"] == 8
-    assert not table.loc[table["expert"] != "4", "unused"].any()
+    assert not table.loc[table["expert"] != 4, "unused"].any()
 
 
 def test_the_masses_are_compared_cell_by_cell(planted):
     data = planted.data.copy(deep=True)
-    data["delta"].loc[{"mass": "natural", "layer": 1, "expert": "3"}] *= -1
+    data["delta"].loc[{"mass": "natural", "layer": 1, "expert": 3}] *= -1
     table = IsolationResult(data).mass_agreement()
-    row = table[(table["domain"] == "math") & (table["layer"] == 1) & (table["expert"] == "3")].iloc[0]
+    row = table[(table["domain"] == "math") & (table["layer"] == 1) & (table["expert"] == 3)].iloc[0]
     assert (row["direction_one"], row["direction_natural"], row["agree"]) == ("helped", "hurt", False)
     assert row["mean_natural"] == pytest.approx(-0.5 * row["mean_one"], rel=0.05)
     assert table.attrs["opposite"] == 1
@@ -102,7 +102,7 @@ def test_the_masses_are_compared_cell_by_cell(planted):
 
 def test_first_token_deltas_are_tested_on_their_own(planted):
     table = planted.specialization(score="first")
-    x = planted.data["delta_first"].sel(mass="one", baseline="natural", layer=0, expert="0")
+    x = planted.data["delta_first"].sel(mass="one", baseline="natural", layer=0, expert=0)
     x = x.values[planted.data["domain"].values == "code"]
     assert table.iloc[0]["mean"] == pytest.approx(x.mean())
 
@@ -115,7 +115,7 @@ def test_a_fragile_domain_is_no_specialization_and_a_planted_interaction_is():
     result = planted_isolation(domain_sd=0.0, cells={("math", 1, 3): 1.5})
     table = result.domain_effect()
     best = table.loc[table["q"].idxmin()]
-    assert (best["layer"], best["expert"], best["best_domain"], bool(best["significant"])) == (1, "3", "math", True)
+    assert (best["layer"], best["expert"], best["best_domain"], bool(best["significant"])) == (1, 3, "math", True)
     assert best["contrast_math"] > 0.5
 
 

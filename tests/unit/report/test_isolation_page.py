@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from html.parser import HTMLParser
 
@@ -70,7 +71,7 @@ def test_the_page_says_what_the_result_says(page, planted):
     assert "A comparison, not a reproduction" in page
     assert "207/896 (23%)" in page
     for row in planted.calibration_by_domain().itertuples():
-        assert f"{row.rho:.3g}" in page
+        assert f"{row.rho:.3f}" in page
     assert "12.3 s" in page
     assert planted.manifest.versions["numpy"] in page
 
@@ -111,8 +112,8 @@ def test_intervals_stand_beside_their_value():
         {"x": [0.12345, 1.0], "x_low": [0.1, float("nan")], "x_high": [0.2, float("nan")], "y": "long " * 20}
     )
     shown = with_intervals(table)
-    assert list(shown) == ["x", "y"]
-    assert shown["x"].tolist() == ["0.123\u00a0[0.100,\u00a00.200]", "1.000"]
+    assert list(shown) == ["x [95%]", "y"]
+    assert shown["x [95%]"].tolist() == ["0.123\u00a0[0.100,\u00a00.200]", "1.000"]
     assert html_table(shown).count('class="long"') == 2
 
 
@@ -125,3 +126,44 @@ def test_a_page_that_cannot_be_written_says_so(planted, tmp_path):
         .read_text(encoding="utf-8")
         .startswith("<!doctype html>")
     )
+
+
+def test_the_page_begins_with_what_was_done_and_three_findings(page, planted):
+    done, *found = planted.headlines()
+    assert len(found) == 3
+    assert done.startswith(
+        "Isolation of 16 experts in each of 3 layers of <planted & bold>; 26 items (code 12, math 14)"
+    )
+    before = page[: page.index("<table")]
+    for sentence in (done, *found):
+        assert html.escape(sentence) in before
+    assert all("26 items" in sentence for sentence in found)
+    assert "[95%: " in found[0]
+    assert "[95%: " in found[1]
+    assert planted.summary().startswith("\n* ".join([done, *found]))
+
+
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [
+        ("aligned", "The router prefers the better experts: "),
+        ("reversed", "The router prefers the worse experts: "),
+        ("permuted", "That the router prefers the better experts, or the worse, is not shown: "),
+    ],
+)
+def test_the_first_finding_says_what_was_planted(router, said):
+    assert planted_isolation(router=router).headlines()[1].startswith(said)
+
+
+@pytest.mark.parametrize("n_items", [{"a": 1}, {"a": 3}, {"a": 1, "b": 2}])
+def test_with_too_few_items_nothing_is_concluded(n_items):
+    found = planted_isolation(n_items=n_items, n_layers=2).headlines()[1:]
+    assert found[0].startswith("Whether the router prefers the better experts cannot be said: too noisy to tell (")
+    assert found[1].startswith("Which experts help or hurt a domain cannot be said: too few items in every domain")
+    assert not any("nan" in sentence for sentence in found)
+
+
+def test_the_first_table_shows_the_largest_deltas_of_each_domain(page):
+    first = page[page.index("Which experts help or hurt a domain") :]
+    rows = first[first.index("<tbody>") : first.index("</tbody>")]
+    assert rows.count("<tr>") == 6

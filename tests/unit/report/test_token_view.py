@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
-from moe_interp.report import counterfactual_page, token_view
+from moe_interp.report import counterfactual_page, isolation_page, token_view
 from moe_interp.report.tokens import STEPS
+from tests.unit.experiments.planted_isolation import planted_isolation
 from tests.unit.plots.planted_routes import REGRETTED, TEXTS, planted_routes
 from tests.unit.report.test_isolation_page import Nesting
 
@@ -75,7 +76,8 @@ def test_text_cannot_leave_the_script_or_the_table(page):
     # the data's own closing tag would end the script
     assert page.count("</script>") == page.count("<script") == 2
     assert "<b>" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
-    worst = page[page.index("<details>") : page.index("</details>")]
+    start = page.index("<details>")
+    worst = page[start : page.index("</details>", start)]
     assert "2.5" in worst.split("<tr>")[2]  # the first row
     assert worst.count("<tr>") == 21
 
@@ -154,8 +156,10 @@ document.body.textContent = "ANSWER" + JSON.stringify(say) + "ANSWER";
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium to open the page in")
 @pytest.mark.parametrize("width", [1200, 500])
-def test_tables_are_whole_on_a_wide_page_and_figures_readable_on_a_narrow_one(page, tmp_path: Path, width):
-    said = asked(page, MEASURE, tmp_path, width)
+@pytest.mark.parametrize("kind", ["counterfactual", "isolation"])
+def test_tables_are_whole_on_a_wide_page_and_figures_readable_on_a_narrow_one(page, tmp_path: Path, kind, width):
+    shown = page if kind == "counterfactual" else isolation_page(planted_isolation())
+    said = asked(shown, MEASURE, tmp_path, width)
     assert said["page"]
     assert said["tables"] or width < 1200
     assert said["drawn"] >= 640  # of 900: text of eight points stays above five

@@ -1,0 +1,31 @@
+"""The figures of each kind of result, by name; the first is the one that ``result.plot()`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from moe_interp.plots.calibration_scatter import calibration_scatter
+from moe_interp.plots.confidence import confidence
+from moe_interp.plots.dominance import dominance
+from moe_interp.plots.layer_impact import layer_impact
+from moe_interp.plots.layer_regret import layer_regret
+from moe_interp.plots.regret_curve import regret_curve
+from moe_interp.plots.router_scores import router_scores
+from moe_interp.plots.sorted_p import sorted_p
+from moe_interp.plots.specialization_map import specialization_map
+from moe_interp.plots.strategies import strategies
+
+FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
+    "isolation": {
+        "specialization": specialization_map,
+        "calibration": calibration_scatter,
+        "dominance": dominance,
+        "layer_impact": layer_impact,
+        "sorted_p": sorted_p,
+    },
+    "counterfactual": {"confidence": confidence, "regret_curve": regret_curve, "layer_regret": layer_regret},
+    "domain_router": {"router_scores": router_scores},
+    "testbed": {"strategies": strategies},
+}
