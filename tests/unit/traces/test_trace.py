@@ -218,3 +218,19 @@ def test_labels_that_no_file_holds_are_refused(odd):
     assert trace.domains == ("12", "3")
     with pytest.raises(DataError, match="domain "):
         trace.with_domain(odd if odd is not None else [odd] * 2)
+
+
+def test_a_parquet_file_whose_rows_were_moved_is_refused(tmp_path):
+    """Rows are read by their place: a filtered, sorted or joined table would give routes to other layers and tokens."""
+    from pyarrow import parquet
+
+    path = labelled().save(tmp_path / "trace.parquet")
+    table = parquet.read_table(path)
+    order = np.arange(len(table))
+    by_layer = np.lexsort((order, table["layer"].to_numpy()))
+    for rows in (by_layer, order[::-1], order[1:], np.delete(order, 3), np.roll(order, len(labelled().layers))):
+        parquet.write_table(table.take(rows), path)
+        with pytest.raises(ResultError, match=r"cannot be read as a trace"):
+            RoutingTrace.read(path)
+    parquet.write_table(table, path)
+    assert np.array_equal(RoutingTrace.read(path).expert_indices, labelled().expert_indices)
