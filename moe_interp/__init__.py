@@ -5,7 +5,6 @@ The names below are resolved on first use, so that ``import moe_interp`` stays a
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +91,8 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
+            from difflib import get_close_matches  # takes longer than all the rest of this import
+
             near = get_close_matches(name, __all__, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Public names: {', '.join(__all__)}."
             raise AttributeError(f"module 'moe_interp' has no attribute {name!r}.{hint}")

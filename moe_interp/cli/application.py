@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +22,7 @@ from moe_interp.cli.startup import INTERRUPTED
 from moe_interp.cli.support import support
 from moe_interp.cli.testbed import compare_strategies
 from moe_interp.cli.verify import verify_model
-from moe_interp.errors import MoEInterpError
+from moe_interp.errors import ConfigError, MoEInterpError
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings the class, but no name for it
 
@@ -41,6 +42,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {name for parameter in self.params for name in parameter.opts}
+        if "--out=" in args or any(pair in (("--out", ""), ("-o", "")) for pair in zip(args, args[1:])):
+            raise ConfigError("--out ''", "a folder to write to", "Name one; '.' is where you are.")
         aliases = ALIASES | INPUTS.get(self.name or "", {})
 
         def renamed(arg: str) -> str:
@@ -107,6 +110,7 @@ def _in_words(error: Any) -> str:
 
 def run() -> NoReturn:
     """Parse the arguments and run the command; every end is an exit code and at most one message, never a traceback."""
+    warnings.showwarning = console.show_warning
     try:
         code = cli(prog_name=PROGRAM, standalone_mode=False) or 0
         sys.stdout.flush()
@@ -119,7 +123,15 @@ def run() -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
         console.say("Interrupted.")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's own class comes with torch
+            raise
+        code = 1
+        console.fail(f"{str(error).splitlines()[0]}. Lower --memory, or take fewer and shorter inputs.", "MemoryError")
     except BrokenPipeError:  # the reader of the output, such as `head`, has enough
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # such as a full disk, or a file that went away during the run
+        code = 1
+        console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.", "OSError")
     sys.exit(code)

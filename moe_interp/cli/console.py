@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from moe_interp.cli.words import in_options
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -20,8 +24,13 @@ def say(text: str) -> None:
 
 
 def fail(text: str, kind: str) -> None:
-    """An error of a kind as one red text, so that it breaks between words."""
-    err.print(Text.assemble((f"{kind}: ", "bold red"), (text, "red")))
+    """An error of a kind as one red text, so that it breaks between words; Python's arguments become options."""
+    err.print(Text.assemble((f"{kind}: ", "bold red"), (in_options(text), "red")))
+
+
+def show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """In the place of :func:`warnings.showwarning`: the text alone, without the line of code that it arose at."""
+    err.print(Text.assemble(("Warning: ", "bold yellow"), in_options(" ".join(str(message).split()))))
 
 
 def summary(text: str, soft_wrap: bool = False) -> None:
@@ -43,6 +52,8 @@ def quantity(n: int, noun: str, plural: str | None = None) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], wrap: Sequence[str] = ()) -> Table:
     """A rich table whose columns keep their words whole, but for those in ``wrap``."""
+    from rich.table import Table  # most answers have none
+
     made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None, padding=(0, 2, 0, 0))
     for name in columns:
         made.add_column(name, no_wrap=name not in wrap, overflow="fold")

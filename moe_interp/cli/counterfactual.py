@@ -20,6 +20,7 @@ from moe_interp.cli.options import (
     Resume,
     Seed,
 )
+from moe_interp.cli.progress import in_log
 from moe_interp.cli.startup import work_begins
 from moe_interp.errors import ConfigError
 
@@ -81,7 +82,7 @@ def counterfactual(
     chosen = read_sequence_files(files, first, **names)
     moe = load_hooks(model, device, dtype)
     labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
-    read = announced_sequences(moe, chosen, len(labels or moe.layers), routes)
+    read = announced_sequences(moe, chosen, len(set(labels or moe.layers)), routes)
     work_begins()
     store = cell_folder(context, out / ROUTE_CELLS, "sequences")
     with finished_cells(store.path, resume):
@@ -96,6 +97,7 @@ def counterfactual(
             method=method,  # type: ignore[arg-type]
             memory_budget=budget,
             store=store,
+            progress=in_log("scoring routes"),
         )
     write_counterfactual(result, out)
     write_page(out / "index.html", counterfactual_page(result))

@@ -20,6 +20,7 @@ from moe_interp.cli.options import (
     Resume,
     Seed,
 )
+from moe_interp.cli.progress import in_log
 from moe_interp.cli.startup import work_begins
 
 
@@ -73,7 +74,7 @@ def isolate(
     chosen = read_items(files, wanted, first, **names)
     moe = load_hooks(model, device, dtype)
     labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
-    announce_items(chosen, len(labels or moe.layers), len(sets or range(moe.spec(moe.layers[0]).n_experts)))
+    announce_items(chosen, len(set(labels or moe.layers)), len(sets or range(moe.spec(moe.layers[0]).n_experts)))
     work_begins()
     store = cell_folder(context, out / CELLS, "items")
     with finished_cells(store.path, resume):
@@ -87,6 +88,7 @@ def isolate(
             memory_budget=budget,
             seed=seed,
             store=store,
+            progress=in_log("isolating experts"),
         )
     write_isolation(result, out)
     write_page(out / "index.html", isolation_page(result))

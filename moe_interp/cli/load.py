@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from moe_interp.cli.options import DEMO, check_dtype, check_model
+from moe_interp.cli.progress import on_terminal
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.testbed.demo import load_demo_assets
@@ -38,6 +40,8 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
     check_dtype(dtype)
     source = _source(model)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not on_terminal():
+        transformers_logging.disable_progress_bar()
     has_text = not Path(source).is_dir() or _has_tokenizer(Path(source))
     if not has_text:
         options = {"tokenizer": _stand_in(), **options}

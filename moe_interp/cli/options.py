@@ -5,11 +5,11 @@ A command first checks everything here that can be checked without a model, and 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +37,7 @@ STRATEGIES = (
 DOMAINS = ("arithmetic", "facts", "puzzles", "lookups", "code")
 PRECISIONS = ("no", "bf16")
 PRESETS = ("smoke", "demo", "paper")
-DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "npu", "meta")
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "npu")
 
 
 def completes(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -68,6 +68,8 @@ Resume = Annotated[bool, typer.Option(help="Go on with the finished cells in --o
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """``Did you mean force?`` where a known name is near; else nothing."""
+    from difflib import get_close_matches  # a tenth of the start, for mistakes alone
+
     names = {name.lower(): name for name in known}
     found = get_close_matches(given.lower(), list(names), n=1)
     return f"Did you mean {names[found[0]]}?" if found else ""
@@ -158,7 +160,11 @@ def memory_bytes(gib: float | None) -> int | None:
         ConfigError: not a positive number.
     """
     check_positive("--memory", gib, "GiB")
-    return None if gib is None else int(gib * 2**30)
+    if gib is None:
+        return None
+    if gib >= 2**33:  # 64 bits of bytes
+        raise ConfigError(f"--memory {gib:g}", "a positive number of GiB, below 2**33", "Leave it out for the default.")
+    return int(gib * 2**30)
 
 
 def layer_names(layers: list[str] | None) -> list[str] | None:
@@ -251,8 +257,13 @@ def check_out(out: Path) -> None:
     """Refuse, before anything runs, a folder that cannot be one or be written to.
 
     Raises:
-        ResultError: it is a file, would lie in one, or may not be written to.
+        ResultError: it is a file, would lie in one, may not be written to, or has too long a name.
     """
+    try:
+        os.lstat(out)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ResultError(f"--out {str(out)[:60]}...", "a name that is not too long", "Shorten it.") from error
     expected, there = "a folder to write to", next((path for path in (out, *out.parents) if exists(path)), None)
     if there is not None and not os.path.isdir(there):
         raise ResultError(f"{str(there)!r} is a file", expected, "Choose another folder, or move the file away.")

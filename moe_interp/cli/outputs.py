@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from moe_interp.cli import console
+from moe_interp.cli.words import in_options
 from moe_interp.errors import DataError
 from moe_interp.experiments.counterfactual_result import CounterfactualResult
 from moe_interp.experiments.isolation_result import IsolationResult
 from moe_interp.plots import FIGURES, save_figure
+from moe_interp.results.files import replacing
 from moe_interp.results.tables import classed_by
 
 CELLS = "cells"
@@ -32,6 +32,12 @@ def write_counterfactual(result: CounterfactualResult, out: Path) -> None:
     write_figures(result, FIGURES["counterfactual"], out / "figures")
 
 
+def write_table(rows: str, path: Path) -> None:
+    """Comma-separated rows as a file, whole or not at all."""
+    with replacing(path) as file:
+        file.write(rows.encode())
+
+
 def write_figures(result: Any, figures: Mapping[str, Callable[[Any], Any]], folder: Path) -> None:
     """Write those figures that can be drawn as ``folder/<name>.svg``; what is missing is said."""
     for name, draw in figures.items():
@@ -40,7 +46,7 @@ def write_figures(result: Any, figures: Mapping[str, Callable[[Any], Any]], fold
         try:
             figure = draw(result)
         except DataError as error:  # what so few items or experts cannot bear; the page gives the same reason
-            console.err.print(escape(f"Without the figure {name}: {error}"))
+            console.say(in_options(f"Without the figure {name}: {error}"))
         else:
             save_figure(figure, path)
 

@@ -74,6 +74,7 @@ def compare_strategies(
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
 
+    from moe_interp.cli.outputs import write_table
     from moe_interp.testbed.compare import compare
 
     transformers_logging.disable_progress_bar()  # of saving
@@ -87,8 +88,8 @@ def compare_strategies(
     if not PartialState().is_main_process:
         return
     result.save(out / "testbed.nc")
-    result.table().to_csv(out / "table.csv")
-    result.runs.to_csv(out / "runs.csv", index=False)
+    write_table(result.table().to_csv(), out / "table.csv")
+    write_table(result.runs.to_csv(index=False), out / "runs.csv")
     console.summary(result.summary(), soft_wrap=True)
     console.out.print(
         f"\nThe table is {out / 'table.csv'}, the runs are in runs.csv, the result in testbed.nc.",

@@ -102,7 +102,7 @@ def test_a_failed_check_gives_exit_code_one(olmoe: Path, monkeypatch: pytest.Mon
         (["--model", "{olmoe}", "--tokens", "5,x"], ["--tokens '5,x'", "integers separated by commas"]),
         (["--model", "{olmoe}", "--tokens", "5", "--text", "w3"], ["both --text and --tokens"]),
         (["--model", "{olmoe}", "--layer", "9"], ["layer 9, which does not exist", "[0, 1, 2]"]),
-        (["--model", "{dense}"], ["a model without MoE layers", "support_table()"]),
+        (["--model", "{dense}"], ["a model without MoE layers", "See `moe-interp support`"]),
         (["--model", "{empty}"], ["without a config.json"]),
     ],
 )

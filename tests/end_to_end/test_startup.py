@@ -13,10 +13,15 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+import xarray as xr
+from typer.testing import CliRunner
 
+import moe_interp as mi
 from moe_interp.arch.families import FAMILIES
 from moe_interp.cli import inputs, models, options, testbed
+from moe_interp.cli.application import cli
 from moe_interp.cli.options import nearest
+from moe_interp.cli.startup import INTERRUPTED
 from moe_interp.experiments.variants import Mode
 from moe_interp.routes import Method
 from moe_interp.testbed.config import TestbedConfig
@@ -62,6 +67,11 @@ ANSWERS: list[tuple[list[str], int, str]] = [
     ([*ISOLATE, "--per-domain", "-3"], 1, "--first -3"),
     ([*ISOLATE, "--random-draws", "0"], 1, "--random-draws 0"),
     ([*ISOLATE, "--memory", "nan"], 1, "--memory nan. Expected: a positive number of GiB"),
+    ([*ISOLATE, "--memory", "1e300"], 1, "--memory 1e+300. Expected: a positive number of GiB, below 2**33"),
+    ([*ISOLATE, "--device", "meta"], 1, "--device meta. Expected: a device such as cpu"),
+    (["isolate", "-m", "demo", "-o", "x" * 300], 1, "a name that is not too long"),
+    (["isolate", "-m", "demo", "-o", ""], 1, "--out ''. Expected: a folder to write to"),
+    (["demo", "--out="], 1, "--out ''. Expected: a folder to write to"),
     ([*ISOLATE, "--memory-budget", "-1"], 1, "--memory -1.0"),
     ([*ISOLATE, "--seed", str(2**63)], 1, f"--seed {2**63}. Expected: a whole number of 64 bits"),
     ([*ISOLATE, "--dtype", "bfloat"], 1, "Did you mean bfloat16?"),
@@ -197,33 +207,43 @@ app()
     assert done.returncode == 128 + signal.SIGINT
 
 
-def test_a_run_is_interrupted_in_one_line_and_goes_on(tmp_path: Path) -> None:
-    """In the middle of the work, from outside; then the same command, which finishes."""
-    arguments = [
-        "isolate",
-        "-m",
-        "demo",
-        "-o",
-        str(tmp_path),
-        "--first",
-        "6",
-        "--experts",
-        "0,1",
-        "--random-draws",
-        "1",
-    ]
-    code = "from moe_interp.cli.main import app; app()"
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=-1, stderr=-1, text=True)
-    while not list(tmp_path.glob("cells/*.npz")) and process.poll() is None:
+SMALL = ["isolate", "-m", "demo", "--first", "6", "--experts", "0,1", "--random-draws", "1", "-o"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> mi.IsolationResult:
+    out = tmp_path_factory.mktemp("whole")
+    assert CliRunner().invoke(cli, [*SMALL, str(out)]).exit_code == 0
+    return mi.load_result(out)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_in_its_middle_goes_on_to_the_same_result(
+    ended_by: signal.Signals, tmp_path: Path, uninterrupted: mi.IsolationResult
+) -> None:
+    """From outside, as by Ctrl-C and ``kill -9``; then the same command, which finishes."""
+    command = [sys.executable, "-m", "moe_interp.cli", *SMALL, str(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=-1, stderr=-1, text=True)
+    while not list(tmp_path.glob("cells/[0-9]*.npz")) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ended_by)
     _, said = process.communicate()
     if process.returncode == 0:
-        pytest.skip("it had finished before it was interrupted")
-    assert process.returncode == 128 + signal.SIGINT
-    assert "Interrupted. The same command goes on from the finished cells" in " ".join(said.split())
+        pytest.skip("it had finished before it was ended")
+    # a log: no bars, no codes of a terminal, no code of Python
+    assert "Loading" not in said
+    assert not set(said) & {"\r", "\x1b"}, said
     assert "Traceback" not in said
-    assert said.count("Interrupted") == 1
+    if ended_by == signal.SIGINT:
+        assert process.returncode == INTERRUPTED
+        assert "Interrupted. The same command goes on from the finished cells" in " ".join(said.split())
+        assert said.count("Interrupted") == 1
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "isolation.nc").exists()
+    assert CliRunner().invoke(cli, [*SMALL, str(tmp_path)]).exit_code == 0
+    xr.testing.assert_equal(mi.load_result(tmp_path).data, uninterrupted.data)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_output_may_end_before_the_command_does() -> None:
