@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -42,7 +43,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {name for parameter in self.params for name in parameter.opts}
-        if "--out=" in args or any(pair in (("--out", ""), ("-o", "")) for pair in zip(args, args[1:])):
+        if "--out=" in args or any(pair in (("--out", ""), ("-o", "")) for pair in pairwise(args)):
             raise ConfigError("--out ''", "a folder to write to", "Name one; '.' is where you are.")
         aliases = ALIASES | INPUTS.get(self.name or "", {})
 

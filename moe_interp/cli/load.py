@@ -49,7 +49,9 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
         bridge = TransformerBridge.boot_transformers(
             source, device=_device(device), dtype=getattr(torch, dtype), **options
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged weights raise errors of any class
+        if "allocate" in str(error):  # out of memory
+            raise
         raise _explained(model, error) from error
     if not has_text:
         bridge.tokenizer = None

@@ -191,7 +191,7 @@ def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int 
     A text begins with BOS once, where the model expects it.
 
     Raises:
-        DataError: text without a tokenizer, or longer than the model's context.
+        DataError: text without a tokenizer, ids that the model does not have, none, or more than its context.
         ConfigError: not 2-D, or not integers.
     """
     device = device_of(bridge.original_model)
@@ -202,6 +202,8 @@ def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int 
         if len(row) > context:
             raise DataError(f"a text of {len(row)} tokens", f"at most the model's context of {context}", "Shorten it.")
         reader.warn("text")
+        if not row:
+            raise DataError("a text without a token", "at least one token", "Give a longer text.")
         return torch.tensor([row], device=device)
     if tokens is None:
         ids = torch.arange(int(bridge.cfg.d_vocab))
@@ -214,6 +216,13 @@ def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int 
             "integer ids [batch, pos]",
             "Pass bridge.to_tokens(text), or leave tokens out.",
         )
+    context = int(getattr(bridge.cfg, "n_ctx", 0) or tokens.shape[1])
+    vocabulary = int(bridge.cfg.d_vocab)
+    if tokens.shape[1] > context or not tokens.numel():
+        given = f"{tokens.shape[1]} tokens"
+        raise DataError(given, f"at least one, and at most the model's context of {context}", "Pass others.")
+    if bad := [i for i in tokens.flatten().tolist() if not 0 <= i < vocabulary]:
+        raise DataError(f"token id {bad[0]}", f"ids from 0 to {vocabulary - 1}", "Tokenise for this model.")
     return tokens.to(device)
 
 

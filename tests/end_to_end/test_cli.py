@@ -16,6 +16,7 @@ from moe_interp.arch.families import FAMILIES
 from moe_interp.cli import console
 from moe_interp.cli.application import cli, run
 from moe_interp.cli.load import load_bridge
+from moe_interp.errors import ConfigError
 from moe_interp.hooks.layer import OpenLayer
 from moe_interp.hooks.names import HOOK_NAMES
 from moe_interp.hooks.support import support_markdown
@@ -101,6 +102,9 @@ def test_a_failed_check_gives_exit_code_one(olmoe: Path, monkeypatch: pytest.Mon
         (["--model", "{olmoe}", "--device", "cuda:77"], ["--device cuda:77", "Try --device cpu"]),
         (["--model", "{olmoe}", "--tokens", "5,x"], ["--tokens '5,x'", "integers separated by commas"]),
         (["--model", "{olmoe}", "--tokens", "5", "--text", "w3"], ["both --text and --tokens"]),
+        (["--model", "{olmoe}", "--tokens", "5,999999"], ["token id 999999. Expected: ids from 0 to 100"]),
+        (["--model", "{olmoe}", "--tokens", ",".join(["5"] * 9999)], ["9999 tokens. Expected: at least one"]),
+        (["--model", "demo", "--text", ""], ["a text without a token"]),
         (["--model", "{olmoe}", "--layer", "9"], ["layer 9, which does not exist", "[0, 1, 2]"]),
         (["--model", "{dense}"], ["a model without MoE layers", "See `moe-interp support`"]),
         (["--model", "{empty}"], ["without a config.json"]),
@@ -171,6 +175,14 @@ def test_a_folder_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     assert "could not be loaded: " in str(done.exception)
     assert "Load it with transformers alone" in str(done.exception)
     assert "HF_HUB_OFFLINE" not in str(done.exception)
+
+
+def test_weights_that_were_cut_short_are_refused(tmp_path: Path) -> None:
+    tiny.build_hf("olmoe").save_pretrained(tmp_path)
+    (file := tmp_path / "model.safetensors").write_bytes(file.read_bytes()[:500])
+    done = runner.invoke(cli, ["verify", "--model", str(tmp_path)])
+    assert isinstance(done.exception, ConfigError)
+    assert "could not be loaded: Error while deserializing header" in str(done.exception)
 
 
 def test_bridges_are_loaded_in_eval_mode_and_in_the_dtype_asked_for(olmoe: Path) -> None:

@@ -103,11 +103,11 @@ def test_no_error_that_a_command_can_meet_names_an_argument_of_python() -> None:
         ("pool=2 of a model", "--pool 2 of a model"),
         ("method='naive', or 'auto'", "--method naive, or 'auto'"),
         ("one with controls=True for the classes", "one with --controls for the classes"),
-        ("layers=[0, 0]. Expected: each once. Correct layers.", "--layers [0, 0]. Expected: each once. Correct --layers."),
+        ("layers=[0, 0]. Correct layers.", "--layers [0, 0]. Correct --layers."),
         (
-            "expert 1 twice in the route of position 0 at experts. Expected: each expert at most once a token. Remove the "
-            "duplicate; scale the expert's weight if it should count twice. The model was left as it was.",
-            "expert 1 twice in --experts. Expected: each expert at most once a token. Remove the duplicate.",
+            "expert 1 twice in the route of position 0 at experts. Expected: each once. Remove the duplicate; scale "
+            "the expert's weight if it should count twice. The model was left as it was.",
+            "expert 1 twice in --experts. Expected: each once. Remove the duplicate.",
         ),
         ("(prompt_field, answer_field, ...)", "(--prompt-field, --answer-field)"),
         ("4 experts for 2 domains with top_k=5", "4 experts for 2 domains with --set model.top_k=5"),
