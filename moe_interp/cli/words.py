@@ -39,6 +39,7 @@ PHRASES = (
     (r"(;|\.) [Tt]he model was left as it was\b", ""),
     (r", text_field\)", ")"),
     (r", \.\.\.\)", ")"),
+    (r", or leave out store=", ""),
     (r"Choose one of moe\.layers|Leave `layers` out to attach to all of them", "Leave --layers out for all of them"),
     (r"Leave layers out", "Leave --layers out"),
     (r"[Ss]ee moe_interp\.support_table\(\)", "See `moe-interp support`"),
