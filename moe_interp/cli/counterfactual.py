@@ -20,7 +20,6 @@ from moe_interp.cli.options import (
     Resume,
     Seed,
 )
-from moe_interp.cli.progress import in_log
 from moe_interp.cli.startup import work_begins
 from moe_interp.errors import ConfigError
 
@@ -97,7 +96,6 @@ def counterfactual(
             method=method,  # type: ignore[arg-type]
             memory_budget=budget,
             store=store,
-            progress=in_log("scoring routes"),
         )
     write_counterfactual(result, out)
     write_page(out / "index.html", counterfactual_page(result))

@@ -12,7 +12,6 @@ import typer
 
 from moe_interp.cli import console, options
 from moe_interp.cli.options import DEMO, Device, Memory, Resume, Seed
-from moe_interp.cli.progress import in_log
 from moe_interp.cli.startup import work_begins
 
 PER_DOMAIN = 40  # enough for the tests, and within a minute on two cores
@@ -70,16 +69,14 @@ def demo(
     work_begins()
     with stage("isolating experts"), finished_cells(out / CELLS, resume):
         store = cell_folder(context, out / CELLS, "items")
-        report = in_log("isolating experts")
-        result = isolate_experts(moe, items, memory_budget=budget, seed=seed, store=store, progress=report)
+        result = isolate_experts(moe, items, memory_budget=budget, seed=seed, store=store)
     with stage("replacing the router"):
-        routers = score_domain_router(moe, items, result, seed=seed, progress=in_log("scoring routers"))
+        routers = score_domain_router(moe, items, result, seed=seed)
         routers.save(out / "domain_router.nc")
     with stage("scoring counterfactual routes"), finished_cells(out / ROUTE_CELLS, resume):
         sequences = demo_sequences(first, LONGEST)
         store = cell_folder(context, out / ROUTE_CELLS, "sequences")
-        report = in_log("scoring routes")
-        routes = counterfactual_routes(moe, sequences, memory_budget=budget, seed=seed, store=store, progress=report)
+        routes = counterfactual_routes(moe, sequences, memory_budget=budget, seed=seed, store=store)
     with stage("statistics and figures"):
         write_isolation(result, out)
         write_counterfactual(routes, out)

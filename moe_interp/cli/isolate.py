@@ -20,7 +20,6 @@ from moe_interp.cli.options import (
     Resume,
     Seed,
 )
-from moe_interp.cli.progress import in_log
 from moe_interp.cli.startup import work_begins
 
 
@@ -88,7 +87,6 @@ def isolate(
             memory_budget=budget,
             seed=seed,
             store=store,
-            progress=in_log("isolating experts"),
         )
     write_isolation(result, out)
     write_page(out / "index.html", isolation_page(result))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from moe_interp.cli.options import DEMO, check_dtype, check_model
-from moe_interp.cli.progress import on_terminal
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.testbed.demo import load_demo_assets
@@ -40,7 +40,7 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
     check_dtype(dtype)
     source = _source(model)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if not on_terminal():
+    if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     has_text = not Path(source).is_dir() or _has_tokenizer(Path(source))
     if not has_text:
