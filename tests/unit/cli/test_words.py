@@ -29,7 +29,7 @@ NOT_REACHED = {
     *("check_way", "check_thresholds", "by_token_type", "check_size", "best_experts", "check_isolation"),
     *("delta_array", "routing_array", "check_counterfactual", "_asked", "_check_counts", "check_attached"),
     *("_check_bridge", "patch_index", "block_sizes", "halves_by_sequence", "load_demo_assets", "_no_scores", "route"),
-    *("save", "load", "result_class", "result_file", "read_result_file", "domain_effect_table", "check_budget"),
+    *("save", "load", "result_class", "result_file", "read_result_file", "domain_effect_table", "check_budget", "draw"),
 }
 
 NOT_SAID = {"a sampler, such as GumbelTopK()", "baselines=3, mode=3"}
