@@ -1,4 +1,6 @@
-"""Levels and coverage of the statistics, by simulation; writes docs/stats-coverage.md.
+"""Levels and coverage of the statistics, by simulation.
+
+Rewrites the tables between the marks of docs/stats-coverage.md that are named below, and nothing else.
 
 python benchmarks/stats_coverage.py                 # the full study, about an hour on one core
 python benchmarks/stats_coverage.py --runs 50       # a quick look, written to the terminal only
@@ -83,26 +85,7 @@ def levels_section(runs: int) -> str:
     a, b = stats.derive_rng(4, "levels").standard_normal((2, runs, 2, 4, 16))
     tests = [stats.mean_rho_permutation(*pair, n_permutations=399, seed=k) for k, pair in enumerate(zip(a, b))]
     rows.append(["mean rho, 2 domains x 4 layers", share(np.array([whole.p_value <= 0.05 for _, whole in tests]))])
-    for effect in (0.0, 0.7):
-        cell, whole = domain_effect_hits(effect, runs)
-        name = "no interaction" if effect == 0 else f"interaction of {effect} sd in every expert"
-        rows.append([f"domain effect per (layer, expert), {name}", share(cell)])
-        rows.append([f"domain effect, all at once, {name}", share(whole)])
     return table(["test", "share with p <= .05"], rows)
-
-
-def domain_effect_hits(effect: float, runs: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Four domains of 12 items with main effects of 0, 1, 2 and 3 sd, and an interaction of sd ``effect``."""
-    domain = np.repeat(np.arange(4), 12)
-    cell, whole = [], []
-    for run in range(runs):
-        rng = stats.derive_rng(run, "domain_effect", str(effect))
-        delta = rng.standard_normal((48, 4, 8)) + rng.standard_normal((48, 1, 1)) + 1.0 * domain[:, None, None]
-        delta += effect * rng.standard_normal((4, 4, 8))[domain]
-        result = stats.domain_effect(delta, domain, n_permutations=399, seed=run)
-        cell.append(result.p_value <= 0.05)
-        whole.append(result.global_p <= 0.05)
-    return np.array(cell), np.array(whole)
 
 
 def calibration_run(run: int, reliability: float, planted: float, n: int, skewed: bool) -> tuple[float, ...]:
@@ -158,66 +141,36 @@ def calibration_section(runs: int, workers: int, done: Path | None) -> str:
     return table([*head, "mean reliability of x found", "too noisy"], rows)
 
 
-PAGE_TEXT = """# Levels and coverage of the statistics
+SECTIONS = ("intervals", "levels", "corrected calibration")
 
-Written by `benchmarks/stats_coverage.py`; all intervals and tests are at .95 and .05. A share near .95 from {runs} runs
-has a Monte Carlo standard error of {error:.4f}.
 
-## Intervals of one row
+def section(name: str, options: argparse.Namespace) -> str:
+    if name == "intervals":
+        return intervals_section(options.runs)
+    if name == "levels":
+        return levels_section(options.runs)
+    return calibration_section(options.runs, options.workers, options.done)
 
-Share of samples whose interval covers the true mean (bootstrap, 2000 resamples), median or pseudomedian. *Plain* is
-`expand=False`; **percentile** is the default. Exact intervals guarantee at least the number in brackets.
 
-{intervals}
-
-What falls short: plain percentile and BCa below about 50 items; every bootstrap interval for a skewed law below about
-20 items, where the studentized one comes closest; BCa and the studentized one for heavy tails. The median's exact
-interval holds everywhere.
-
-## Levels and power of tests
-
-The data have no effect except where one is named; the first seven rows are from ten times as many data sets. Exact
-tests are discrete, so that their level lies at or below .05.
-
-{levels}
-
-## Corrected calibration
-
-`corrected_correlation` on {layers} layers of {experts} experts. Expectations are bivariate normal with the planted
-Spearman correlation, drawn anew in every run; items add independent normal noise, such that means over all items have
-the reliability named. 60 resamples are used for speed; the default is 200. *Bias* and *coverage* are against the
-Spearman correlation of that run's expectations, which is what is estimated; experts being random, it scatters about the
-planted value. Runs called too noisy give no number and are left out of both.
-
-{calibration}
-
-The interval is for these experts and layers: it does not cover the planted value of the law that experts were drawn
-from (which scatters by a further {scatter:.3f}). Where the noise grows with the expectation (routing skewed), the
-correction is approximate.
-"""
+def write_section(name: str, text: str) -> None:
+    """Replace what is between the marks of ``name``, and nothing else."""
+    start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, rest = PAGE.read_text().split(start)
+    PAGE.write_text(before + start + text + end + rest.split(end)[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--only", choices=SECTIONS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--done", type=Path, help="a file that keeps finished rows of the calibration study")
     options = parser.parse_args()
-    page = PAGE_TEXT.format(
-        runs=options.runs,
-        error=np.sqrt(0.95 * 0.05 / options.runs),
-        intervals=intervals_section(options.runs),
-        levels=levels_section(options.runs),
-        calibration=calibration_section(options.runs, options.workers, options.done),
-        layers=LAYERS,
-        experts=EXPERTS,
-        scatter=1 / np.sqrt(LAYERS * (EXPERTS - 1)),
-    )
-    if options.runs >= 2000:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page)
-    else:
-        print(page)
+    for name in [options.only] if options.only else SECTIONS:
+        text = section(name, options)
+        print(name, text, sep="\n", flush=True)
+        if options.runs >= 2000:
+            write_section(name, text)
 
 
 if __name__ == "__main__":

@@ -149,12 +149,69 @@ def shared_noise_section(runs: int) -> str:
     return table([*head[:4], *head[4:]], rows)
 
 
+def domains_section(runs: int) -> str:
+    """``runs`` / 8 data sets a row, 199 permutations each."""
+    designs: list[tuple[tuple[int, ...], float]] = [
+        *(((n, n), spread) for n in (4, 6, 10, 40) for spread in (1.0, 4.0)),
+        *(((n, 40), spread) for n in (4, 6, 10) for spread in (1.0, 4.0)),
+        ((40, 10), 4.0),
+        *(((10, 10, 10, 10), spread) for spread in (1.0, 4.0)),
+    ]
+    rows = [
+        [law, ", ".join(map(str, sizes)), f"{spread:g}", "0", *hits]
+        for law in ("normal", "exponential")
+        for sizes, spread in designs
+        for hits in [domain_hits(law, sizes, spread, 0.0, max(20, runs // 8))]
+    ]
+    for sizes in ((6, 6), (10, 40), (12, 12, 12, 12)):
+        hits = domain_hits("normal", sizes, 1.0, 0.7, max(20, runs // 8))
+        rows.append(["normal", ", ".join(map(str, sizes)), "1", ".7", *hits])
+    head = ["law", "items per domain", "spread of the first", "effect", "**pairs**", "**global**", "too small"]
+    return table([*head, "pairs, by the sum of squares", "global, by the sum of squares"], rows)
+
+
+def domain_hits(law: str, sizes: tuple[int, ...], spread: float, effect: float, runs: int) -> list[str]:
+    label = np.repeat(np.arange(len(sizes)), sizes)
+    hits = []
+    for run in range(runs):
+        rng = stats.derive_rng(run, "domains", law, str(sizes), str(spread))
+        delta = LAWS[law](rng, (len(label), 16)).reshape(-1, 2, 8)
+        delta = delta * np.where(label == 0, spread, 1.0)[:, None, None]
+        delta = delta + effect * rng.standard_normal((len(sizes), 2, 8))[label]
+        found = stats.domain_effect(delta, label, n_permutations=199, seed=run)
+        plain, whole = sum_of_squares_p(delta, label, 199, rng)
+        hits.append(
+            [
+                (found.p_value <= 0.05).mean(),
+                found.global_p <= 0.05,
+                bool(found.too_few),
+                (plain <= 0.05).mean(),
+                whole <= 0.05,
+            ]
+        )
+    return [f"{share:.3f}" for share in np.mean(hits, axis=0)]
+
+
+def sum_of_squares_p(
+    delta: Array, label: NDArray[np.int64], draws: int, rng: np.random.Generator
+) -> tuple[Array, float]:
+    """Permutation p of the plain sum of squares between domains, per cell and summed."""
+    flat = (delta - delta.mean(-1, keepdims=True)).reshape(len(delta), -1)
+    flat = flat - flat.mean(0)
+    scaled = np.eye(label.max() + 1)[label] / np.sqrt(np.bincount(label))
+    orders = np.stack([np.arange(len(flat)), *(rng.permutation(len(flat)) for _ in range(draws))])
+    between = ((scaled[orders].transpose(0, 2, 1) @ flat) ** 2).sum(1)
+    whole = between.sum(-1)
+    return (between >= between[0] - 1e-9).mean(0), float((whole >= whole[0] - 1e-9).mean())
+
+
 SECTIONS: dict[str, Callable[[int], str]] = {
     "few units": coverage_section,
     "false words": false_section,
     "groups": groups_section,
     "layers": layers_section,
     "shared noise": shared_noise_section,
+    "domains": domains_section,
 }
 
 

@@ -297,6 +297,11 @@ def _domain_line(result: IsolationTables) -> str:
         table = result.domain_effect()
     except DataError as error:
         return f"Specialization between domains: not testable, {error.given}; expected {error.expected}."
+    if short := table.attrs["too_few"]:
+        return (
+            f"Specialization between domains: too few items to say in {', '.join(short)}; expected at least "
+            f"{stats.FEWEST_UNITS} a domain, and {stats.ITEMS_IF_WIDER} where deltas spread more than in others."
+        )
     found = int(table["significant"].sum())
     return (
         f"Specialization between domains: {found} of {len(table)} (layer, expert) pairs help some domains more than "

@@ -38,8 +38,9 @@ def dominance_table(data: xr.Dataset, by_layer: bool = False, level: float = 0.9
 
     Returns:
         domain, (layer,) expert, share, low, high (over items, :func:`moe_interp.stats.mean_interval`; NaN with one
-        item), uniform = 1/E, ratio = share / uniform, rank (1 = most used in its domain and layer), verdict (each
-        expert by itself: of 16 experts used evenly, .8 get a word by chance).
+        item), uniform = 1/E, ratio = share / uniform, rank (1 = most used in its domain and layer), verdict (by
+        an interval at 1 - (1 - level) / E, Bonferroni over the experts of a domain and layer: with even use, .05 of
+        these have any expert with a word).
 
     Source: the Phi-mini-MoE study; the interval is derived. Expert 3 of one layer has nothing to do with expert 3 of
     another: a mean over layers shows dominance of a number, not of an expert.
@@ -53,6 +54,7 @@ def dominance_table(data: xr.Dataset, by_layer: bool = False, level: float = 0.9
         part = rows if by_layer else rows.mean(1, keepdims=True)
         found = stats.mean_interval(part, axis=0, level=level, bounds=(0, 1))
         mean, even = found.estimate, 1 / n_experts
+        wide = stats.mean_interval(part, axis=0, level=1 - (1 - level) * even, bounds=(0, 1))
         columns: dict[str, Any] = {"domain": np.full(mean.size, domain)}
         if by_layer:
             columns["layer"] = np.repeat(layers, len(experts))
@@ -66,7 +68,7 @@ def dominance_table(data: xr.Dataset, by_layer: bool = False, level: float = 0.9
             "rank": (1 + (mean[:, None, :] > mean[:, :, None]).sum(-1)).ravel(),
             "verdict": [
                 stats.verdict(low, high, n=len(part), words=EVEN_USE, null=even)
-                for low, high in zip(found.low.ravel().tolist(), found.high.ravel().tolist())
+                for low, high in zip(wide.low.ravel().tolist(), wide.high.ravel().tolist())
             ],
         }
         frames.append(pd.DataFrame(columns))

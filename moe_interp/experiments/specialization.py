@@ -25,6 +25,7 @@ CELL = ["domain", "layer", "expert"]
 COLUMNS = [*CELL, "n", "mean", "mean_low", "mean_high", "median", "ci_low", "ci_high", "p", "q", "direction"]
 COLUMNS += ["rank_biserial", "unused", "out_of_reach"]
 UNTESTABLE = "not testable"
+BETWEEN = "differs between domains"
 SAME = 1e-4
 
 
@@ -182,9 +183,10 @@ def domain_effect_table(
     :func:`moe_interp.stats.domain_effect`.
 
     Returns:
-        layer, expert, statistic (between-domain sum of squares), eta_squared, p, q, significant, best_domain, and
-        contrast_<domain> (nats; that domain's mean of centred delta minus the mean over all items; negative deltas are
-        worse, also under ablation). ``.attrs``: global_p over all layers and experts, n_permutations.
+        layer, expert, statistic (Welch's F), eta_squared, p, q, significant, best_domain, contrast_<domain> (nats; that
+        domain's mean of centred delta minus the mean over all items; negative deltas are worse, also under ablation),
+        and verdict. ``.attrs``: global_p over all layers and experts, n_permutations, and too_few, the domains with too
+        few items for a verdict; nothing is significant then.
 
     Raises:
         DataError: One domain only, a domain of a single item, or a single forced expert (nothing to compare with).
@@ -205,6 +207,7 @@ def domain_effect_table(
     labels = data["domain"].values.astype(str)
     result = stats.domain_effect(centred, labels, n_permutations=n_permutations, seed=seed)
     layers, experts = data["layer"].values, data["expert"].values
+    words = _between_words(result, alpha)
     columns = {
         "layer": np.repeat(layers, len(experts)),
         "expert": np.tile(experts, len(layers)),
@@ -212,10 +215,23 @@ def domain_effect_table(
         "eta_squared": result.eta_squared.ravel(),
         "p": result.p_value.ravel(),
         "q": result.q_value.ravel(),
-        "significant": stats.rejected(result.q_value, alpha).ravel(),
+        "significant": [word == BETWEEN for word in words],
         "best_domain": np.array(result.domains)[(sign(data) * result.contrast).argmax(0)].ravel(),
     }
     columns |= {f"contrast_{name}": part.ravel() for name, part in zip(result.domains, result.contrast)}
-    table = pd.DataFrame(columns)
+    table = pd.DataFrame(columns | {"verdict": words})
     table.attrs = {"global_p": result.global_p, "n_permutations": n_permutations, "mass": mass, "alpha": alpha}
+    table.attrs["too_few"] = list(result.too_few)
     return table
+
+
+def _between_words(result: stats.DomainEffect, alpha: float) -> list[str]:
+    """A verdict per (layer, expert). A test has no interval: the statistic stands for both bounds, and q decides."""
+    n = min(size for name, size in zip(result.domains, result.n_items) if name in (result.too_few or result.domains))
+    held = 0.0 if result.too_few else 1.0
+    return [
+        f"{UNTESTABLE}: no spread in a domain"
+        if np.isnan(q)
+        else stats.verdict(f, f, n=n, words=(BETWEEN, BETWEEN), coverage=held, p=q, alpha=alpha)
+        for f, q in zip(np.nan_to_num(result.statistic).ravel().tolist(), result.q_value.ravel().tolist())
+    ]

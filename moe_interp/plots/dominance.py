@@ -12,8 +12,8 @@ from moe_interp.results.tables import IsolationTables
 def dominance(result: IsolationTables) -> Figure:
     """Each expert's share of a domain's slots (mean over layers) with its interval, one panel a domain.
 
-    The dashed line is even use, 1/E. Experts of which the table says so are orange: intervals above
-    it, of enough items.
+    The dashed line is even use, 1/E. Experts of which the table says so are orange: above it by an
+    interval that is corrected for the number of experts, of enough items.
     """
     table = result.dominance()
     domains = list(dict.fromkeys(table["domain"]))
@@ -37,7 +37,7 @@ def dominance(result: IsolationTables) -> Figure:
         axis.set_ylabel("share of slots", fontsize=9)
     figure.suptitle(
         f"Share of slots, mean over layers; dashed: even use {table['uniform'].iloc[0]:.4f}; "
-        "orange: interval above even use",
+        "orange: above even use, corrected for the number of experts",
         fontsize=10,
     )
     return figure

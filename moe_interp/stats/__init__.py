@@ -13,15 +13,10 @@ from moe_interp.stats.correlation import (
     mean_rho_permutation,
     spearman,
 )
+from moe_interp.stats.domains import ITEMS_IF_WIDER, DomainEffect, domain_effect
 from moe_interp.stats.intervals import Interval, median_interval, pseudomedian_interval
 from moe_interp.stats.multiple import adjust_p, items_needed, rejected, tests_needed_at_floor
-from moe_interp.stats.permutation import (
-    DomainEffect,
-    domain_effect,
-    paired_permutation,
-    shifted_group_test,
-    two_group_permutation,
-)
+from moe_interp.stats.permutation import paired_permutation, shifted_group_test, two_group_permutation
 from moe_interp.stats.power import plan_wilcoxon, wilcoxon_power
 from moe_interp.stats.reliability import (
     Reliability,
@@ -42,6 +37,7 @@ __all__ = [
     "DomainEffect",
     "Estimate",
     "FEWEST_UNITS",
+    "ITEMS_IF_WIDER",
     "Interval",
     "MeanCorrelation",
     "PermutationResult",

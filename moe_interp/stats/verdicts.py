@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_interp.stats.checks import check_probability
 from moe_interp.stats.coverage import attained_coverage
+from moe_interp.stats.multiple import rejected
 
 Decision = Literal["above", "below", "within", "open", "too few"]
 FEWEST_UNITS = 6
@@ -40,7 +41,8 @@ def decide(
             :func:`moe_interp.stats.cluster_interval` by default.
         null: The value that means no difference.
         margin: How far from ``null`` is still negligible.
-        p: Of a test of the same null, where one was made; NaN where it could not be.
+        p: Of a test of the same null, where one was made; NaN where it could not be. For a test without an interval,
+            pass its statistic as both bounds.
 
     Source: derived; what each verdict is wrong about, and how often, is tabulated in docs/stats-coverage.md.
     """
@@ -51,7 +53,7 @@ def decide(
         return "too few"
     if margin is not None and max(null - low, high - null) <= margin:
         return "within"
-    if (low <= null <= high) or (p is not None and p > alpha):
+    if (low <= null <= high) or (p is not None and not rejected(p, alpha)):
         return "open"
     return "above" if low > null else "below"
 

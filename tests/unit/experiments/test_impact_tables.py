@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moe_interp import stats
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.expert_choice import best_experts, cross_fitted, split_items
 from moe_interp.experiments.impact import regimes, two_regimes
@@ -144,6 +145,18 @@ def test_regimes_need_items_as_well():
     assert two_regimes(outer + 0.0, outer, 0.5, 30)["verdict"] == "larger in early and last layers"
     assert two_regimes(outer + 0.0, outer, 1.5, 30)["verdict"] == "no difference shown"
     assert two_regimes(outer + 0.0, outer, 0.5, 5)["verdict"] == "too few items in a domain to say (n = 5)"
+
+
+def test_even_use_gets_a_word_of_any_expert_in_few_layers():
+    """Without correction over the experts of a layer, more than a third of the layers would have one."""
+    data = planted_isolation(n_items={"a": 20}, n_layers=100).data
+    share = (1 + 0.2 * stats.derive_rng(0, "even use").standard_normal(data["share_item"].shape)) / 16
+    even = IsolationResult(data.assign(share_item=(data["share_item"].dims, share))).dominance(by_layer=True)
+    some = (even["verdict"] != "no difference shown").groupby(even["layer"]).any()
+    assert len(some) == 100
+    assert some.mean() < 0.05 + 3 * np.sqrt(0.0475 / 100)
+    more = IsolationResult(data.assign(share_item=(data["share_item"].dims, share + 0.1))).dominance()
+    assert set(more["verdict"]) == {"above even use"}
 
 
 def test_experts_are_called_unevenly_used_only_beyond_noise():

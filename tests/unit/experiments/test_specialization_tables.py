@@ -132,6 +132,18 @@ def test_the_domain_effect_is_the_same_under_every_baseline_and_flips_its_best_d
     assert (ablated["best_domain"] != tables[0]["best_domain"]).all()
 
 
+def test_domains_too_small_get_no_word_between_domains():
+    result = planted_isolation(n_items={"a": 5, "b": 20}, domain_sd=3.0)
+    table = result.domain_effect(n_permutations=199)
+    assert table.attrs["too_few"] == ["a"]
+    assert set(table["verdict"]) == {"too few items to say (n = 5)"}
+    assert not table["significant"].any()
+    assert "too few items to say in a; expected at least 6 a domain" in result.summary()
+    enough = planted_isolation(n_items={"a": 12, "b": 20}, domain_sd=3.0).domain_effect(n_permutations=999)
+    assert set(enough["verdict"]) == {"differs between domains", "no difference shown"}
+    assert (enough["significant"] == (enough["q"] <= 0.05)).all()
+
+
 def test_what_cannot_be_answered_says_why():
     one = planted_isolation(n_items={"math": 12}, baselines=("uniform",), masses=("natural",))
     with pytest.raises(DataError, match=r"the single domain 'math'.*compares domains with each other"):
