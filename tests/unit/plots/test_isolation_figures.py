@@ -68,7 +68,8 @@ def test_dominance_shows_shares_and_the_line_of_even_use(planted):
         bars = [bar for bar in axis.patches if bar.get_width() == 0.8]
         np.testing.assert_allclose([bar.get_height() for bar in bars], here["share"])
         orange = [bar.get_facecolor()[0] > 0.5 for bar in bars]
-        assert orange == (here["low"] > 1 / 16).tolist()
+        assert orange == (here["verdict"] == "above even use").tolist()
+        assert (here.loc[orange, "low"] > 1 / 16).all()
         assert 1 / 16 in [line.get_ydata()[0] for line in axis.lines]
 
 
