@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
     runner.invoke(cli, arguments(tmp_path / "texts.jsonl", tmp_path / "once", "-R", "3", "--layers", "0,-1"))
     np.testing.assert_array_equal(whole.data["logp"], mi.load_result(tmp_path / "once").data["logp"])
     other = runner.invoke(cli, [*given, "--seed", "1"])
-    assert "holds cells of another run (seed: 0 there, 1 here" in str(other.exception)
+    assert "holds cells of another run (--seed 0 there, 1 here" in str(other.exception)
     assert "--no-resume" in str(other.exception)
     (store / "notes.txt").write_text("mine")
     (store / "folder").mkdir()

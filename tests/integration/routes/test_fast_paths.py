@@ -211,7 +211,7 @@ def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.Plan(base, 0, 40, 2**25, 2).workers == 1
 
 
-def test_offloaded_weights_are_scored_slowly_and_rightly(recwarn: pytest.WarningsRecorder) -> None:
+def test_offloaded_weights_are_scored_rightly() -> None:
     tokens = tiny.random_tokens(1, 6)
     here = mi.attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
     routes = random_routes(here, 0, tokens)
@@ -219,4 +219,3 @@ def test_offloaded_weights_are_scored_slowly_and_rightly(recwarn: pytest.Warning
     cpu_offload(here.bridge.original_model, torch.device("cpu"))
     found = score_routes(here, tokens, 0, routes, positions=[3])
     assert largest_difference(found, naive) <= 2e-5
-    assert any(issubclass(w.category, SlowRoutesWarning) and "elsewhere" in str(w.message) for w in recwarn)
