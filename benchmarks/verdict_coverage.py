@@ -150,7 +150,7 @@ def shared_noise_section(runs: int) -> str:
 
 
 def domains_section(runs: int) -> str:
-    """``runs`` / 8 data sets a row, 199 permutations each."""
+    """``runs`` / 2 data sets a row, 199 permutations each."""
     designs: list[tuple[tuple[int, ...], float]] = [
         *(((n, n), spread) for n in (4, 6, 10, 40) for spread in (1.0, 4.0)),
         *(((n, 40), spread) for n in (4, 6, 10) for spread in (1.0, 4.0)),
@@ -161,10 +161,10 @@ def domains_section(runs: int) -> str:
         [law, ", ".join(map(str, sizes)), f"{spread:g}", "0", *hits]
         for law in ("normal", "exponential")
         for sizes, spread in designs
-        for hits in [domain_hits(law, sizes, spread, 0.0, max(20, runs // 8))]
+        for hits in [domain_hits(law, sizes, spread, 0.0, max(20, runs // 2))]
     ]
     for sizes in ((6, 6), (10, 40), (12, 12, 12, 12)):
-        hits = domain_hits("normal", sizes, 1.0, 0.7, max(20, runs // 8))
+        hits = domain_hits("normal", sizes, 1.0, 0.7, max(20, runs // 2))
         rows.append(["normal", ", ".join(map(str, sizes)), "1", ".7", *hits])
     head = ["law", "items per domain", "spread of the first", "effect", "**pairs**", "**global**", "too small"]
     return table([*head, "pairs, by the sum of squares", "global, by the sum of squares"], rows)
