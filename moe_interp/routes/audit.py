@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_interp.errors import DataError
-from moe_interp.stats import cluster_bootstrap
+from moe_interp.stats import cluster_interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +39,10 @@ class ScreenAudit:
         """``sum max(0, advantage_kept) / sum max(0, advantage)``; NaN where no route of any token is better."""
         return float(_ratio(self._kept.sum(), self._gain.sum()))
 
-    def intervals(self, level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """Bootstrap over sequences (:func:`moe_interp.stats.cluster_bootstrap`), of ``recall`` and ``gain_kept``.
+    def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
+        """Of ``recall`` and ``gain_kept``, over sequences (:func:`moe_interp.stats.cluster_interval`), within [0, 1].
 
-        NaN below two sequences; resamples without any gain say nothing of ``gain_kept`` and are left out.
+        NaN below two sequences. Sequences without any gain have no part in the interval of ``gain_kept``.
         """
         _, owner = np.unique(self.sequence, return_inverse=True)
         n = int(owner.max(initial=-1)) + 1
@@ -50,7 +50,9 @@ class ScreenAudit:
             return {name: (float("nan"), float("nan")) for name in ("recall", "gain_kept")}
         parts = np.stack([self._found, np.ones(self.n_tokens), self._kept, self._gain], axis=-1)
         sums = np.stack([np.bincount(owner, weights=part, minlength=n) for part in parts.T], axis=-1)
-        found = cluster_bootstrap([sums], lambda s: _ratio(s[..., ::2], s[..., 1::2]), level=level, seed=seed)
+        found = cluster_interval(
+            [sums], lambda s: _ratio(s[..., ::2], s[..., 1::2]), sizes=sums[:, 1::2], level=level, bounds=(0.0, 1.0)
+        )
         bounds = zip(("recall", "gain_kept"), found.low.tolist(), found.high.tolist())
         return {name: (low, high) for name, low, high in bounds}
 

@@ -19,7 +19,7 @@ from moe_interp.arch import products
 from moe_interp.hooks import lean
 from moe_interp.hooks.branches import BasePass
 from moe_interp.hooks.workers import n_workers, side_by_side
-from moe_interp.routes import SlowRoutesWarning, branch, plan, score_joint_routes, score_routes
+from moe_interp.routes import branch, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,

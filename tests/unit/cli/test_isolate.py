@@ -39,7 +39,7 @@ def test_what_cannot_be_computed_is_said_and_all_the_rest_is_written(
     for name in missing:
         (tmp_path / "figures" / f"{name}.svg").write_text("of an earlier run")
     write_isolation(result, tmp_path)
-    assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(ISOLATION_FIGURES) - missing
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(FIGURES["isolation"]) - missing
     assert "<svg" in isolation_page(result)
     assert mi.load_result(tmp_path / "isolation.nc").data.identical(result.data)
     assert text in result.summary()
