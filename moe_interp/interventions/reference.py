@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.where import Where
+from moe_interp.tokenization import TextReader
 from moe_interp.types import Layer
 
 Reference = Tensor | str | Sequence[Any] | Mapping[str, Tensor] | None
@@ -106,12 +107,20 @@ def outputs_of(
     if hasattr(reference, "keys"):
         runs = [reference]
     elif isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts):
-        runs, mask = [_run(moe, layer, moe.bridge.to_tokens(text), None) for text in texts], None
+        runs, mask = [_run(moe, layer, ids, None) for ids in _read(moe, texts)], None
     else:
         runs = [_run(moe, layer, _tokens(reference), mask)]
     found = [_by_expert(moe, layer, experts, run, mask) for run in runs]
     pools = {expert: torch.cat([each[expert] for each in found]) for expert in experts}
     return GivenOutputs(pools, layer)
+
+
+def _read(moe: MoEHooks, texts: Sequence[str]) -> list[Tensor]:
+    """Each text's ids ``[1, pos]``."""
+    reader = TextReader(moe.bridge)
+    read = [torch.tensor([reader.start(text, f"text {n} of the reference")]) for n, text in enumerate(texts)]
+    reader.warn("text")
+    return read
 
 
 def _tokens(reference: Any) -> Tensor:

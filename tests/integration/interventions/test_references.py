@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import attach
 from moe_interp.interventions import ablate_experts, force_experts
+from moe_interp.tokenization import RepeatedBOSWarning
 from moe_interp.traces import RoutingTrace
 from tests import tiny
 from tests.integration.interventions.support import LEFT, TOKENS, Opened, opened, plain, run, see
@@ -161,6 +162,22 @@ def test_texts_are_a_reference() -> None:
         record = (moe.hook_name("expert_out", 1), lambda value, hook: cache.update(out=value))
         bridge.run_with_hooks(TOKENS, fwd_hooks=[*hooks, record])
     torch.testing.assert_close(cache["out"][1, 3, 0], torch.cat(pools).mean(0), atol=1e-6, rtol=1e-5)
+
+
+def test_a_text_of_reference_begins_with_bos_once() -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tiny.tiny_tokenizer()))
+    tokens, seen = tiny.random_tokens(2, 9), []
+    embed = moe.bridge.original_model.get_input_embeddings()
+    handle = embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    forced = force_experts(moe, 1, 2)
+    with moe.bridge.hooks(fwd_hooks=forced):
+        typed = ablate_experts(moe, 1, 2, mode="mean", reference="w3 w4 w5")
+        with pytest.warns(RepeatedBOSWarning, match=r"text 0 of the reference.*with BOS"):
+            rendered = ablate_experts(moe, 1, 2, mode="mean", reference="<bos> w3 w4 w5")
+    handle.remove()
+    assert seen == [[[1, 3, 4, 5]], [[1, 3, 4, 5]]]
+    one, other = (moe.bridge.run_with_hooks(tokens, fwd_hooks=[*forced, *hooks]) for hooks in (typed, rendered))
+    assert torch.equal(one, other)
 
 
 def test_references_that_do_not_serve_are_refused() -> None:
