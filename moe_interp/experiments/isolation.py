@@ -69,9 +69,9 @@ def isolate_experts(
 
     Args:
         moe: Attached hooks of a decoder-only model.
-        items: Items, or mappings with id, domain, prompt (or messages) and answer. Items of the same tokens count
-            once, with a warning that names them: ``data.attrs["merged"]``, from the id that is kept to those that are
-            not.
+        items: Items, or mappings with id, domain, prompt (or messages) and answer. Items of a domain with
+            the same tokens count once, with a warning that names them: ``data.attrs["merged"]``, from the id that is
+            kept to those that are not.
         layers: MoE layers; all by default.
         experts: Expert ids, or tuples of ids that are forced (or ablated) together; each expert by default.
         baselines: "natural" routing; "uniform" (every expert, 1/E); "random" (the mean over ``random_draws`` experts,

@@ -22,7 +22,7 @@ Merged = dict[str, list[str]]
 
 
 class RepeatedContentWarning(UserWarning):
-    """Items or sequences with the same content under several ids, which count once."""
+    """Items or sequences with the same content under several ids: within a domain they count once."""
 
 
 def merge_repeats(contents: Iterable[Hashable], names: Sequence[str], kind: str) -> tuple[list[int], Merged]:
@@ -54,14 +54,30 @@ def merge_repeats(contents: Iterable[Hashable], names: Sequence[str], kind: str)
 
 
 def distinct_items(items: Sequence[TokenizedItem]) -> tuple[list[TokenizedItem], Merged]:
-    """Items whose prompt and answer are the same tokens, counted once, in the domain of the first.
+    """Items of a domain whose prompt and answer are the same tokens, counted once.
 
-    The same prompt with another answer is another item. Two domains that share an item would not be independent, so the
-    domain's name makes no difference.
+    The same prompt with another answer is another item. An item that stands in several domains is one of each, as
+    whoever made the domains meant it; these domains are then not independent, and a warning says so.
     """
-    contents = [(item.prompt, item.answer) for item in items]
+    contents = [(item.item.domain, item.prompt, item.answer) for item in items]
     kept, merged = merge_repeats(contents, [item.item.id for item in items], "items")
-    return [items[i] for i in kept], merged
+    distinct = [items[i] for i in kept]
+    _warn_of_shared(distinct)
+    return distinct, merged
+
+
+def _warn_of_shared(items: Sequence[TokenizedItem]) -> None:
+    """Say which items stand in more than one domain."""
+    ids: dict[Hashable, list[str]] = {}
+    for item in items:
+        ids.setdefault((item.prompt, item.answer), []).append(item.item.id)
+    if shared := [" = ".join(map(repr, names)) for names in ids.values() if len(names) > 1]:
+        more = f" and {len(shared) - NAMED} more" if len(shared) > NAMED else ""
+        warn(
+            f"{len(shared)} items stand in several domains ({', '.join(shared[:NAMED])}{more}). Each domain counts them, "
+            "so rows over all domains, and comparisons of these domains, take them as independent more than once.",
+            RepeatedContentWarning,
+        )
 
 
 def distinct_sequences(sequences: Sequence[ScoredSequence]) -> tuple[list[ScoredSequence], Merged]:

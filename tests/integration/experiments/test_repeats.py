@@ -18,7 +18,7 @@ from tests.integration.experiments.test_isolation import QUIET, attached, items_
 def test_items_given_twice_leave_every_number_as_it_was(tmp_path: Path) -> None:
     moe, items = attached("olmoe"), items_of(n=8)
     once = mi.isolate_experts(moe, items, **QUIET)
-    copies = [{**items[0], "id": "copy"}, {**items[3], "id": "third", "domain": "another"}, {**items[0], "id": "more"}]
+    copies = [{**items[0], "id": "copy"}, {**items[3], "id": "third"}, {**items[0], "id": "more"}]
     with pytest.warns(
         RepeatedContentWarning, match="3 items have the content of another .*'copy' .as 'item-0'"
     ) as caught:
@@ -32,6 +32,22 @@ def test_items_given_twice_leave_every_number_as_it_was(tmp_path: Path) -> None:
     twice.save(path)
     assert mi.load_result(path).data.attrs["merged"] == twice.data.attrs["merged"]
     assert "; of the same content as one of them, and not counted: 3 more." in twice.summary()
+
+
+def test_an_item_of_two_domains_is_one_of_each_and_is_named() -> None:
+    moe, items = attached("olmoe"), items_of(n=8)
+    in_two = [{**item, "id": f"again-{item['id']}", "domain": "another"} for item in items[:7]]
+    once = mi.isolate_experts(moe, items, **QUIET)
+    with pytest.warns(RepeatedContentWarning) as caught:
+        both = mi.isolate_experts(moe, [*items, *in_two, {**in_two[0], "id": "copy"}], **QUIET)
+    copied, shared = (str(warning.message) for warning in caught)
+    assert copied.startswith("1 items have the content of another")
+    assert shared.startswith("7 items stand in several domains ('item-0' = 'again-item-0', ")
+    assert both.data.attrs["merged"] == {"again-item-0": ["copy"]}
+    assert both.data.sizes["item"] == 15
+    own = both.data["delta"].sel(item=once.data["item"].values)
+    np.testing.assert_array_equal(own.values[..., :7, :, :], both.data["delta"].values[..., 8:, :, :])
+    np.testing.assert_allclose(own, once.data["delta"], atol=2e-6)
 
 
 def test_another_answer_or_another_cut_is_another_item() -> None:
