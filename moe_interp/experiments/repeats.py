@@ -74,8 +74,9 @@ def _warn_of_shared(items: Sequence[TokenizedItem]) -> None:
     if shared := [" = ".join(map(repr, names)) for names in ids.values() if len(names) > 1]:
         more = f" and {len(shared) - NAMED} more" if len(shared) > NAMED else ""
         warn(
-            f"{len(shared)} items stand in several domains ({', '.join(shared[:NAMED])}{more}). Each domain counts them, "
-            "so rows over all domains, and comparisons of these domains, take them as independent more than once.",
+            f"{len(shared)} items stand in several domains ({', '.join(shared[:NAMED])}{more}). Each domain counts "
+            "them, so rows over all domains, and comparisons of these domains, take them as independent more than "
+            "once.",
             RepeatedContentWarning,
         )
 

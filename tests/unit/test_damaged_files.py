@@ -15,6 +15,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from moe_interp.traces import RoutingTrace
 
 N = 2000
 N_RESEALED = 150
+SECONDS = 1.0  # of the reader's thread, for any file
+PATIENCE = 120  # of the clock, on which a reader that hangs is found, however busy the machine is
 PLAN = {"model": "planted", "n_routes": 3, "batches": [[0, 1], [2]]}
 Reader = Callable[[Path], Any]
 
@@ -69,6 +72,18 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
         else:
             del data[at:]
     return bytes(data)
+
+
+def is_too_slow(read: Callable[[], Any]) -> bool:
+    """Whether reading takes too long three times in a row: what only happens beside a reading, such as a collection of
+    the worker's garbage, does not come back with the same file."""
+    for _ in range(3):
+        begin = time.thread_time()
+        with suppress(MoEInterpError):
+            read()
+        if time.thread_time() - begin < SECONDS:
+            return False
+    return True
 
 
 # --- one small file of each kind, and its reader --------------------------------------------------------------
@@ -189,20 +204,18 @@ def test_two_thousand_mutations_are_read_or_refused_in_words(tmp_path: Path, kin
     content = path.read_bytes()
     read(path)
     refused: list[MoEInterpError] = []
-    slowest = 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(N):
         path.write_bytes(mutated(content, random.Random(number)))
-        begin = time.process_time()
+        begin = time.thread_time()
         try:
             read(path)
         except MoEInterpError as error:
             refused.append(error)
-        slowest = max(slowest, time.process_time() - begin)
+        assert time.thread_time() - begin < SECONDS or not is_too_slow(partial(read, path)), number
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert all(error.given and error.expected and error.remedy for error in refused)
     assert len(refused) > N / 4  # of lines of text, much stays legal
-    assert slowest < 1
     assert grown < 2**18
 
 
@@ -217,7 +230,7 @@ def read_resealed(kind: str, folder: Path, results: Any) -> None:
     content = path.read_bytes()
     for number in range(N_RESEALED):
         path.write_bytes(resealed(content, random.Random(number)))
-        begin = time.process_time()
+        begin = time.thread_time()
         try:
             read(path)
             found = "read"
@@ -225,7 +238,9 @@ def read_resealed(kind: str, folder: Path, results: Any) -> None:
             found = "refused"
         except BaseException as error:
             found = repr(error)
-        results.put((number, found, time.process_time() - begin))
+        if time.thread_time() - begin >= SECONDS and is_too_slow(partial(read, path)):
+            found = "too slow"
+        results.put((number, found))
 
 
 # not of parquet: Arrow ends the process on some, so that there the checksum is all the protection
@@ -237,11 +252,10 @@ def test_mutations_with_a_right_checksum_are_refused_by_what_they_hold(tmp_path:
     process.start()
     found = {}
     for _ in range(N_RESEALED):
-        number, what, seconds = results.get(timeout=30)
+        number, what = results.get(timeout=PATIENCE)
         found[number] = what
         assert what in ("read", "refused"), f"{number}: {what}"
-        assert seconds < 1, number
-    process.join(timeout=10)
+    process.join(timeout=PATIENCE)
     assert process.exitcode == 0
     assert sum(what == "refused" for what in found.values()) > N_RESEALED / 2
 
@@ -269,13 +283,12 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str
     elif place == "sparse":
         with path.open("wb") as file:
             file.truncate(2**40)
-    begin = time.process_time()
     if (kind, place) in LEGAL:
         read(path)
         return
     with pytest.raises(MoEInterpError):
         read(path)
-    assert time.process_time() - begin < 1
+    assert not is_too_slow(partial(read, path))
 
 
 def test_json_is_read_within_bounds() -> None:
