@@ -157,14 +157,14 @@ def test_answers_need_nothing_heavy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--version"], [*ISOLATE, "--mode", "forc"]])
 def test_an_answer_comes_at_once(arguments: list[str]) -> None:
-    seconds = []
-    for _ in range(2):
+    def cpu_seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run(WITHOUT, arguments)
+        assert run(WITHOUT, arguments).returncode < 2
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert done.returncode < 2
-    assert min(seconds) < 2  # of CPU: other programs do not count; about 0.35 in an environment that is in memory
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # about 0.35 in an environment that is in memory; more from a disk, or beside other programs, but not each time
+    assert any(cpu_seconds() < 2 for _ in range(5))
 
 
 def test_completion_is_offered_and_installed_without_anything_heavy(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +22,21 @@ runner = CliRunner(env={"COLUMNS": "80", "HF_HUB_OFFLINE": "1"})
 SIZES = {"model.d_model": 32, "model.n_layers": 2, "model.d_expert": 16, "data_scale": 0.002, "length": 32}
 SIZES |= {"validation_sequences": 3, "micro_batch": 4, "vocab_size": 300}
 TINY = ["testbed", "--domains", "facts,puzzles", *(part for k, v in SIZES.items() for part in ("--set", f"{k}={v}"))]
+
+
+# killed within its seventh step: three are lost, since the state of every fourth is kept
+KILLED = """
+import itertools, os, signal
+from moe_interp.cli.main import app
+from moe_interp.testbed.trainer import Trainer
+train_step, steps = Trainer.train_step, itertools.count(1)
+def step_or_end(self):
+    if next(steps) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(self)
+Trainer.train_step = step_or_end
+app()
+"""
 
 
 def invoke(out: Path, *arguments: str):
@@ -56,15 +71,10 @@ def test_the_grid_is_trained_compared_and_read_back(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     options = ["--strategies", "loss_free", "--seeds", "0", "--set", "steps=40", "--set", "checkpoint_every=4"]
     assert invoke(tmp_path / "whole", *options).exit_code == 0
-    command = [sys.executable, "-m", "moe_interp.cli", *TINY, "--out", str(tmp_path / "killed"), *options]
-    state = tmp_path / "killed" / "loss_free-seed0" / "state.pt"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (state.parent / "model").exists(), "the run was over before it was killed"
+    command = [sys.executable, "-c", KILLED, *TINY, "--out", str(tmp_path / "killed"), *options]
+    killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "killed" / "loss_free-seed0" / "state.pt").exists()
     assert invoke(tmp_path / "killed", *options).exit_code == 0
     folders = [tmp_path / name / "loss_free-seed0" for name in ("whole", "killed")]
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in folders)

@@ -185,22 +185,23 @@ def test_subpackages_export_what_they_say() -> None:
             assert hasattr(__import__(module, fromlist=[name]), name), f"{module}.{name}"
 
 
-def loaded_by(code: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after running some code."""
-    script = f"{code}\nimport sys\nprint('\\n'.join({{name.split('.')[0] for name in sys.modules}}))"
+def loaded_by(*codes: str) -> list[set[str]]:
+    """Top-level modules in one fresh interpreter, after each of the pieces of code."""
+    show = "import sys\nprint(*{name.split('.')[0] for name in sys.modules})"
+    script = "\n".join(f"{code}\n{show}" for code in codes)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def test_importing_the_package_adds_nothing_heavy() -> None:
     heavy = {"xarray", "plotly", "matplotlib", "typer", "pandas", "scipy", "rich", "pydantic"}
-    without = loaded_by("import transformer_lens.model_bridge")
-    with_it = loaded_by("import transformer_lens.model_bridge; import moe_interp")
-    assert not heavy & (with_it - without)
-    assert not heavy & loaded_by("import moe_interp")
+    assert not (heavy | {"torch"}) & loaded_by("import moe_interp")[0]
+    bridge, package, attached = loaded_by(
+        "import transformer_lens.model_bridge", "import moe_interp", "moe_interp.attach"
+    )
+    assert not heavy & (package - bridge)
     # attaching may not bring them either
-    attached = loaded_by("import transformer_lens.model_bridge; import moe_interp; moe_interp.attach")
-    assert not {"xarray", "plotly", "matplotlib", "typer"} & (attached - without)
+    assert not {"xarray", "plotly", "matplotlib", "typer"} & (attached - bridge)
 
 
 WITHOUT_TORCH = """
@@ -215,7 +216,7 @@ import moe_interp.stats
 
 
 def test_statistics_are_importable_without_torch() -> None:
-    assert not {"torch", "xarray", "pandas", "matplotlib"} & loaded_by(WITHOUT_TORCH)
+    assert not {"torch", "xarray", "pandas", "matplotlib"} & loaded_by(WITHOUT_TORCH)[0]
 
 
 def test_only_plots_and_report_know_a_plotting_library() -> None:
