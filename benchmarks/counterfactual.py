@@ -30,8 +30,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moe_interp.arch.products import linear
+from moe_interp.engine.branches import BasePass
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.hooks.branches import BasePass
 from moe_interp.routes import check_routes, score_from_base
 
 try:

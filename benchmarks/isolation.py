@@ -23,9 +23,9 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moe_interp as mi
-from moe_interp.experiments.items import ItemBatch, check_items, tokenize_items
-from moe_interp.experiments.memory import tokens_per_pass
-from moe_interp.experiments.scoring import PrefixScorer
+from moe_interp.engine.memory import tokens_per_pass
+from moe_interp.experiments.inputs.items import ItemBatch, check_items, tokenize_items
+from moe_interp.experiments.isolation.scoring import PrefixScorer
 
 LAYERS, D_MODEL, EXPERTS, TOP_K, D_EXPERT, VOCAB, TOKENS, ANSWER = 8, 256, 32, 4, 256, 8192, 128, 4
 

@@ -18,10 +18,10 @@ import torch
 from accelerate import Accelerator
 
 from moe_interp.testbed.demo import expert_use
+from moe_interp.testbed.domains.registry import load_domains
 from moe_interp.testbed.evaluate import max_violation
 from moe_interp.testbed.presets import DEMO
-from moe_interp.testbed.registry import load_domains
-from moe_interp.testbed.trainer import Trainer
+from moe_interp.testbed.training.trainer import Trainer
 
 WINDOW = 50  # steps
 

@@ -20,14 +20,14 @@ import torch
 from accelerate import Accelerator
 
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
+from moe_interp.testbed.domains.facts import facts
+from moe_interp.testbed.domains.puzzles import puzzles
 from moe_interp.testbed.evaluate import token_losses
 from moe_interp.testbed.model import build_model
-from moe_interp.testbed.optim import make_optimizers
 from moe_interp.testbed.presets import DEMO
-from moe_interp.testbed.trainer import Trainer
-from moe_interp.testbed.worlds.facts import facts
-from moe_interp.testbed.worlds.puzzles import puzzles
+from moe_interp.testbed.training.optimizers import make_optimizers
+from moe_interp.testbed.training.trainer import Trainer
 
 STRATEGIES = ("none", "micro_batch", "sequence", "global_running", "loss_free", "reference", "micro_batch+capacity")
 LIMITS = {"global": 1.7}  # its load is measured in a pass of its own

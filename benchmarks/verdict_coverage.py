@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_interp import stats
-from moe_interp.stats.coverage import TABULATED_N
+from moe_interp.stats.intervals.coverage import TABULATED_N
 
 PAGE = Path(__file__).parents[1] / "docs" / "stats-coverage.md"
 FULL = 4000

@@ -12,19 +12,19 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     # isort: off
     from moe_interp import stats as stats, testbed as testbed, traces as traces
     from moe_interp.errors import MoEInterpError as MoEInterpError
-    from moe_interp.experiments.counterfactual import counterfactual_routes as counterfactual_routes
-    from moe_interp.experiments.counterfactual_result import CounterfactualResult as CounterfactualResult
+    from moe_interp.experiments.counterfactual.experiment import counterfactual_routes as counterfactual_routes
+    from moe_interp.experiments.counterfactual.result import CounterfactualResult as CounterfactualResult
     from moe_interp.experiments.domain_router import (
         domain_router as domain_router,
         DomainRouterResult as DomainRouterResult,
         score_domain_router as score_domain_router,
     )
-    from moe_interp.experiments.isolation import isolate_experts as isolate_experts
-    from moe_interp.experiments.isolation_result import IsolationResult as IsolationResult
-    from moe_interp.experiments.items import load_items as load_items
-    from moe_interp.experiments.sequence_texts import load_sequences as load_sequences
+    from moe_interp.experiments.isolation.experiment import isolate_experts as isolate_experts
+    from moe_interp.experiments.isolation.result import IsolationResult as IsolationResult
+    from moe_interp.experiments.inputs.items import load_items as load_items
+    from moe_interp.experiments.inputs.sequence_texts import load_sequences as load_sequences
     from moe_interp.hooks.attach import attach as attach, attached as attached, MoEHooks as MoEHooks
-    from moe_interp.hooks.support import support_table as support_table
+    from moe_interp.hooks.support_table import support_table as support_table
     from moe_interp.interventions import (
         ablate_experts as ablate_experts,
         bias_router as bias_router,
@@ -60,20 +60,20 @@ _HOME = {
     "UniformSubsets": "moe_interp.routes",
     "score_routes": "moe_interp.routes",
     "screen_routes": "moe_interp.routes",
-    "CounterfactualResult": "moe_interp.experiments.counterfactual_result",
-    "counterfactual_routes": "moe_interp.experiments.counterfactual",
+    "CounterfactualResult": "moe_interp.experiments.counterfactual.result",
+    "counterfactual_routes": "moe_interp.experiments.counterfactual.experiment",
     "DomainRouterResult": "moe_interp.experiments.domain_router",
-    "IsolationResult": "moe_interp.experiments.isolation_result",
+    "IsolationResult": "moe_interp.experiments.isolation.result",
     "domain_router": "moe_interp.experiments.domain_router",
-    "isolate_experts": "moe_interp.experiments.isolation",
+    "isolate_experts": "moe_interp.experiments.isolation.experiment",
     "load_demo": "moe_interp.testbed.bundled",
-    "load_items": "moe_interp.experiments.items",
-    "load_sequences": "moe_interp.experiments.sequence_texts",
+    "load_items": "moe_interp.experiments.inputs.items",
+    "load_sequences": "moe_interp.experiments.inputs.sequence_texts",
     "score_domain_router": "moe_interp.experiments.domain_router",
     "MoEHooks": "moe_interp.hooks.attach",
     "attach": "moe_interp.hooks.attach",
     "attached": "moe_interp.hooks.attach",
-    "support_table": "moe_interp.hooks.support",
+    "support_table": "moe_interp.hooks.support_table",
     "ablate_experts": "moe_interp.interventions",
     "bias_router": "moe_interp.interventions",
     "force_experts": "moe_interp.interventions",

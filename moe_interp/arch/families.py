@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_interp.arch.experts import (
+from moe_interp.arch.expert_functions import (
     ExpertFunctions,
     JetMoeExperts,
     Llama4Experts,
@@ -23,8 +23,16 @@ from moe_interp.arch.experts import (
     sizes,
     switch_sizes,
 )
-from moe_interp.arch.layouts import CappedTriple, DenseScores, OneHot, RouterLayout, ScoresTriple, SortedPairs, Triple
 from moe_interp.arch.modules import child, config_value, unwrap
+from moe_interp.arch.router_outputs import (
+    CappedTriple,
+    DenseScores,
+    OneHot,
+    RouterLayout,
+    ScoresTriple,
+    SortedPairs,
+    Triple,
+)
 from moe_interp.arch.rules import (
     HashTable,
     RoutingRule,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moe_interp.arch.experts import ExpertFunctions, unreadable
+from moe_interp.arch.expert_functions import ExpertFunctions, unreadable
 from moe_interp.arch.modules import child, config_value, native_part
 from moe_interp.arch.offload import materialized
 from moe_interp.arch.products import linear

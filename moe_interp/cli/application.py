@@ -15,14 +15,14 @@ from typer.core import TyperCommand
 
 from moe_interp import __version__
 from moe_interp.cli import console, options
-from moe_interp.cli.counterfactual import counterfactual
-from moe_interp.cli.demo import demo
-from moe_interp.cli.isolate import isolate
-from moe_interp.cli.models import models
+from moe_interp.cli.commands.counterfactual import counterfactual
+from moe_interp.cli.commands.demo import demo
+from moe_interp.cli.commands.isolate import isolate
+from moe_interp.cli.commands.models import models
+from moe_interp.cli.commands.support import support
+from moe_interp.cli.commands.testbed import compare_strategies
+from moe_interp.cli.commands.verify import verify_model
 from moe_interp.cli.startup import INTERRUPTED
-from moe_interp.cli.support import support
-from moe_interp.cli.testbed import compare_strategies
-from moe_interp.cli.verify import verify_model
 from moe_interp.errors import ConfigError, MoEInterpError
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings the class, but no name for it

@@ -10,10 +10,10 @@ from rich.markup import escape
 
 from moe_interp.cli import console
 from moe_interp.cli.options import DEMO
-from moe_interp.experiments.findings import plan_isolation
-from moe_interp.experiments.items import Item, check_items, load_items
-from moe_interp.experiments.sequence_texts import FIELDS, load_sequences, unread_fields
-from moe_interp.experiments.sequences import ScoredSequence, read_sequences
+from moe_interp.experiments.inputs.items import Item, check_items, load_items
+from moe_interp.experiments.inputs.sequence_texts import FIELDS, load_sequences, unread_fields
+from moe_interp.experiments.inputs.sequences import ScoredSequence, read_sequences
+from moe_interp.experiments.isolation.findings import plan_isolation
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes import AllSubsets, GumbelTopK, OneSwap, RouteSampler, UniformSubsets
 from moe_interp.testbed.demo import load_demo_assets
@@ -66,7 +66,7 @@ def read_sequence_files(sources: list[str], first: int | None = None, **names: s
     Args:
         sources: Files, or "demo".
         first: Keep so many of each domain, and of each file those of no domain.
-        names: The ``*_field`` arguments of :func:`moe_interp.experiments.sequence_texts.load_sequences`.
+        names: The ``*_field`` arguments of :func:`moe_interp.experiments.inputs.sequence_texts.load_sequences`.
 
     Raises:
         DataError: a file that cannot be read or holds no sequence, or a line that is not JSON (with its number).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from moe_interp.cli.startup import leave_at_once_when_interrupted
-from moe_interp.hooks.threads import let_threads_sleep
+from moe_interp.engine import let_threads_sleep
 
 
 def app() -> None:

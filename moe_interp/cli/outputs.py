@@ -10,8 +10,8 @@ from typing import Any
 from moe_interp.cli import console
 from moe_interp.cli.words import in_options
 from moe_interp.errors import DataError
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
+from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.plots import FIGURES, save_figure
 from moe_interp.results.files import replacing
 from moe_interp.results.tables import classed_by

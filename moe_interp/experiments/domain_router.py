@@ -14,11 +14,13 @@ from torch import Tensor
 
 from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
+from moe_interp.engine import threads_asleep
+from moe_interp.engine.memory import tokens_per_pass
+from moe_interp.engine.rerun import PrefixRunner
 from moe_interp.errors import DataError
-from moe_interp.experiments.expert_choice import best_experts, split_items
-from moe_interp.experiments.isolation_data import pooled_name
-from moe_interp.experiments.isolation_result import IsolationResult
-from moe_interp.experiments.items import (
+from moe_interp.experiments.best_experts import best_experts, split_items
+from moe_interp.experiments.identity.naming import model_name
+from moe_interp.experiments.inputs.items import (
     Item,
     ItemBatch,
     batches_of_like_length,
@@ -26,16 +28,14 @@ from moe_interp.experiments.items import (
     reads_per_token,
     tokenize_items,
 )
-from moe_interp.experiments.memory import tokens_per_pass
-from moe_interp.experiments.naming import model_name
-from moe_interp.experiments.repeats import distinct_items
-from moe_interp.experiments.scoring import by_item
+from moe_interp.experiments.inputs.repeats import distinct_items
+from moe_interp.experiments.isolation.data import pooled_name
+from moe_interp.experiments.isolation.result import IsolationResult
+from moe_interp.experiments.isolation.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.eval_mode import in_eval_mode
-from moe_interp.hooks.prefix import PrefixRunner
-from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions import set_routes
-from moe_interp.interventions.where import Positions
+from moe_interp.interventions.positions import Positions
 from moe_interp.progress import Report, reporting
 from moe_interp.results import Result, checksum
 from moe_interp.stats import derive_rng, mean_interval, paired_permutation, verdict
@@ -65,10 +65,10 @@ def domain_router(
         k: Experts per token; the family's own number by default.
         items: Ids of the items to choose by; keep others to measure on.
         mass: The mass whose deltas decide; the run's first by default.
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
 
     Raises:
-        DataError, ConfigError: as :func:`moe_interp.experiments.expert_choice.best_experts`.
+        DataError, ConfigError: as :func:`moe_interp.experiments.best_experts.best_experts`.
 
     Source: derived.
     """

@@ -15,8 +15,8 @@ import xarray as xr
 
 from moe_interp import stats
 from moe_interp.errors import DataError
-from moe_interp.experiments.confidence import By
-from moe_interp.experiments.isolation_data import chosen, delta_array, items_by_domain, sign
+from moe_interp.experiments.counterfactual.confidence import By
+from moe_interp.experiments.isolation.data import chosen, delta_array, items_by_domain, sign
 from moe_interp.results.tables import IsolationTables, unselected
 
 Row = Mapping[Any, Any]

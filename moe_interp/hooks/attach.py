@@ -14,14 +14,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError, ConfigError, HookError
+from moe_interp.hooks.find_layers import close_layer, describe_layer, find_layers, open_layer
 from moe_interp.hooks.layer import OpenLayer, Pass, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
-from moe_interp.hooks.opening import close_layer, describe_layer, find_layers, open_layer
 from moe_interp.hooks.passes import Passes, Span
 from moe_interp.hooks.places import find_place
-from moe_interp.hooks.turns import LayerHookPoint, Turns
-from moe_interp.hooks.verify import Verification, verify
+from moe_interp.hooks.thread_ownership import LayerHookPoint, Turns
 from moe_interp.types import Layer
+from moe_interp.verification.verify import Verification, verify
 
 _MARK = "_moe_interp_hooks"
 
@@ -186,7 +186,7 @@ class MoEHooks:
         return label
 
     def verify(self, tokens: Tensor | str | None = None, layers: Sequence[Layer] | None = None) -> Verification:
-        """Check every hook by cause on this very model: see :func:`moe_interp.hooks.verify.verify`."""
+        """Check every hook by cause on this very model: see :func:`moe_interp.verification.verify.verify`."""
         return verify(self, tokens, None if layers is None else [self.layer_label(label) for label in layers])
 
     @contextmanager

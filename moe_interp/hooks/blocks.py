@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_interp.arch.layouts import DenseScores, OneHot
+from moe_interp.arch.router_outputs import DenseScores, OneHot
 from moe_interp.errors import HookError
 from moe_interp.hooks.experts import EXPERT_HOOKS, finish, mix
 from moe_interp.hooks.layer import Opened, OpenLayer, Pass, is_edited

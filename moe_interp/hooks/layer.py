@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import HookError, RouteError
-from moe_interp.hooks.turns import PerThread
+from moe_interp.hooks.thread_ownership import PerThread
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from moe_interp.hooks.turns import PerThread
+from moe_interp.hooks.thread_ownership import PerThread
 from moe_interp.types import Layer
 
 

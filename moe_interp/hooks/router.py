@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.arch.heard import HeardLogits
+from moe_interp.arch.captured_logits import HeardLogits
 from moe_interp.arch.rules import HashTable, RoutingRule, SparseMixer
 from moe_interp.errors import RouteError
 from moe_interp.hooks.layer import Opened, OpenLayer, Pass, carries_gradient, is_edited

@@ -12,10 +12,10 @@ from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import checked_experts
+from moe_interp.interventions.positions import Positions, Where
+from moe_interp.interventions.random_keys import layer_labels
 from moe_interp.interventions.reference import GivenOutputs, OwnPass, Reference, outputs_of
-from moe_interp.interventions.streams import layer_labels
-from moe_interp.interventions.where import Positions, Where
-from moe_interp.interventions.writing import RouteWriter
+from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import EMPTY, Hooks, Layer
 
 Ablation = Literal["zero", "mean", "resample", "reroute"]
@@ -50,7 +50,7 @@ def ablate_experts(
         experts: Expert ids.
         mode: What stands in their place.
         seed: Seed of "resample".
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`; padding is in no mean.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`; padding is in no mean.
         reference: Of "mean" and "resample": token ids ``[row, pos]`` or text, which run once, when this is called, with
             the hooks that are on; or a cache with ``expert_indices`` and ``expert_out`` of the layer; or "prompt", the
             prompt's own tokens also for what is generated from it.

@@ -14,8 +14,8 @@ from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.layer import check_route
-from moe_interp.interventions.where import Positions, Where, pack_routes
-from moe_interp.interventions.writing import RouteWriter
+from moe_interp.interventions.positions import Positions, Where, pack_routes
+from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
 
 Mass = Literal["one", "natural"]
@@ -41,7 +41,7 @@ def force_experts(
         experts: One expert id, or several different ones.
         weights: One weight an expert, used as they are.
         mass: What a single expert's weight is.
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
 
     Raises:
         RouteError: an id out of range, or an expert twice.
@@ -79,7 +79,7 @@ def set_routes(
             first of ``pos`` is the first column of the prompt, also where a part of it is cached; routes for as many
             columns as a single pass has that continues a cached prefix are that pass's.
         weights: Of the same shape, used as they are; the family's own weights for that set by default.
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
 
     Raises:
         RouteError: an id out of range, an expert twice, or weights of another shape.

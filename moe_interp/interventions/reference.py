@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.interventions.where import Where
+from moe_interp.interventions.positions import Where
 from moe_interp.tokenization import TextReader
 from moe_interp.types import Layer
 

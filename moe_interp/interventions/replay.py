@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
+from moe_interp.hooks.find_layers import find_layers
 from moe_interp.hooks.layer import plain_label
-from moe_interp.hooks.opening import find_layers
-from moe_interp.interventions.where import Positions, Where, pack_routes
-from moe_interp.interventions.writing import RouteWriter
+from moe_interp.interventions.positions import Positions, Where, pack_routes
+from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
 
 # not TransformerLens' flat `blocks.1.mlp.hook_expert_indices`
@@ -48,7 +48,7 @@ def replay_routes(
         layers: Layers to replay, as the trace labels them; by default all that were recorded. "moe": the columns of the
             trace are all the model's MoE layers, in their order and whatever their labels, as inference engines record
             them.
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`; every step by default, so that a
+        positions, attention_mask: See :class:`.positions.Where`; every step by default, so that a
             step of ``generate`` outside the trace is refused. With a cache, both runs have the same padding.
 
     Raises:

@@ -14,10 +14,10 @@ from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
+from moe_interp.interventions.positions import Positions, Where
+from moe_interp.interventions.random_keys import layer_labels
 from moe_interp.interventions.reach import limits
-from moe_interp.interventions.streams import layer_labels
-from moe_interp.interventions.where import Positions, Where
-from moe_interp.interventions.writing import RouteWriter
+from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
 
 
@@ -41,7 +41,7 @@ def uniform_routing(
         moe: Attached hooks.
         layers: MoE layers; all by default.
         mass: The total weight.
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
     """
     check_attached(moe)
     check_mass(mass)
@@ -65,7 +65,7 @@ def random_routing(
         moe: Attached hooks.
         layers: MoE layers; all by default.
         seed: Seed of the draw.
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
     """
     check_attached(moe)
     seed = check_seed(seed)
@@ -110,7 +110,7 @@ def bias_router(
         moe: Attached hooks.
         layer: An MoE layer.
         bias: ``[expert]``.
-        positions, attention_mask: See :class:`moe_interp.interventions.where.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
 
     Raises:
         ConfigError: a bias of another width, or one that is NaN.

@@ -27,9 +27,9 @@ RERUN = "Restore it from a copy, or run the experiment again."
 
 # kind -> module that defines its class, imported only when such a file is loaded
 HOMES = {
-    "isolation": "moe_interp.experiments.isolation_result",
+    "isolation": "moe_interp.experiments.isolation.result",
     "domain_router": "moe_interp.experiments.domain_router",
-    "counterfactual": "moe_interp.experiments.counterfactual_result",
+    "counterfactual": "moe_interp.experiments.counterfactual.result",
     "router_tuning": "moe_interp.experiments.router_tuning",
     "pass_at_k": "moe_interp.experiments.pass_at_k",
     "geometry": "moe_interp.experiments.geometry",

@@ -1,7 +1,7 @@
 """Counterfactual routes: sampling them, and scoring them exactly and fast."""
 
 from moe_interp.routes.audit import ScreenAudit
-from moe_interp.routes.branch import LayerRoutes, RouteScores
+from moe_interp.routes.branch_scores import LayerRoutes, RouteScores
 from moe_interp.routes.inputs import check_routes, check_tokens
 from moe_interp.routes.sample import (
     AllSubsets,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.engine.branches import BasePass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.hooks.branches import BasePass
 from moe_interp.hooks.layer import check_route, plain_label
-from moe_interp.routes.branch import LayerRoutes, ruled_routes
+from moe_interp.routes.branch_scores import LayerRoutes, ruled_routes
 from moe_interp.tokenization import TextReader, padded_ids, warn_of_two_bos
 from moe_interp.types import Layer
 

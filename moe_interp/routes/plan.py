@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_interp.arch.products import without_compiled
+from moe_interp.engine.branches import BasePass
 from moe_interp.errors import DataError
-from moe_interp.hooks.branches import BasePass
-from moe_interp.routes.span import pays
+from moe_interp.routes.low_rank_unembed import pays
 
 ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
 _DEFAULT_BUDGET = 2**30

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.interventions.streams import uniform_keys
+from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.types import EMPTY
 
 _MOST_SUBSETS = 100_000

@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from moe_interp.engine import threads_asleep
+from moe_interp.engine.branches import BasePass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.branches import BasePass
 from moe_interp.hooks.eval_mode import in_eval_mode
-from moe_interp.hooks.threads import threads_asleep
 from moe_interp.interventions.force import set_routes
-from moe_interp.routes.branch import LayerRoutes, RouteScores, branch_scores
+from moe_interp.routes.branch_scores import LayerRoutes, RouteScores, branch_scores
 from moe_interp.routes.inputs import Tokens, by_label, check_budget, check_routes, check_tokens, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
 from moe_interp.routes.predictions import log_probs, mean_entropy

@@ -1,8 +1,6 @@
 """Statistics on plain arrays: numpy and scipy only, vectorised over leading axes, importable without torch."""
 
 from moe_interp.stats.best_of import BestOf, best_of, in_top
-from moe_interp.stats.bootstrap import bootstrap_interval
-from moe_interp.stats.clusters import cluster_bootstrap
 from moe_interp.stats.corrected import CorrectedCorrelation, Estimate, corrected_correlation
 from moe_interp.stats.correlation import (
     MeanCorrelation,
@@ -13,11 +11,17 @@ from moe_interp.stats.correlation import (
     mean_rho_permutation,
     spearman,
 )
-from moe_interp.stats.domains import ITEMS_IF_WIDER, DomainEffect, domain_effect
-from moe_interp.stats.intervals import Interval, median_interval, pseudomedian_interval
-from moe_interp.stats.multiple import adjust_p, items_needed, rejected, tests_needed_at_floor
-from moe_interp.stats.permutation import paired_permutation, shifted_group_test, two_group_permutation
-from moe_interp.stats.power import plan_wilcoxon, wilcoxon_power
+from moe_interp.stats.intervals.bootstrap import bootstrap_interval
+from moe_interp.stats.intervals.clusters import cluster_bootstrap
+from moe_interp.stats.intervals.means import Interval, median_interval, pseudomedian_interval
+from moe_interp.stats.intervals.small_samples import (
+    cluster_interval,
+    mean_interval,
+    ratio_interval,
+    stratified_interval,
+)
+from moe_interp.stats.intervals.verdicts import FEWEST_UNITS, Decision, decide, verdict
+from moe_interp.stats.random_generators import derive_rng
 from moe_interp.stats.reliability import (
     Reliability,
     expected_spearman,
@@ -25,10 +29,11 @@ from moe_interp.stats.reliability import (
     spearman_brown,
     split_half_reliability,
 )
-from moe_interp.stats.small_samples import cluster_interval, mean_interval, ratio_interval, stratified_interval
-from moe_interp.stats.streams import derive_rng
-from moe_interp.stats.verdicts import FEWEST_UNITS, Decision, decide, verdict
-from moe_interp.stats.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
+from moe_interp.stats.significance.domains import ITEMS_IF_WIDER, DomainEffect, domain_effect
+from moe_interp.stats.significance.multiple import adjust_p, items_needed, rejected, tests_needed_at_floor
+from moe_interp.stats.significance.permutation import paired_permutation, shifted_group_test, two_group_permutation
+from moe_interp.stats.significance.power import plan_wilcoxon, wilcoxon_power
+from moe_interp.stats.significance.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
     "BestOf",

@@ -23,9 +23,9 @@ from moe_interp.stats.halves import (
     random_halves,
     unit_ranks,
 )
+from moe_interp.stats.intervals.verdicts import decide
+from moe_interp.stats.random_generators import derive_rng
 from moe_interp.stats.reliability import expected_spearman, latent_pearson, spearman_brown
-from moe_interp.stats.streams import derive_rng
-from moe_interp.stats.verdicts import decide
 
 # Item weights of a resample are 1 - SPREAD or 1 + SPREAD. Multinomial weights (spread 1) would double the noise of the
 # means, and with it the very unreliability that is corrected for; the spread of the estimates is scaled back.

@@ -10,7 +10,7 @@ from scipy import stats as scipy_stats
 
 from moe_interp.errors import DataError
 from moe_interp.stats.checks import FloatArray, check_at_least, check_no_missing, check_probability, sample_last
-from moe_interp.stats.streams import derive_rng
+from moe_interp.stats.random_generators import derive_rng
 
 CLIP = 0.9999
 _CELLS_AT_ONCE = 4_000_000

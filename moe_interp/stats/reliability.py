@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from moe_interp.stats.checks import FloatArray, check_at_least
 from moe_interp.stats.halves import complete_items, experts_differ, experts_first, half_ranks, random_halves
-from moe_interp.stats.streams import derive_rng
+from moe_interp.stats.random_generators import derive_rng
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ The functions ``train`` and ``compare`` stand here in the place of the modules t
 from moe_interp.testbed.compare import compare
 from moe_interp.testbed.comparison import ComparisonResult
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain, Item
+from moe_interp.testbed.domains.domain import Domain, Item
 from moe_interp.testbed.metrics import routing_metrics
 from moe_interp.testbed.model import ModelConfig
 from moe_interp.testbed.presets import PRESETS
-from moe_interp.testbed.strategies import STRATEGIES
-from moe_interp.testbed.train import TrainedRun, train
+from moe_interp.testbed.strategies.table import STRATEGIES
+from moe_interp.testbed.training.train import TrainedRun, train
 
 __all__ = [
     "PRESETS",

@@ -7,7 +7,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.testbed.demo import load_demo_assets
-from moe_interp.testbed.domains import Item
+from moe_interp.testbed.domains.domain import Item
 
 
 def load_demo() -> tuple[MoEHooks, dict[str, list[Item]]]:

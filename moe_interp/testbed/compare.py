@@ -9,11 +9,11 @@ from typing import Any
 from moe_interp.errors import ConfigError
 from moe_interp.testbed.comparison import ComparisonResult, comparison
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain
-from moe_interp.testbed.folder import RunFolder
-from moe_interp.testbed.registry import load_domains
-from moe_interp.testbed.strategies import check_strategy
-from moe_interp.testbed.train import VERSION, described_run, train
+from moe_interp.testbed.domains.domain import Domain
+from moe_interp.testbed.domains.registry import load_domains
+from moe_interp.testbed.strategies.table import check_strategy
+from moe_interp.testbed.training.run_folder import RunFolder
+from moe_interp.testbed.training.train import VERSION, described_run, train
 
 
 def compare(
@@ -34,7 +34,7 @@ def compare(
         out: A folder for the runs' own, ``<strategy>-seed<seed>``.
         domains: The data of every run; by default the configuration's, generated anew for each seed.
         resume: Read back the finished runs in ``out`` and go on with an unfinished one.
-        mixed_precision: As for :func:`moe_interp.testbed.train.train`.
+        mixed_precision: As for :func:`moe_interp.testbed.training.train.train`.
 
     Raises:
         ConfigError: No strategy or seed, one given twice, or a strategy that cannot be made.

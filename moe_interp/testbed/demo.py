@@ -22,15 +22,15 @@ from moe_interp.errors import DataError
 from moe_interp.hooks.attach import attach
 from moe_interp.results.files import replacing
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain, Item, read_items, write_items
+from moe_interp.testbed.domains.arithmetic import final_answer
+from moe_interp.testbed.domains.domain import Domain, Item, read_items, write_items
 from moe_interp.testbed.evaluate import evaluate
 from moe_interp.testbed.generate import complete
 from moe_interp.testbed.metrics import routing_metrics
 from moe_interp.testbed.model import bridge_model, save_checkpoint
 from moe_interp.testbed.presets import DEMO
-from moe_interp.testbed.strategy import recorded
-from moe_interp.testbed.train import TrainedRun, train
-from moe_interp.testbed.worlds.arithmetic import final_answer
+from moe_interp.testbed.strategies.strategy import recorded
+from moe_interp.testbed.training.train import TrainedRun, train
 from moe_interp.traces.trace import RoutingTrace
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"

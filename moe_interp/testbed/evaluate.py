@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_interp.testbed.packing import PackedSequences
-from moe_interp.testbed.strategy import Records
+from moe_interp.testbed.domains.packing import PackedSequences
+from moe_interp.testbed.strategies.strategy import Records
 from moe_interp.traces.trace import RoutingTrace
 from moe_interp.types import Layer
 

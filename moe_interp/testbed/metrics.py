@@ -17,8 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import rel_entr
 
 from moe_interp.errors import DataError
+from moe_interp.traces.expert_use import entropy, load, ratio
 from moe_interp.traces.trace import RoutingTrace
-from moe_interp.traces.use import entropy, load, ratio
 
 FloatArray = NDArray[np.float64]
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError
-from moe_interp.testbed.domains import Domain, check_domains
+from moe_interp.testbed.domains.domain import Domain, check_domains
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 

@@ -1,5 +1,6 @@
 """Recorded routing: the trace, its files, and what can be measured on it."""
 
+from moe_interp.traces.expert_use import co_activation, load, saturation, standing_committee, transitions
 from moe_interp.traces.specialization import (
     domain_specialization,
     esft_experts,
@@ -7,7 +8,6 @@ from moe_interp.traces.specialization import (
     vocabulary_specialization,
 )
 from moe_interp.traces.trace import RoutingTrace
-from moe_interp.traces.use import co_activation, load, saturation, standing_committee, transitions
 
 __all__ = [
     "RoutingTrace",

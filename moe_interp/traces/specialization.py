@@ -8,8 +8,8 @@ import numpy as np
 import xarray as xr
 
 from moe_interp.errors import ConfigError, DataError
+from moe_interp.traces.expert_use import axes, ratio
 from moe_interp.traces.trace import RoutingTrace
-from moe_interp.traces.use import axes, ratio
 
 
 def domain_specialization(trace: RoutingTrace) -> xr.Dataset:

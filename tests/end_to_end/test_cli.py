@@ -19,7 +19,7 @@ from moe_interp.cli.load import load_bridge
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.layer import OpenLayer
 from moe_interp.hooks.names import HOOK_NAMES
-from moe_interp.hooks.support import support_markdown
+from moe_interp.hooks.support_table import support_markdown
 from tests import tiny
 
 runner = CliRunner(env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})

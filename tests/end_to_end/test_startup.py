@@ -18,18 +18,19 @@ from typer.testing import CliRunner
 
 import moe_interp as mi
 from moe_interp.arch.families import FAMILIES
-from moe_interp.cli import inputs, models, options, testbed
+from moe_interp.cli import inputs, options
 from moe_interp.cli.application import cli
+from moe_interp.cli.commands import models, testbed
 from moe_interp.cli.options import nearest
 from moe_interp.cli.startup import INTERRUPTED
-from moe_interp.experiments.variants import Mode
+from moe_interp.experiments.isolation.variants import Mode
 from moe_interp.routes import Method
 from moe_interp.testbed.config import TestbedConfig
+from moe_interp.testbed.domains.registry import GENERATED
 from moe_interp.testbed.model import ModelConfig
 from moe_interp.testbed.presets import PRESETS
-from moe_interp.testbed.registry import GENERATED
-from moe_interp.testbed.strategies import STRATEGIES
-from moe_interp.testbed.train import PRECISIONS
+from moe_interp.testbed.strategies.table import STRATEGIES
+from moe_interp.testbed.training.train import PRECISIONS
 
 # the entry point in a Python that has none of the heavy libraries
 WITHOUT = """

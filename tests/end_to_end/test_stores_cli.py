@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moe_interp.cli.runs import cell_folder
+from moe_interp.cli.commands.runs import cell_folder
 from moe_interp.errors import ResultError
 from moe_interp.results.cells import CellStore
 

@@ -28,17 +28,17 @@ import xarray as xr
 
 from moe_interp.disk import LARGEST_JSON, parse_json, read_bytes
 from moe_interp.errors import DataError, MoEInterpError, ResultError
-from moe_interp.experiments.items import load_items
-from moe_interp.experiments.sequence_texts import load_sequences
+from moe_interp.experiments.inputs.items import load_items
+from moe_interp.experiments.inputs.sequence_texts import load_sequences
 from moe_interp.results import Manifest, Result, load_result
 from moe_interp.results.cells import CellStore, DamagedCellWarning
 from moe_interp.results.npz import npz_arrays, npz_bytes
 from moe_interp.results.seals import LENGTH, is_sealed, sealed, sealed_zip
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.demo import load_demo_assets, write_checksums
-from moe_interp.testbed.domains import read_items
-from moe_interp.testbed.folder import RunFolder
-from moe_interp.testbed.trainer import read_state
+from moe_interp.testbed.domains.domain import read_items
+from moe_interp.testbed.training.run_folder import RunFolder
+from moe_interp.testbed.training.trainer import read_state
 from moe_interp.traces import RoutingTrace
 
 N = 2000

@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"errors", "types", "checks", "progress", "disk", "jsonlines", "tokenization"}
 NUMBERS = {"stats", "results"}
-TOWER = ["arch", "hooks", "interventions"]
+TOWER = ["arch", "hooks", "engine", "interventions"]
 METHODS = {"patching", "routes", "traces"}
 # folder -> the folders and files it may import; its own are always allowed
 MAY_IMPORT: dict[str, set[str]] = {
@@ -39,9 +39,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arch": BASE,
     "hooks": BASE | {"arch"},
     "interventions": BASE | {"arch", "hooks"},
+    "engine": BASE | {"arch", "hooks"},
     "patching": BASE | {*TOWER} | NUMBERS,
     "routes": BASE | {*TOWER} | NUMBERS,
     "traces": BASE | {*TOWER} | NUMBERS,
+    "verification": BASE | {*TOWER} | METHODS,
     "experiments": BASE | {*TOWER} | NUMBERS | METHODS,
     "runs": BASE | {*TOWER} | NUMBERS | METHODS | {"experiments"},
     "testbed": BASE | {*TOWER} | NUMBERS | {"traces"},

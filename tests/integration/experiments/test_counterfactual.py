@@ -12,14 +12,14 @@ import xarray as xr
 from torch import Tensor
 
 import moe_interp as mi
+from moe_interp.engine.branches import BasePass
 from moe_interp.errors import ConfigError, DataError, HookError, ResultError
-from moe_interp.experiments.counterfactual import first_new, matches
-from moe_interp.experiments.counterfactual_data import CounterfactualPlan
-from moe_interp.experiments.items import Item
-from moe_interp.experiments.repeats import RepeatedContentWarning
-from moe_interp.experiments.sequences import SequenceBatch, read_sequences
+from moe_interp.experiments.counterfactual.data import CounterfactualPlan
+from moe_interp.experiments.counterfactual.experiment import first_new, matches
+from moe_interp.experiments.inputs.items import Item
+from moe_interp.experiments.inputs.repeats import RepeatedContentWarning
+from moe_interp.experiments.inputs.sequences import SequenceBatch, read_sequences
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.hooks.branches import BasePass
 from moe_interp.results.cells import DamagedCellWarning
 from moe_interp.routes import AllSubsets, GumbelTopK, RouteSampler, SlowRoutesWarning, TokenKeys, UniformSubsets
 from tests import tiny
@@ -178,7 +178,8 @@ def test_heating_is_kept(moe: MoEHooks) -> None:
 def test_batching_order_and_names_change_nothing(moe: MoEHooks, monkeypatch: pytest.MonkeyPatch) -> None:
     given = sequences()
     together = run(moe, given).data
-    monkeypatch.setattr("moe_interp.experiments.counterfactual.tokens_per_pass", lambda moe, width, budget: width)
+    free = "moe_interp.experiments.counterfactual.experiment.tokens_per_pass"
+    monkeypatch.setattr(free, lambda moe, width, budget: width)
     alone = run(moe, given)
     assert len(alone.manifest.config["batches"]) == 4
     assert_equal(alone.data, together)
@@ -207,7 +208,8 @@ def test_masks_choose_the_predicted_tokens(moe: MoEHooks) -> None:
 def test_an_interrupted_run_goes_on_and_keeps_what_was_finished(
     moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_interp.experiments.counterfactual.tokens_per_pass", lambda moe, width, budget: 14)
+    free = "moe_interp.experiments.counterfactual.experiment.tokens_per_pass"
+    monkeypatch.setattr(free, lambda moe, width, budget: 14)
     given, store = sequences(), tmp_path / "cells"
     whole = run(moe, given).data
 
@@ -231,12 +233,12 @@ def test_an_interrupted_run_goes_on_and_keeps_what_was_finished(
 def test_a_run_goes_on_with_other_memory_free_but_not_with_other_weights(
     moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = "moe_interp.experiments.counterfactual.tokens_per_pass"
+    free = "moe_interp.experiments.counterfactual.experiment.tokens_per_pass"
     monkeypatch.setattr(free, lambda moe, width, budget: 14)
     store = tmp_path / "cells"
     first = run(moe, sequences(), store=store).data
     monkeypatch.setattr(free, lambda moe, width, budget: 1000)
-    monkeypatch.setattr("moe_interp.experiments.counterfactual.BasePass", lambda *args: 1 / 0)
+    monkeypatch.setattr("moe_interp.experiments.counterfactual.experiment.BasePass", lambda *args: 1 / 0)
     assert_equal(run(moe, sequences(), store=store).data, first, 0.0)  # nothing is computed again
     with pytest.raises(ResultError, match="memory_budget: other batches"):
         run(moe, sequences(), store=store, memory_budget=2**30)
@@ -413,7 +415,7 @@ def test_sequences_of_the_same_tokens_count_once(moe: MoEHooks) -> None:
 
 def test_stores_and_results_of_another_law_of_the_sampler_are_refused(moe: MoEHooks, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_interp.experiments.counterfactual_data.CELLS_VERSION", 2)
+        patch.setattr("moe_interp.experiments.counterfactual.data.CELLS_VERSION", 2)
         result = run(moe, sequences((4,)), n_routes=1, layers=[1], controls=False, store=tmp_path / "cells")
     with pytest.raises(ResultError, match="version=2 there, 3 here"):
         run(moe, sequences((4,)), n_routes=1, layers=[1], controls=False, store=tmp_path / "cells")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moe_interp as mi
-from moe_interp.testbed.train import TrainedRun, train
+from moe_interp.testbed.training.train import TrainedRun, train
 from tests.integration.experiments.test_planted_truth import N_EXPERTS, N_LAYERS, TINY, permuted_rows
 
 

@@ -20,7 +20,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
 import moe_interp as mi
 from moe_interp.errors import ConfigError, ResultError
-from moe_interp.experiments.identity import model_identity
+from moe_interp.experiments.identity.model import model_identity
 from tests import tiny
 
 SCALE = 1.0

@@ -15,9 +15,9 @@ import torch
 import moe_interp as mi
 from moe_interp.arch.modules import unwrap
 from moe_interp.errors import AttachError, ConfigError, DataError, MoEInterpError, ResultError, RouteError
-from moe_interp.experiments.expert_choice import best_experts, split_items
-from moe_interp.experiments.scoring import PrefixNotExactWarning, PrefixScorer
-from moe_interp.experiments.variants import expert_sets
+from moe_interp.experiments.best_experts import best_experts, split_items
+from moe_interp.experiments.isolation.scoring import PrefixNotExactWarning, PrefixScorer
+from moe_interp.experiments.isolation.variants import expert_sets
 from moe_interp.results.cells import DamagedCellWarning
 from tests import tiny
 

@@ -18,13 +18,13 @@ from scipy.stats import binom, binomtest
 from torch import Tensor
 
 import moe_interp as mi
-from moe_interp.experiments.expert_choice import best_experts
-from moe_interp.experiments.items import Item
+from moe_interp.experiments.best_experts import best_experts
+from moe_interp.experiments.inputs.items import Item
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.model import ModelConfig
-from moe_interp.testbed.reference import reference_blocks
-from moe_interp.testbed.strategy import recorded
-from moe_interp.testbed.train import TrainedRun, train
+from moe_interp.testbed.strategies.reference import reference_blocks
+from moe_interp.testbed.strategies.strategy import recorded
+from moe_interp.testbed.training.train import TrainedRun, train
 
 SEEDS, DRAWS = (0, 1, 2), (0, 1)
 DOMAINS = ("arithmetic", "facts")

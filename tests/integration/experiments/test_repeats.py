@@ -10,8 +10,8 @@ import pytest
 import xarray as xr
 
 import moe_interp as mi
-from moe_interp.experiments.repeats import RepeatedContentWarning, distinct_sequences, merge_repeats
-from moe_interp.experiments.sequences import read_sequences
+from moe_interp.experiments.inputs.repeats import RepeatedContentWarning, distinct_sequences, merge_repeats
+from moe_interp.experiments.inputs.sequences import read_sequences
 from tests.integration.experiments.test_isolation import QUIET, attached, items_of
 
 

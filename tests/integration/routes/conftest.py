@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from moe_interp.routes import branch
-
 
 @pytest.fixture(autouse=True)
 def always_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_interp.engine.branches import BasePass
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.branches import BasePass
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes import RouteScores, check_routes, score_from_base, score_joint_routes
 from moe_interp.routes.predictions import averaged_log_probs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.routes import GumbelTopK, TokenKeys, branch, plan, score_joint_routes, score_routes
+from moe_interp.routes import GumbelTopK, TokenKeys, branch_scores, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,
@@ -180,7 +180,7 @@ def test_many_routes_at_the_last_layer_share_their_unembeddings(name: str, monke
     routes = random_routes(moe, moe.layers[-1], tokens, n_routes=60)
     routes[:, 4, 3] = -1
     given: dict[str, Any] = {"attention_mask": mask, "positions": POSITIONS, "method": "branch"}
-    spanned, calls = branch.spanned_logits, []
+    spanned, calls = branch_scores.spanned_logits, []
 
     def counted(*args: Any) -> Tensor | None:
         calls.append(spanned(*args))

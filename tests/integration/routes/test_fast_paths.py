@@ -16,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_interp as mi
 from moe_interp.arch import products
-from moe_interp.hooks import lean
-from moe_interp.hooks.branches import BasePass
-from moe_interp.hooks.workers import n_workers, side_by_side
-from moe_interp.routes import branch, plan, score_joint_routes, score_routes
+from moe_interp.engine.branches import BasePass
+from moe_interp.engine.parallel_passes import n_workers, side_by_side
+from moe_interp.routes import plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,

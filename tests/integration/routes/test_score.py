@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_interp.engine.branches import BasePass, BranchRunner
 from moe_interp.errors import ConfigError, DataError, HookError, RouteError
 from moe_interp.hooks.attach import attach
-from moe_interp.hooks.branches import BasePass, BranchRunner
 from moe_interp.routes import (
     SlowRoutesWarning,
     check_routes,
@@ -99,7 +99,7 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(monkeypatch: pytest
     assert state_of(moe.bridge) == state
     last = moe.bridge.blocks[-1]
     with monkeypatch.context() as patch:
-        patch.setattr("moe_interp.routes.branch.log_probs", lambda *args: 1 / 0)
+        patch.setattr("moe_interp.routes.branch_scores.log_probs", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             score_routes(moe, TOKENS, 0, routes)
     assert state_of(moe.bridge) == state

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_interp.engine.branches import BasePass
 from moe_interp.errors import ConfigError
-from moe_interp.hooks.branches import BasePass
 from moe_interp.routes import LayerRoutes, check_routes, own_gradients, route_credits, score_routes, screen_routes
 from tests.integration.routes.helpers import attached, padded_batch, precision, random_routes, served_layers
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from moe_interp.arch.modules import unwrap
-from moe_interp.hooks import shared_attention
+from moe_interp.engine import branch_attention
+from moe_interp.engine.branch_attention import NAME, UnknownAttention
+from moe_interp.engine.branches import BasePass, BranchRunner
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.hooks.branches import BasePass, BranchRunner
-from moe_interp.hooks.shared_attention import NAME, UnknownAttention, branch_attention
-from moe_interp.routes import branch, plan, score_joint_routes, score_routes
+from moe_interp.routes import plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,
@@ -103,9 +103,9 @@ def test_an_attention_that_comes_out_otherwise_is_not_used(fault: str, monkeypat
             return mask.of_no_such_name
         if fault == "key":
             return options["of_no_such_name"]
-        rows = shared_attention._now.rows
+        rows = branch_attention._now.rows
         assert rows is not None
-        out, pattern = branch_attention(module, query, key, value, mask, **options)
+        out, pattern = branch_attention.branch_attention(module, query, key, value, mask, **options)
         if fault == "first":
             out = out * torch.where(rows.position == 0, 1.5, 1.0)[..., None, None]
         return out, pattern
@@ -121,7 +121,7 @@ def test_an_attention_that_comes_out_otherwise_is_not_used(fault: str, monkeypat
 def test_the_attention_of_no_branch_says_so() -> None:
     one = torch.zeros(1, 1, 1, 4)
     with pytest.raises(UnknownAttention):
-        branch_attention(None, one, one, one, None)
+        branch_attention.branch_attention(None, one, one, one, None)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -145,7 +145,7 @@ def test_an_interruption_gives_the_model_its_attention_back(
         run(torch.tensor([0]), position, base.block_out(0)[position])
     assert attention.config is config
     assert "forward" not in moe.bridge.blocks[1].attn.__dict__
-    assert shared_attention._now.earlier is None
+    assert branch_attention._now.earlier is None
 
 
 def test_another_model_of_the_same_config_is_not_touched() -> None:

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from moe_interp.errors import ConfigError
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.model import ModelConfig
-from moe_interp.testbed.trainer import Trainer
+from moe_interp.testbed.training.trainer import Trainer
 
 CONFIG = TestbedConfig(
     model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),

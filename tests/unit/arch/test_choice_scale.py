@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_interp.arch.families import build_spec, find_container
 from moe_interp.arch.rules import RoutingRule, SigmoidTopK, SoftmaxTopK
-from moe_interp.interventions.streams import uniform_keys
+from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.routes import GumbelTopK, TokenKeys
 from tests import tiny
 

@@ -8,7 +8,7 @@ import pytest
 
 from moe_interp.cli import console
 from moe_interp.errors import warn
-from moe_interp.experiments.repeats import RepeatedContentWarning
+from moe_interp.experiments.inputs.repeats import RepeatedContentWarning
 
 
 def test_a_warning_is_its_text_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

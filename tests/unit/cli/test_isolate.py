@@ -12,7 +12,7 @@ from moe_interp.cli.inputs import first_of_each, read_items
 from moe_interp.cli.options import inputs
 from moe_interp.cli.outputs import write_isolation
 from moe_interp.errors import ConfigError
-from moe_interp.experiments.items import Item
+from moe_interp.experiments.inputs.items import Item
 from moe_interp.plots import FIGURES
 from moe_interp.report import isolation_page
 from tests.unit.experiments.planted_isolation import planted_isolation

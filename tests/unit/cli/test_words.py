@@ -14,7 +14,7 @@ import pytest
 import moe_interp as mi
 from moe_interp.cli.words import in_options
 from moe_interp.testbed.compare import compare
-from moe_interp.testbed.train import train
+from moe_interp.testbed.training.train import train
 
 PACKAGE = Path(mi.__file__).parent
 # what the commands run on

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.isolation.result import IsolationResult
 
 DOMAINS = {"code": 20, "facts": 30, "math": 26}
 ROUTERS = ("aligned", "permuted", "reversed")

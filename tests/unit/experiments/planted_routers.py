@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from moe_interp.experiments.counterfactual import first_new, matches
+from moe_interp.experiments.counterfactual.experiment import first_new, matches
 from moe_interp.routes import GumbelTopK, RouteSampler, TokenKeys
 from tests.unit.experiments.planted_counterfactual import dataset
 

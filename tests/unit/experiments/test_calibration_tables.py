@@ -10,9 +10,9 @@ import pytest
 from scipy import stats as scipy_stats
 
 from moe_interp.errors import DataError
-from moe_interp.experiments.isolation_data import quality_array, routing_array
-from moe_interp.experiments.isolation_result import IsolationResult
-from moe_interp.experiments.item_calibration import expert_permutation_p, unit_ranks
+from moe_interp.experiments.isolation.data import quality_array, routing_array
+from moe_interp.experiments.isolation.item_calibration import expert_permutation_p, unit_ranks
+from moe_interp.experiments.isolation.result import IsolationResult
 from tests.unit.experiments.planted_isolation import planted_isolation, routing_apart
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from tests.unit.experiments.planted_counterfactual import dataset, exchangeable
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_interp.errors import DataError
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from moe_interp.results.tables import classed_by, fresh_second, unselected
 from moe_interp.routes import AllSubsets
 from tests.unit.experiments.planted_routers import drawn_routes

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moe_interp.errors import DataError
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
-from moe_interp.experiments.prediction_calibration import prediction_calibration
+from moe_interp.experiments.counterfactual.prediction_calibration import prediction_calibration
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from tests.unit.experiments.planted_predictions import exchangeable_predictions
 
 SIZES = [(0.0, 1.2), (1.0, 1.0), (2.0, 1.0), (3.0, 0.5), (2.5, 1.5)]

@@ -12,10 +12,10 @@ import xarray as xr
 
 from moe_interp import stats
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.experiments.confidence import classes, confidence
-from moe_interp.experiments.counterfactual_data import CounterfactualPlan, token_type
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
-from moe_interp.experiments.counterfactual_tables import (
+from moe_interp.experiments.counterfactual.confidence import classes, confidence
+from moe_interp.experiments.counterfactual.data import CounterfactualPlan, token_type
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
+from moe_interp.experiments.counterfactual.tables import (
     ALIGNED,
     alignment,
     common_size,

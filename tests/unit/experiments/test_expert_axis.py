@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.results import Result, load_result
 from tests.unit.experiments.planted_isolation import planted_isolation, routing_apart
 

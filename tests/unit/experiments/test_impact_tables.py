@@ -7,9 +7,9 @@ import pytest
 
 from moe_interp import stats
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.experiments.expert_choice import best_experts, cross_fitted, split_items
-from moe_interp.experiments.impact import regimes, two_regimes
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.best_experts import best_experts, cross_fitted, split_items
+from moe_interp.experiments.isolation.impact import regimes, two_regimes
+from moe_interp.experiments.isolation.result import IsolationResult
 from tests.unit.experiments.planted_isolation import planted_isolation, routing_apart
 
 BEST = {("math", 1, 3): 2.0, ("math", 2, 8): 2.0, ("facts", 1, 5): 2.0, ("code", 1, 6): 2.0}

@@ -10,9 +10,9 @@ import pytest
 import xarray as xr
 
 from moe_interp.errors import DataError
-from moe_interp.experiments import published
-from moe_interp.experiments.findings import plan_isolation
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.isolation import published
+from moe_interp.experiments.isolation.findings import plan_isolation
+from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.results import load_result
 from tests.unit.experiments.planted_isolation import planted_isolation
 

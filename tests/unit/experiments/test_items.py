@@ -13,7 +13,7 @@ import torch
 
 import moe_interp as mi
 from moe_interp.errors import DataError
-from moe_interp.experiments.items import Item, check_items
+from moe_interp.experiments.inputs.items import Item, check_items
 
 ASKED = [{"role": "user", "content": "p"}]
 ANSWERED = {"role": "assistant", "content": "q"}

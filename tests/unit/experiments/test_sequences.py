@@ -14,10 +14,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import moe_interp as mi
 from moe_interp.errors import DataError
-from moe_interp.experiments.items import check_items
-from moe_interp.experiments.repeats import RepeatedContentWarning, distinct_sequences
-from moe_interp.experiments.sequence_texts import unread_fields
-from moe_interp.experiments.sequences import read_sequences
+from moe_interp.experiments.inputs.items import check_items
+from moe_interp.experiments.inputs.repeats import RepeatedContentWarning, distinct_sequences
+from moe_interp.experiments.inputs.sequence_texts import unread_fields
+from moe_interp.experiments.inputs.sequences import read_sequences
 from moe_interp.tokenization import RepeatedBOSWarning
 from tests import tiny
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.isolation.result import IsolationResult
 from tests.unit.experiments.planted_isolation import planted_isolation
 
 CELLS = {("math", 1, 3): 1.0, ("facts", 2, 5): -1.0, ("code", 0, 7): 1.0}

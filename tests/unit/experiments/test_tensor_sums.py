@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_interp.experiments.tensor_sums import LANES, row_sums, tensor_digest
+from moe_interp.experiments.identity.tensors import LANES, row_sums, tensor_digest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 DTYPES += [torch.float8_e4m3fn, torch.complex64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
 
 TEXTS = ("<b>", " &amp;", "\n", "\t", "", '"]', "</script>", "\u202ex", " two  spaces", "é")
 REGRETTED = ("s3", 4, 1)  # sequence, position, layer

@@ -7,7 +7,7 @@ import pytest
 
 from moe_interp import plots
 from moe_interp.errors import DataError
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from tests.unit.plots.planted_routes import planted_routes
 
 

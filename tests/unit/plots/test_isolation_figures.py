@@ -13,7 +13,7 @@ from matplotlib.text import Text
 
 from moe_interp import plots
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.plots.figure import thin_ticks, whiskers
 from tests.unit.experiments.planted_isolation import planted_isolation
 

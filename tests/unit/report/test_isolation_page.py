@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from moe_interp.errors import ResultError
-from moe_interp.experiments.isolation_result import IsolationResult
+from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.report import counterfactual_chapter, isolation_chapter, isolation_page, render_page, write_page
 from moe_interp.report.html import LONGEST, cell, html_table, with_intervals
 from tests.unit.experiments.planted_isolation import planted_isolation

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_interp.experiments.counterfactual_result import CounterfactualResult
+from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from moe_interp.report import counterfactual_page, isolation_page, token_view
 from moe_interp.report.tokens import STEPS
 from tests.unit.experiments.planted_isolation import planted_isolation

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.interventions.streams import uniform_keys
+from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.routes.sample import AllSubsets, GumbelTopK, OneSwap, RouteSampler, TokenKeys, UniformSubsets
 
 SAMPLERS = [GumbelTopK(), GumbelTopK(tau=0.3, pool=5), UniformSubsets(), OneSwap(), AllSubsets()]

@@ -6,7 +6,7 @@ from scipy import stats as scipy_stats
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.stats import derive_rng, smallest_attainable_p, wilcoxon_signed_rank
-from moe_interp.stats.wilcoxon import signed_rank_null
+from moe_interp.stats.significance.wilcoxon import signed_rank_null
 
 # Hollander & Wolfe, depression scale before and after; R: wilcox.test(x, y, paired = TRUE, alternative = "greater")
 BEFORE = np.array([1.83, 0.50, 1.62, 2.48, 1.68, 1.88, 1.55, 3.06, 1.30])

@@ -13,7 +13,7 @@ from moe_interp.results import load_result
 from moe_interp.testbed.compare import compare
 from moe_interp.testbed.comparison import ComparisonResult, RepeatedRunWarning, comparison
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.model import ModelConfig
 
 TINY = TestbedConfig(

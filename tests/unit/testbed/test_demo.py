@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import moe_interp.testbed.demo as demo
 from moe_interp.errors import DataError
 from moe_interp.testbed.demo import load_demo_assets
-from moe_interp.testbed.domains import Item
+from moe_interp.testbed.domains.arithmetic import final_answer
+from moe_interp.testbed.domains.domain import Item
 from moe_interp.testbed.generate import complete
 from moe_interp.testbed.presets import DEMO
-from moe_interp.testbed.worlds.arithmetic import final_answer
 
 
 @pytest.fixture(scope="module")

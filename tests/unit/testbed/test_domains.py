@@ -8,7 +8,7 @@ import random
 import pytest
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.testbed.domains import (
+from moe_interp.testbed.domains.domain import (
     Domain,
     Example,
     Item,
@@ -18,7 +18,7 @@ from moe_interp.testbed.domains import (
     split_of,
     write_items,
 )
-from moe_interp.testbed.worlds.text import read_documents
+from moe_interp.testbed.domains.text import read_documents
 
 ITEM = Item("d-0", "d", "question?", " answer", {"steps": 3})
 

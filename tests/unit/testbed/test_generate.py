@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.generate import complete
 from moe_interp.testbed.model import ModelConfig, build_model, train_tokenizer
 

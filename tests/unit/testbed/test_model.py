@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import attach
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.model import (
     ModelConfig,
     bridge_model,

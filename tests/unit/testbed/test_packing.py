@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from moe_interp.errors import ConfigError
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
+from moe_interp.testbed.domains.packing import encode_documents, pack, training_sequences, validation_sequences
 from moe_interp.testbed.model import train_tokenizer
-from moe_interp.testbed.packing import encode_documents, pack, training_sequences, validation_sequences
 
 LETTERS = ("ab", "mn", "yz")  # each domain has letters of its own, so that a token shows its domain
 

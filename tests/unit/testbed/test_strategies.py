@@ -10,17 +10,17 @@ import torch
 from accelerate import Accelerator
 
 from moe_interp.errors import ConfigError
-from moe_interp.testbed.balancing import balance_loss
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.evaluate import max_violation
 from moe_interp.testbed.metrics import routing_metrics
 from moe_interp.testbed.model import ModelConfig, model_tensors
-from moe_interp.testbed.reference import reference_blocks
-from moe_interp.testbed.rerouting import within_capacity
-from moe_interp.testbed.strategies import STRATEGIES, check_strategy, make_strategy
-from moe_interp.testbed.strategy import Batch, RouterRecord, Setting, by_score, recorded
-from moe_interp.testbed.trainer import Trainer
+from moe_interp.testbed.strategies.balancing import balance_loss
+from moe_interp.testbed.strategies.reference import reference_blocks
+from moe_interp.testbed.strategies.rerouting import within_capacity
+from moe_interp.testbed.strategies.strategy import Batch, RouterRecord, Setting, by_score, recorded
+from moe_interp.testbed.strategies.table import STRATEGIES, check_strategy, make_strategy
+from moe_interp.testbed.training.trainer import Trainer
 
 TINY = TestbedConfig(
     model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),

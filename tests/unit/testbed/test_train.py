@@ -14,15 +14,15 @@ from accelerate.state import AcceleratorState
 
 from moe_interp.errors import ConfigError, ResultError, TrainingError
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain
+from moe_interp.testbed.domains.domain import Domain
+from moe_interp.testbed.domains.packing import PackedSequences
+from moe_interp.testbed.domains.registry import load_domains
 from moe_interp.testbed.evaluate import token_losses, unigram_loss
 from moe_interp.testbed.model import ModelConfig, model_tensors
-from moe_interp.testbed.optim import Muon, orthogonalise
-from moe_interp.testbed.packing import PackedSequences
 from moe_interp.testbed.presets import PRESETS
-from moe_interp.testbed.registry import load_domains
-from moe_interp.testbed.train import train
-from moe_interp.testbed.trainer import Trainer
+from moe_interp.testbed.training.optimizers import Muon, orthogonalise
+from moe_interp.testbed.training.train import train
+from moe_interp.testbed.training.trainer import Trainer
 
 TINY = TestbedConfig(
     model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),
@@ -111,7 +111,7 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path
         calls.append(1)
         return token_losses(logits, tokens) * (math.nan if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(sys.modules["moe_interp.testbed.trainer"], "token_losses", losses)
+    monkeypatch.setattr(sys.modules["moe_interp.testbed.training.trainer"], "token_losses", losses)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 0\.00"):
         train(TINY, domains=DOMAINS, out=tmp_path, progress=False)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2

@@ -10,13 +10,13 @@ import pytest
 
 from moe_interp.errors import DataError
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains import Domain, split_of
-from moe_interp.testbed.registry import load_domains
-from moe_interp.testbed.worlds.arithmetic import Problem, arithmetic, final_answer, verify_solution
-from moe_interp.testbed.worlds.facts import facts, is_asked, make_world
-from moe_interp.testbed.worlds.lookups import lookups
-from moe_interp.testbed.worlds.puzzles import puzzles
-from moe_interp.testbed.worlds.text import dataset_domain, python_standard_library, read_documents, text_domain
+from moe_interp.testbed.domains.arithmetic import Problem, arithmetic, final_answer, verify_solution
+from moe_interp.testbed.domains.domain import Domain, split_of
+from moe_interp.testbed.domains.facts import facts, is_asked, make_world
+from moe_interp.testbed.domains.lookups import lookups
+from moe_interp.testbed.domains.puzzles import puzzles
+from moe_interp.testbed.domains.registry import load_domains
+from moe_interp.testbed.domains.text import dataset_domain, python_standard_library, read_documents, text_domain
 
 SMALL = {"n_train": 300, "n_validation": 40, "n_items": 60}
 GENERATORS = {"arithmetic": arithmetic, "facts": facts, "puzzles": puzzles, "lookups": lookups}

@@ -1,0 +1,181 @@
+"""What a family's router module returns, read into one form and written back.
+
+``read`` gives ``(logits, indices, weights)``: raw logits ``[*token, expert]``, the native route ``[*token, slot]``.
+Where the return value does not hold the raw logits, they are heard while the router runs.
+``write`` gives the router's own return value for another route, so that the family's own code goes on from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_interp.arch.captured_logits import HeardLogits
+from moe_interp.arch.rules import RoutingRule, SigmoidTopK
+from moe_interp.errors import RouteError
+
+Route = tuple[Tensor, Tensor]
+
+
+def unpacked(router: Any, out: Any, choice: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A router's three tensors, of which number ``choice`` holds expert ids.
+
+    Raises:
+        RouteError: The router returns something else. Other releases of transformers order the three otherwise, or
+            return the logits alone; weights read as ids would be silently wrong.
+    """
+    three = isinstance(out, tuple) and len(out) == 3 and all(isinstance(part, Tensor) for part in out)
+    if not three or out[choice].is_floating_point():
+        parts = out if isinstance(out, tuple) else (out,)
+        given = ", ".join(str(getattr(part, "dtype", type(part).__name__)) for part in parts)
+        raise RouteError(
+            f"{type(router).__name__} returns ({given})",
+            f"three tensors, of which number {choice + 1} holds expert ids (integers)",
+            "Install transformers 5.21 to 5.23; earlier releases order what this router returns in another way.",
+        )
+    return out
+
+
+class RouterLayout(Protocol):
+    """One way of packing logits, weights and indices into a return value.
+
+    Attributes:
+        hears_logits: Whether ``read`` needs the logits heard during the router's call; else it calls it once more.
+    """
+
+    hears_logits: bool
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any: ...
+
+
+class Triple:
+    """``(logits, weights, indices)``: nearly every family."""
+
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, indices = unpacked(router, out, choice=2)
+        return logits, indices, weights
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        return logits, weights, indices
+
+
+class CappedTriple(Triple):
+    """Laguna: the returned logits are after the soft-cap, the weights before the block's scale."""
+
+    hears_logits = True
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, weights, indices = unpacked(router, out, choice=2)
+        raw = _hear(router, rule, x) if heard is None else heard
+        return raw.float(), indices, weights * _block_scale(rule)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        assert isinstance(rule, SigmoidTopK)
+        indices, weights = route
+        return rule.capped(logits), weights / _block_scale(rule), indices
+
+
+def _hear(router: Any, rule: RoutingRule, x: Tensor) -> Tensor:
+    with HeardLogits(router, rule.n_experts) as heard:
+        router(x)
+    return heard.logits
+
+
+def _block_scale(rule: RoutingRule) -> float:
+    return getattr(rule, "scale_after_cast", None) or 1.0
+
+
+class ScoresTriple(Triple):
+    """Gemma 4: ``(probabilities, weights, indices)``; the logits are those of the inner projection."""
+
+    hears_logits = True
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, weights, indices = unpacked(router, out, choice=2)
+        return (_hear(router, rule, x) if heard is None else heard), indices, weights
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        return (rule.scores(logits) if scores is None else scores), weights, indices
+
+
+class DenseScores:
+    """Llama 4: ``(weights at full width, logits)``, zero where an expert is not chosen."""
+
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = out[1]
+        return logits, *rule.route(logits)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        dense = torch.zeros_like(logits).scatter_add(-1, indices.clamp(min=0), weights.to(logits.dtype))
+        return dense, logits
+
+    def handed_on(self, out: Any) -> Route:
+        """The route that the block goes on with: every expert with a weight."""
+        dense = out[0]
+        slots = max(int((dense != 0).sum(dim=-1).max()), 1)
+        indices = dense.abs().topk(slots, dim=-1).indices
+        weights = dense.gather(-1, indices)
+        return indices.masked_fill(weights == 0, -1), weights
+
+
+class OneHot:
+    """Switch Transformers: ``(one-hot choice, weight of the choice, logits)``, all over ``[batch, pos]``."""
+
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return unpacked(router, out, choice=0)[2], *self.handed_on(out)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        chosen = torch.zeros_like(logits, dtype=torch.int64)
+        chosen = chosen.scatter(-1, indices[..., :1].clamp(min=0), (indices[..., :1] >= 0).long())
+        return chosen, weights[..., :1], logits
+
+    def handed_on(self, out: Any) -> Route:
+        """The route that the block goes on with."""
+        chosen, weights, _ = out
+        indices = chosen.argmax(dim=-1, keepdim=True).masked_fill(chosen.sum(dim=-1, keepdim=True) == 0, -1)
+        return indices, weights.masked_fill(indices < 0, 0.0)
+
+
+class SortedPairs:
+    """JetMoE: (token, slot) pairs sorted by expert: ``(order, tokens, weights, sizes, logits)``."""
+
+    hears_logits = False
+
+    def read(
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = out[-1]
+        return logits, *rule.route(logits)
+
+    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+        indices, weights = route
+        experts = indices.reshape(-1)
+        order = experts.sort(0).indices[(experts < 0).sum() :]
+        sizes = torch.bincount(experts[experts >= 0], minlength=rule.n_experts).tolist()
+        return order, order.div(indices.shape[-1], rounding_mode="trunc"), weights.reshape(-1)[order], sizes, logits

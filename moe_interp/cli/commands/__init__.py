@@ -1,0 +1,1 @@
+"""One file a subcommand: it parses, calls and prints."""

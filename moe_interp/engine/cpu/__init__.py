@@ -1,0 +1,1 @@
+"""What makes passes fast on a processor."""

@@ -1,0 +1,235 @@
+"""Running a part of the model: a layer's prefix is computed once, and every variant of the layer starts from there.
+
+What comes out equals a full forward pass with the same hooks. Sequences are padded on the right: in a causal model
+padding is then never attended to, whatever its layers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from moe_interp.arch.modules import unwrap
+from moe_interp.engine.attention import fused_attention, queried_only_at
+from moe_interp.engine.cpu.expert_loop import LeanPasses
+from moe_interp.engine.replaced_forward import swapped_forward
+from moe_interp.errors import AttachError
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.types import Hooks
+
+_NONE_LEFT = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """The predictions to read: at ``(row, column)`` of the token matrix, the log-probability of ``target``."""
+
+    row: Tensor
+    column: Tensor
+    target: Tensor
+
+    def repeat(self, times: int, n_rows: int) -> Reads:
+        """The same reads in ``times`` stacked copies of a batch of ``n_rows``."""
+        copy = torch.arange(times, device=self.row.device).repeat_interleave(len(self.row))
+        return Reads(self.row.repeat(times) + copy * n_rows, self.column.repeat(times), self.target.repeat(times))
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What a plain pass computed before a layer's experts.
+
+    Attributes:
+        hidden: The residual stream before the layer, ``[row, pos, d_model]`` (as the family's layers hand it on).
+        answers: What the layer's children answered before the experts' block was called, by name, call after call.
+    """
+
+    hidden: Tensor
+    answers: dict[str, list[Any]]
+
+    def keep(self, name: str, answer: Any) -> None:
+        """Another answer of a child; None in the place of tensors without positions, such as attention patterns."""
+
+        def by_position(leaf: Any) -> bool:
+            rows, width = self.hidden.shape[:2]
+            return leaf.shape[:2] == (rows, width) or leaf.shape[:1] == (rows * width,)
+
+        kept = tree_map(lambda leaf: leaf if not isinstance(leaf, Tensor) or by_position(leaf) else None, answer)
+        self.answers.setdefault(name, []).append(kept)
+
+    @staticmethod
+    def stacked(value: Any, copies: int) -> Any:
+        """A value that is kept, once a copy of its batch."""
+        return tree_map(lambda v: v.repeat(copies, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) else v, value)
+
+
+class PrefixRunner:
+    """Forward passes that start at a layer, and read a few predictions.
+
+    Args:
+        moe: Attached hooks of a decoder-only model.
+
+    Raises:
+        AttachError: an encoder-decoder.
+    """
+
+    def __init__(self, moe: MoEHooks) -> None:
+        self.moe = moe
+        blocks: Any = moe.bridge._modules.get("blocks")
+        if blocks is None:
+            raise AttachError(
+                f"{type(moe.bridge.original_model).__name__}, an encoder-decoder",
+                "a decoder-only model",
+                "Use run_with_hooks with the interventions; this experiment is for decoder-only models.",
+            )
+        self.layers: list[nn.Module] = [unwrap(block) for block in blocks]
+        self.model: Any = moe.bridge.original_model
+        self.fuses_attention = False
+        self._lean = LeanPasses(moe)
+        self._returns_tuple: dict[int, bool] = {}
+
+    def base(
+        self, tokens: Tensor, reads: Reads, layers: Sequence[int], hooks: Hooks
+    ) -> tuple[Tensor, dict[int, Prefix]]:
+        """One whole pass with given hooks: the predictions read, and what precedes each given layer's experts.
+
+        Returns:
+            ``[read]`` log-probabilities in nats; layer -> its prefix.
+        """
+        prefixes: dict[int, Prefix] = {}
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                record = self._recorder(index, layer.forward, prefixes, set(layers))
+                stack.enter_context(swapped_forward(layer, record))
+            for index in layers:
+                children = dict(self.layers[index].named_children())
+                experts = [child for child in children.values() if unwrap(child) is self.moe.spec(index).container]
+                if experts:
+                    self._keep_answers(stack, index, children, experts[0], prefixes)
+            return self._read(tokens, reads, hooks, trim_after=None), prefixes
+
+    def resume(self, layer: int, prefix: Prefix, copies: int, tokens: Tensor, reads: Reads, hooks: Hooks) -> Tensor:
+        """The rest of a pass, from the experts of ``layer``: ``[read]`` log-probabilities in nats.
+
+        Args:
+            layer: Where the pass resumes.
+            prefix: What :meth:`base` kept of it.
+            copies: How many times the base pass's batch is stacked in ``tokens``.
+            tokens, reads, hooks: Of the stacked batch.
+        """
+        with ExitStack() as stack:
+            if self.fuses_attention:
+                stack.enter_context(fused_attention(self.moe))
+            before = prefix.stacked(prefix.hidden, copies)
+            for index in range(layer):
+                stack.enter_context(swapped_forward(self.layers[index], self._skip(index, before)))
+            children = dict(self.layers[layer].named_children())
+            for name, answers in prefix.answers.items():
+                known = [prefix.stacked(answer, copies) for answer in answers]
+                stack.enter_context(swapped_forward(children[name], _answering(known, children[name].forward)))
+            return self._read(tokens, reads, hooks, trim_after=layer)
+
+    def _read(self, tokens: Tensor, reads: Reads, hooks: Hooks, trim_after: int | None) -> Tensor:
+        place = reads.row * tokens.shape[1] + reads.column
+        head: Any = unwrap(self.model.get_output_embeddings())
+        with ExitStack() as stack:
+            stack.enter_context(self._lean.modules())
+            native_head = head.forward
+
+            def read_only(hidden: Tensor) -> Tensor:
+                return native_head(hidden.reshape(-1, hidden.shape[-1])[place].unsqueeze(0))
+
+            stack.enter_context(swapped_forward(head, read_only))
+            if trim_after is not None:
+                stack.enter_context(self._trimmed_last_block(trim_after, place))
+            stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
+            stack.enter_context(self._lean.experts(tokens.numel()))
+            logits = self.model(input_ids=tokens, use_cache=False).logits[0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return torch.log_softmax(logits, dim=-1).gather(-1, reads.target.unsqueeze(-1)).squeeze(-1)
+
+    @contextmanager
+    def _trimmed_last_block(self, layer: int, place: Tensor) -> Iterator[None]:
+        """The last layer runs only where a prediction is read (keys and values aside): nothing else of it is used."""
+        last = len(self.layers) - 1
+        container: Any = self.moe.spec(last).container if last in self.moe.layers and last != layer else None
+        if container is None or container is self.layers[last] or self.moe.hooks_active(last):
+            yield
+            return
+        native = container.forward
+
+        def trimmed(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if args or kwargs:  # a hash layer's token ids belong to all positions
+                return native(hidden, *args, **kwargs)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            out = native(flat[place].unsqueeze(0))
+            read = (out[0] if isinstance(out, tuple) else out).reshape(-1, hidden.shape[-1])
+            full = torch.zeros_like(flat).index_copy(0, place, read.to(flat.dtype)).view(hidden.shape)
+            return (full, *out[1:]) if isinstance(out, tuple) else full
+
+        with ExitStack() as stack:
+            stack.enter_context(swapped_forward(container, trimmed))
+            if self.fuses_attention:
+                stack.enter_context(queried_only_at(self.moe.bridge.blocks[last], place))
+            yield
+
+    def _recorder(
+        self, index: int, native: Callable[..., Any], prefixes: dict[int, Prefix], wanted: set[int]
+    ) -> Callable[..., Any]:
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index in wanted:
+                prefixes[index] = Prefix(hidden, {})
+            out = native(hidden, *args, **kwargs)
+            self._returns_tuple[index] = isinstance(out, tuple)
+            return out
+
+        return record
+
+    def _keep_answers(
+        self,
+        stack: ExitStack,
+        index: int,
+        children: dict[str, nn.Module],
+        experts: nn.Module,
+        prefixes: dict[int, Prefix],
+    ) -> None:
+        """Keeps what the layer's children answer until its experts' block is called."""
+        reached: list[int] = []
+
+        def reach(module: nn.Module, args: Any) -> None:
+            reached.append(index)
+
+        def keeper(name: str) -> Callable[..., None]:
+            def keep(module: nn.Module, args: Any, output: Any) -> None:
+                if not reached:
+                    prefixes[index].keep(name, output)
+
+            return keep
+
+        stack.callback(experts.register_forward_pre_hook(reach).remove)
+        for name, child in children.items():
+            stack.callback(child.register_forward_hook(keeper(name)).remove)
+
+    def _skip(self, index: int, hidden: Tensor) -> Callable[..., Any]:
+        is_tuple = self._returns_tuple[index]
+
+        def skip(ignored: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if is_tuple else hidden
+
+        return skip
+
+
+def _answering(known: list[Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """The known answers, call after call; calls after those come behind the experts, and are computed."""
+    left = iter(known)
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        found = next(left, _NONE_LEFT)
+        return native(*args, **kwargs) if found is _NONE_LEFT else found
+
+    return answer

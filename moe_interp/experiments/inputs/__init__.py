@@ -1,0 +1,1 @@
+"""What experiments are given: items and sequences, read and checked."""

@@ -1,0 +1,1 @@
+"""Expert isolation: what each expert does alone, and whether the router prefers the good ones."""

@@ -1,0 +1,174 @@
+"""Scores of a batch of items with a layer's routing replaced: from a shared prefix, or one full pass each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_interp.engine.attention import TOLERANCE, can_fuse
+from moe_interp.engine.cpu.freed_memory import reuse_freed_memory
+from moe_interp.engine.rerun import PrefixRunner, Reads
+from moe_interp.experiments.inputs.items import ItemBatch
+from moe_interp.experiments.isolation.variants import ExpertSet, Mode, ablated_rows, forced_rows
+from moe_interp.hooks.attach import MoEHooks
+from moe_interp.interventions import ablate_experts, force_experts, uniform_routing
+from moe_interp.interventions.force import Mass
+from moe_interp.types import Hooks
+
+NULL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # nats; half precision: .1
+
+
+class PrefixNotExactWarning(UserWarning):
+    """A model whose layers cannot be started in the middle; it is scored by whole passes instead, which is slow."""
+
+
+class PrefixScorer:
+    """Every layer starts from the residual stream before it, many sets of experts at a time.
+
+    The first batch is also resumed at every layer with nothing changed, at the first one in two stacked copies.
+    ``null_difference`` is the largest distance of that to the plain pass, in nats; where it is more than rounding, or
+    where the pass fails (infinite then), whole passes are run, and a warning says so.
+
+    Args:
+        moe: Attached hooks.
+        mode: Whether sets of experts are forced or ablated.
+        tokens: Tokens in one pass.
+    """
+
+    def __init__(self, moe: MoEHooks, mode: Mode, tokens: int) -> None:
+        self.moe, self.mode, self.tokens = moe, mode, tokens
+        self.runner = PrefixRunner(moe)
+        reuse_freed_memory()
+        self.null_difference: float | None = None
+        self.resumes = True
+        self._failure = ""
+
+    def begin(self, batch: ItemBatch, layers: Sequence[int], hooks: Hooks) -> Tensor:
+        """The natural pass: ``[read]`` log-probabilities."""
+        self.batch = batch
+        natural, self.prefixes = self.runner.base(batch.tokens, batch.reads, layers, hooks)
+        if self.null_difference is None:
+            self._check(natural, layers)
+        return natural
+
+    def sets(self, layer: int, sets: Sequence[ExpertSet], mass: Mass, natural_mass: Tensor) -> Tensor:
+        """``[read, set]``: the answers' log-probabilities with each set of experts."""
+        rows, per_pass = self.batch.tokens.shape[0], self._per_pass()
+        columns: list[Tensor] = []
+        for start in range(0, len(sets), per_pass):
+            chunk = sets[start : start + per_pass]
+            each = [chosen for chosen in chunk for _ in range(rows)]
+            total = 1.0 if mass == "one" else natural_mass.repeat(len(chunk), 1, 1)
+            force = self.mode == "force"
+            hooks = forced_rows(self.moe, layer, each, total) if force else ablated_rows(self.moe, layer, each)
+            columns += self._run(layer, len(chunk), hooks).chunk(len(chunk))
+        return torch.stack(columns, dim=-1)
+
+    def uniform(self, layer: int, mass: Mass) -> Tensor:
+        """``[read]``: the answers' log-probabilities under uniform routing."""
+        return self._run(layer, 1, uniform_routing(self.moe, [layer], mass))
+
+    def _per_pass(self) -> int:
+        return max(1, self.tokens // self.batch.tokens.numel())
+
+    def _run(self, layer: int, copies: int, hooks: Hooks) -> Tensor:
+        batch = self.batch
+        tokens, reads = batch.tokens.repeat(copies, 1), batch.reads.repeat(copies, batch.tokens.shape[0])
+        if not self.resumes:
+            return self.runner.base(tokens, reads, [], hooks)[0]
+        return self.runner.resume(layer, self.prefixes[layer], copies, tokens, reads, hooks)
+
+    def _check(self, natural: Tensor, layers: Sequence[int]) -> None:
+        dtype = next(self.moe.bridge.original_model.parameters()).dtype
+        if can_fuse(self.moe):
+            self.runner.fuses_attention = True
+            self.null_difference = self._distance(natural, layers)
+            if self.null_difference <= TOLERANCE[dtype]:
+                return
+            self.runner.fuses_attention = False
+        self.null_difference = self._distance(natural, layers)
+        if not self.null_difference <= NULL_TOLERANCE.get(dtype, 0.1):
+            self.resumes = False
+            warnings.warn(
+                f"Starting {type(self.moe.bridge.original_model).__name__} in the middle changes its predictions by "
+                f"{self.null_difference:.1e} nats{self._failure}: every variant runs a whole forward pass instead.",
+                PrefixNotExactWarning,
+                stacklevel=2,
+            )
+
+    def _distance(self, natural: Tensor, layers: Sequence[int]) -> float:
+        """The largest change of a prediction by resuming at each layer with nothing changed; infinite if it fails."""
+        copies, self._failure = [min(2, self._per_pass()), *[1] * (len(layers) - 1)], ""
+        try:
+            found = [self._run(layer, n, []) - natural.repeat(n) for layer, n in zip(layers, copies)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's layers miss that others before them have not handed on
+            self._failure = f" ({type(error).__name__}: {error})"
+            return float("inf")
+        return float(torch.cat(found).abs().max())
+
+
+def rounding(moe: MoEHooks) -> float:
+    """What two passes of one input may differ by at the model's precision, in nats."""
+    return NULL_TOLERANCE.get(next(moe.bridge.original_model.parameters()).dtype, 0.1)
+
+
+class NaiveScorer:
+    """The reference: ``run_with_hooks`` with the public interventions, one item and one set of experts at a time."""
+
+    null_difference: float | None = 0.0
+
+    def __init__(self, moe: MoEHooks, mode: Mode) -> None:
+        self.moe, self.mode = moe, mode
+
+    def begin(self, batch: ItemBatch, layers: Sequence[int], hooks: Hooks) -> Tensor:
+        """The natural pass: ``[read]`` log-probabilities."""
+        self.batch = batch
+        with self.moe.bridge.hooks(fwd_hooks=list(hooks)):  # the routing of the whole, padded batch
+            self.moe.bridge(batch.tokens)
+        return self._each(lambda row: [])
+
+    def sets(self, layer: int, sets: Sequence[ExpertSet], mass: Mass, natural_mass: Tensor) -> Tensor:
+        """``[read, set]``."""
+        return torch.stack([self._each(self._hooks(layer, s, mass, natural_mass)) for s in sets], dim=-1)
+
+    def uniform(self, layer: int, mass: Mass) -> Tensor:
+        """``[read]``."""
+        return self._each(lambda row: uniform_routing(self.moe, [layer], mass))
+
+    def _hooks(self, layer: int, chosen: ExpertSet, mass: Mass, natural_mass: Tensor) -> Any:
+        if self.mode == "ablate":
+            return lambda row: ablate_experts(self.moe, layer, chosen)
+        if len(chosen) == 1:
+            return lambda row: force_experts(self.moe, layer, chosen[0], mass=mass)
+        lengths = self.batch.length.tolist()
+        return lambda row: forced_rows(
+            self.moe, layer, [chosen], 1.0 if mass == "one" else natural_mass[row : row + 1, : lengths[row]]
+        )
+
+    def _each(self, hooks_of: Any) -> Tensor:
+        batch, found = self.batch, []
+        for row, length in enumerate(batch.length.tolist()):
+            logits = self.moe.bridge.run_with_hooks(batch.tokens[row : row + 1, :length], fwd_hooks=hooks_of(row))
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            mine = batch.reads.row == row
+            logp = torch.log_softmax(logits[0, batch.reads.column[mine]], dim=-1)
+            found.append(logp.gather(-1, batch.reads.target[mine].unsqueeze(-1)).squeeze(-1))
+        return torch.cat(found)
+
+
+def by_item(logp: Tensor, reads: Reads, n_rows: int) -> NDArray[np.float64]:
+    """``[read, ...]`` log-probabilities to ``[score, row, ...]``: the mean over the answer, and its first token."""
+    values = logp.double()
+    sums = values.new_zeros(n_rows, *values.shape[1:]).index_add_(0, reads.row, values)
+    counts = torch.bincount(reads.row, minlength=n_rows)
+    mean = sums / counts.view(-1, *[1] * (values.ndim - 1))
+    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
+    return torch.stack([mean, values[first]]).cpu().numpy()

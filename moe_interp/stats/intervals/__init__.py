@@ -1,0 +1,1 @@
+"""Confidence intervals, how well they cover, and the words that follow from them."""

@@ -1,0 +1,1 @@
+"""Tests of hypotheses and their correction over many of them."""

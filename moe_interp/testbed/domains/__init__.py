@@ -1,0 +1,1 @@
+"""Domains, the documents and items that they make, and sequences packed from them."""

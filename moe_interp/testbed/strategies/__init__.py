@@ -1,0 +1,1 @@
+"""Routing strategies: hooks that change the route, and auxiliary losses."""

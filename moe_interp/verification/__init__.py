@@ -1,0 +1,1 @@
+"""The causal checks of every hook, on the user's own model."""

@@ -1,0 +1,160 @@
+"""Causal checks of every hook, on the user's own model.
+
+A hook is right if passing its value through changes nothing, and if changing it does to the model what the table of
+hooks says. Nothing here trusts that a hook fires: every check compares outputs of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pkgutil import resolve_name
+
+import pandas as pd
+from torch import Tensor
+
+from moe_interp.engine import threads_asleep
+from moe_interp.errors import AttachError
+from moe_interp.types import Layer
+from moe_interp.verification.cache_checks import past_is_counted
+from moe_interp.verification.edit_checks import edits_do_what_they_say, edits_in_place_count, values_are_shown
+from moe_interp.verification.finding import Check, Finding
+from moe_interp.verification.gradient_checks import gradients_arrive
+from moe_interp.verification.model_under_test import Attached, Trial, as_tokens, at_rest
+from moe_interp.verification.reading_checks import (
+    agrees_with_theirs,
+    detaching_restores,
+    parts_sum,
+    passes_through,
+    reroutes_as_the_rule,
+    unreadable_experts,
+)
+from moe_interp.verification.rule_checks import rules_hold
+
+CHECKS: tuple[Check, ...] = (
+    passes_through,
+    values_are_shown,
+    edits_do_what_they_say,
+    edits_in_place_count,
+    rules_hold,
+    reroutes_as_the_rule,
+    parts_sum,
+    agrees_with_theirs,
+    gradients_arrive,
+    past_is_counted,
+    detaching_restores,
+    unreadable_experts,
+)
+# checks of parts that build on the hooks, imported when they are made
+FURTHER = (
+    "moe_interp.verification.intervention_checks:edits_touch_their_token",
+    "moe_interp.verification.branch_checks:branches_equal_naive",
+)
+COLUMNS = ["check", "layer", "hook", "figure", "relation", "bound", "passed", "note"]
+
+
+class Verification(pd.DataFrame):
+    """One row a check, layer and hook: ``check, layer, hook, figure, relation, bound, passed, note``.
+
+    ``passed`` says whether ``figure relation bound`` holds. A check that has no meaning on a layer passes with the
+    figure NaN, and its note says "excepted" and why. Printed, it is summed up over the layers.
+    """
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return bool(self["passed"].all())
+
+    def summary(self) -> pd.DataFrame:
+        """One row a check and hook: the worst layer's figure, and how many layers passed."""
+        rows = []
+        for (check, hook), group in self.groupby(["check", "hook"], sort=False):
+            failed = group[~group["passed"]]
+            shown = failed if len(failed) else group
+            by_figure = shown["figure"].astype(float)
+            at_least = str(shown["relation"].iloc[0]).startswith(">")
+            worst = shown.iloc[0]
+            if by_figure.notna().any():
+                worst = shown.iloc[int(by_figure.argmin() if at_least else by_figure.argmax())]
+            rows.append(
+                {
+                    "check": check,
+                    "hook": hook,
+                    "layers": f"{int(group['passed'].sum())}/{len(group)}",
+                    "worst": worst["figure"],
+                    "relation": worst["relation"],
+                    "bound": worst["bound"],
+                    "passed": not len(failed),
+                    "note": worst["note"] or next((note for note in group["note"] if note), ""),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        table = self.summary()
+        table["worst"] = [f"{x:.2g}" for x in table["worst"]]
+        table["bound"] = [f"{x:.2g}" for x in table["bound"]]
+        table["passed"] = ["yes" if x else "NO" for x in table["passed"]]
+        left = {name: "{:<" + str(max(map(len, [*table[name], name]))) + "}" for name in ("check", "hook", "note")}
+        text = table.to_string(index=False, formatters={name: f.format for name, f in left.items()})
+        return f"{text}\n{int(self['passed'].sum())} of {len(self)} checks passed"
+
+
+@threads_asleep()
+def verify(
+    moe: Attached,
+    tokens: Tensor | str | None = None,
+    layers: Sequence[Layer] | None = None,
+    checks: Sequence[Check | str] = (*CHECKS, *FURTHER),
+) -> Verification:
+    """Check every hook of the attached layers by cause.
+
+    Checks: passing a hook's value through changes nothing; each hook shows what the block computes with; an edit of
+    every token and slot makes the block return what it returns by hand, from the experts' weights, and changes the
+    logits; the router's own choice and weights are ``rule.route``'s bit for bit, those of other experts as defined;
+    the parts sum to the whole; TransformerLens' own router hooks show the same; gradients are those of the plain
+    model; choice logits are as defined; positions in a cache are counted, and an intervention at one touches that token
+    alone; without the hook points the model computes the same, and they come back; branches score counterfactual routes
+    as full forward passes do.
+
+    Exact checks are bounded by twice what the model differs from itself when run again (0.0 where it is deterministic);
+    others by rounding, see :func:`moe_interp.verification.finding.rounding`.
+
+    Hooks that are on the model are set aside while checking, it runs in eval mode, and both are as before afterwards.
+    Costs about twenty forward passes a layer, and six backward passes.
+
+    Args:
+        moe: The attached hooks.
+        tokens: ``[batch, pos]`` ids, or text; by default two random sequences of eight ids, special ids left out.
+        layers: The layers to check; all by default.
+        checks: Which checks to make; each is a generator of findings about a :class:`~.model_under_test.Trial`, or
+            its name as "module:function".
+
+    Returns:
+        A table that prints itself summed up over the layers. What it does not show: that the rule is right on logits
+        that these tokens do not give.
+
+    Raises:
+        AttachError: the hooks have been detached.
+        ConfigError: tokens of another shape.
+        HookError: a layer that is not attached.
+    """
+    if not moe.is_attached:
+        raise AttachError("hooks that have been detached", "an attached model", "Attach anew, then verify.")
+    chosen = moe.layers if layers is None else tuple(layers)
+    ids = as_tokens(moe.bridge, tokens)
+    with at_rest(moe.bridge):
+        trial = Trial(moe, ids, chosen)
+        made = [resolve_name(check) if isinstance(check, str) else check for check in checks]
+        findings = [finding for check in made for finding in _guarded(check, trial)]
+    rows = [{name: getattr(finding, name) for name in COLUMNS} for finding in findings]
+    return Verification(rows, columns=COLUMNS)
+
+
+def _guarded(check: Check, trial: Trial) -> Iterator[Finding]:
+    """A check that cannot be made has failed; the others go on."""
+    try:
+        yield from check(trial)
+    except Exception as error:
+        note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        name = check.__name__.replace("_", " ")
+        yield Finding(check=name, layer=trial.layers[0], hook="all", figure=float("inf"), note=note)
