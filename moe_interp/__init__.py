@@ -84,6 +84,19 @@ _HOME = {
     "stats": "moe_interp.stats",
 }
 
+# kind of a result -> module that defines its class, imported when such a file is loaded
+RESULT_KINDS = {
+    "isolation": "moe_interp.experiments.isolation.result",
+    "domain_router": "moe_interp.experiments.domain_router",
+    "counterfactual": "moe_interp.experiments.counterfactual.result",
+    "testbed": "moe_interp.testbed.comparison",
+}
+# what a result asks to be shown by -> where it is, imported when a figure or a page is asked for
+RESULT_VIEWS = {
+    "figures": "moe_interp.plots.figures:FIGURES",  # kind -> name -> function of a result
+    "report": "moe_interp.report.page_of:write_result",
+}
+
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
 

@@ -6,21 +6,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_interp.arch.expert_functions import ExpertFunctions, unreadable
+from moe_interp.arch.family import Family
 from moe_interp.arch.modules import child, config_value, native_part
 from moe_interp.arch.offload import materialized
 from moe_interp.arch.products import linear
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.errors import AttachError, HookError
 from moe_interp.types import Layer
-
-if TYPE_CHECKING:
-    from moe_interp.arch.families import Family
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

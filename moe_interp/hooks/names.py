@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_interp.arch.families import Family
+from moe_interp.arch.family import Family
 
 Gate = Literal["always", "scores", "experts", "shared"]
 

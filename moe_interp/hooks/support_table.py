@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from moe_interp.arch.families import FAMILIES, Family
+from moe_interp.arch.families import FAMILIES
+from moe_interp.arch.family import Family
 from moe_interp.hooks.names import HOOKS, absence, hooks_of
 from moe_interp.hooks.transformer_lens_hooks import THEIR_HOOKS
 

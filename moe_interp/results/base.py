@@ -13,6 +13,7 @@ import pandas as pd
 import xarray as xr
 
 import moe_interp
+from moe_interp import RESULT_KINDS
 from moe_interp.errors import ResultError
 from moe_interp.results.content import content_checksum, read_netcdf, refuse_unstorable, write_netcdf
 from moe_interp.results.files import replacing
@@ -24,18 +25,6 @@ CONTAINER = 2  # how dataset and manifest share a file; a class adds its own `ve
 SLOT = "slot"  # the axis of a route's experts
 MANIFEST, ATTRS = "moe_interp_manifest", "moe_interp_attrs"
 RERUN = "Restore it from a copy, or run the experiment again."
-
-# kind -> module that defines its class, imported only when such a file is loaded
-HOMES = {
-    "isolation": "moe_interp.experiments.isolation.result",
-    "domain_router": "moe_interp.experiments.domain_router",
-    "counterfactual": "moe_interp.experiments.counterfactual.result",
-    "router_tuning": "moe_interp.experiments.router_tuning",
-    "pass_at_k": "moe_interp.experiments.pass_at_k",
-    "geometry": "moe_interp.experiments.geometry",
-    "testbed": "moe_interp.testbed.comparison",
-    "patching": "moe_interp.patching",
-}
 
 
 class Result:
@@ -269,12 +258,12 @@ def read_result_file(source: Path) -> tuple[Manifest, xr.Dataset]:
 
 def result_class(kind: str, source: Path) -> type[Result]:
     """The class of a kind, importing the module that defines it."""
-    if kind not in Result.registry and kind in HOMES:
-        import_module(HOMES[kind])
+    if kind not in Result.registry and kind in RESULT_KINDS:
+        import_module(RESULT_KINDS[kind])
     if kind not in Result.registry:
         raise ResultError(
             f"{str(source)!r} holds a result of kind {kind!r}",
-            f"one of {', '.join(sorted({*Result.registry, *HOMES}))}",
+            f"one of {', '.join(sorted({*Result.registry, *RESULT_KINDS}))}",
             "Import the module that defines this kind, or a version of moe_interp that has it.",
         )
     return Result.registry[kind]

@@ -1,19 +1,14 @@
-"""Figures and pages of a result: made by modules that know a plotting library, which are named here."""
+"""Figures and pages of a result, made by modules that know a plotting library."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
+from moe_interp import RESULT_VIEWS
 from moe_interp.errors import ConfigError
-
-# what makes them -> (module, its attribute), imported only when a figure or a page is asked for
-MAKERS = {
-    "figures": ("moe_interp.plots.figures", "FIGURES"),  # kind -> name -> function of a result
-    "report": ("moe_interp.report.page_of", "write_result"),
-}
 
 
 def draw(result: Any, kind: str, name: str | None, options: Mapping[str, Any]) -> Any:
@@ -22,7 +17,7 @@ def draw(result: Any, kind: str, name: str | None, options: Mapping[str, Any]) -
     Raises:
         ConfigError: No such figure.
     """
-    figures = _maker("figures").get(kind, {})
+    figures = resolve_name(RESULT_VIEWS["figures"]).get(kind, {})
     if not figures:
         raise ConfigError(f"a result of kind {kind!r}", "a kind with figures", "Plot its to_dataframe().")
     if name is not None and name not in figures:
@@ -33,10 +28,7 @@ def draw(result: Any, kind: str, name: str | None, options: Mapping[str, Any]) -
 def write_report(result: Any, kind: str, path: str | Path) -> Path:
     """Write the page of a result of this kind to ``path``, or to ``index.html`` in the folder ``path``."""
     target = Path(path)
-    written: Path = _maker("report")(result, kind, target / "index.html" if target.is_dir() else target)
+    written: Path = resolve_name(RESULT_VIEWS["report"])(
+        result, kind, target / "index.html" if target.is_dir() else target
+    )
     return written
-
-
-def _maker(what: str) -> Any:
-    module, name = MAKERS[what]
-    return getattr(import_module(module), name)

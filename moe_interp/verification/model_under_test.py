@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.offload import device_of
-from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import ConfigError, DataError
+from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.eval_mode import eval_mode
 from moe_interp.tokenization import TextReader
 from moe_interp.types import Layer
@@ -36,33 +36,6 @@ _HOOK_STATE = (
     "fwd_hooks",
     "bwd_hooks",
 )
-
-
-class Attached(Protocol):
-    """The part of ``MoEHooks`` that the checks use."""
-
-    bridge: TransformerBridge
-
-    @property
-    def layers(self) -> tuple[Layer, ...]: ...
-
-    @property
-    def is_attached(self) -> bool: ...
-
-    @property
-    def n_past(self) -> int: ...
-
-    def spec(self, layer: Layer) -> MoESpec: ...
-
-    def hooks(self, layer: Layer) -> tuple[str, ...]: ...
-
-    def absent(self, layer: Layer) -> dict[str, str]: ...
-
-    def hook_name(self, name: str, layer: Layer) -> str: ...
-
-    def hook_names(self, layer: Layer | None = None) -> list[str]: ...
-
-    def suspended(self) -> AbstractContextManager[TransformerBridge]: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +60,7 @@ class Trial:
         seen: Every activation but those of the experts, with nothing edited.
     """
 
-    def __init__(self, moe: Attached, tokens: Tensor, layers: Sequence[Layer]) -> None:
+    def __init__(self, moe: MoEHooks, tokens: Tensor, layers: Sequence[Layer]) -> None:
         self.moe, self.tokens, self.layers = moe, tokens, tuple(layers)
         self.specs = {layer: moe.spec(layer) for layer in layers}
         self.router_calls: dict[Layer, Call] = {}

@@ -7,19 +7,21 @@ hooks says. Nothing here trusts that a hook fires: every check compares outputs 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pkgutil import resolve_name
 
 import pandas as pd
 from torch import Tensor
 
 from moe_interp.engine import threads_asleep
 from moe_interp.errors import AttachError
+from moe_interp.hooks.attach import MoEHooks
 from moe_interp.types import Layer
+from moe_interp.verification.branch_checks import branches_equal_naive
 from moe_interp.verification.cache_checks import past_is_counted
 from moe_interp.verification.edit_checks import edits_do_what_they_say, edits_in_place_count, values_are_shown
 from moe_interp.verification.finding import Check, Finding
 from moe_interp.verification.gradient_checks import gradients_arrive
-from moe_interp.verification.model_under_test import Attached, Trial, as_tokens, at_rest
+from moe_interp.verification.intervention_checks import edits_touch_their_token
+from moe_interp.verification.model_under_test import Trial, as_tokens, at_rest
 from moe_interp.verification.reading_checks import (
     agrees_with_theirs,
     detaching_restores,
@@ -43,11 +45,8 @@ CHECKS: tuple[Check, ...] = (
     past_is_counted,
     detaching_restores,
     unreadable_experts,
-)
-# checks of parts that build on the hooks, imported when they are made
-FURTHER = (
-    "moe_interp.verification.intervention_checks:edits_touch_their_token",
-    "moe_interp.verification.branch_checks:branches_equal_naive",
+    edits_touch_their_token,
+    branches_equal_naive,
 )
 COLUMNS = ["check", "layer", "hook", "figure", "relation", "bound", "passed", "note"]
 
@@ -101,10 +100,10 @@ class Verification(pd.DataFrame):
 
 @threads_asleep()
 def verify(
-    moe: Attached,
+    moe: MoEHooks,
     tokens: Tensor | str | None = None,
     layers: Sequence[Layer] | None = None,
-    checks: Sequence[Check | str] = (*CHECKS, *FURTHER),
+    checks: Sequence[Check] = CHECKS,
 ) -> Verification:
     """Check every hook of the attached layers by cause.
 
@@ -126,8 +125,7 @@ def verify(
         moe: The attached hooks.
         tokens: ``[batch, pos]`` ids, or text; by default two random sequences of eight ids, special ids left out.
         layers: The layers to check; all by default.
-        checks: Which checks to make; each is a generator of findings about a :class:`~.model_under_test.Trial`, or
-            its name as "module:function".
+        checks: Which checks to make; each is a generator of findings about a :class:`~.model_under_test.Trial`.
 
     Returns:
         A table that prints itself summed up over the layers. What it does not show: that the rule is right on logits
@@ -144,8 +142,7 @@ def verify(
     ids = as_tokens(moe.bridge, tokens)
     with at_rest(moe.bridge):
         trial = Trial(moe, ids, chosen)
-        made = [resolve_name(check) if isinstance(check, str) else check for check in checks]
-        findings = [finding for check in made for finding in _guarded(check, trial)]
+        findings = [finding for check in checks for finding in _guarded(check, trial)]
     rows = [{name: getattr(finding, name) for name in COLUMNS} for finding in findings]
     return Verification(rows, columns=COLUMNS)
 

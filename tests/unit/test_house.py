@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
@@ -50,6 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assets": BASE,
 }
 EVERYTHING = {"cli", "__init__"}
+# the public table, by which results find what loads and shows them; the type of what MoEHooks.verify returns
+UPWARD = {("results", "__init__"), ("hooks", "verification")}
 IMPORTS = (ast.Import, ast.ImportFrom)
 
 
@@ -94,7 +97,7 @@ def test_every_folder_imports_only_what_it_may() -> None:
             continue
         assert part in MAY_IMPORT, f"{part} has no place in the house yet"
         for other in imported_parts(path):
-            if other not in MAY_IMPORT[part] | {part} and not (other == "__init__" and part == "results"):
+            if other not in MAY_IMPORT[part] | {part} and (part, other) not in UPWARD:
                 wrong.append(f"{path.relative_to(ROOT)} imports {other}")
     assert not wrong, "\n".join(wrong)
 
@@ -141,6 +144,45 @@ def test_files_import_each_other_without_circles() -> None:
 
 def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def test_modules_named_by_strings_stand_in_two_places() -> None:
+    """``__init__`` resolves the public names; ``MoEHooks.verify`` finds the checks, which stand above it."""
+    allowed = {Path("__init__.py"): None, Path("hooks/attach.py"): {"moe_interp.verification.verify:verify"}}
+    wrong = []
+    for path in FILES:
+        known = allowed.get(path.relative_to(PACKAGE), set())
+        for node in ast.walk(parsed(path)):
+            if known is not None and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if names_a_module(node.value) and node.value not in known:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.value}")
+    assert not wrong, "\n".join(wrong)
+
+
+def names_a_module(text: str) -> bool:
+    """Whether a string is the dotted name of a module of the package, or of something in one."""
+    parts = text.split(":")[0].split(".")
+    if parts[0] != "moe_interp" or len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return False
+    return any((PACKAGE.joinpath(*parts[1:n])).with_suffix(".py").is_file() for n in range(2, len(parts) + 1))
+
+
+def test_no_file_and_no_folder_outgrows_what_one_reads_at_a_sitting() -> None:
+    long = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    table = PACKAGE / "arch" / "families.py"
+    assert not {str(path): n for path, n in long.items() if n > 450 and path != table}
+    folders = Counter(path.parent for path in FILES)
+    assert not {str(folder): n for folder, n in folders.items() if n > 14}
+
+
+def test_only_the_engine_knows_what_processor_it_runs_on() -> None:
+    wrong = []
+    for path in FILES:
+        for module, name, _ in imports(path):
+            deep = f"{module}.{name}" if module == "moe_interp.engine" else module
+            if part_of(path) != "engine" and deep.startswith(("moe_interp.engine.cpu", "moe_interp.engine.cuda")):
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_private_name_crosses_a_file() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,6 @@ import moe_interp as mi
 from moe_interp.errors import ConfigError
 from moe_interp.plots import FIGURES
 from moe_interp.results import Result
-from moe_interp.results.base import HOMES
-from moe_interp.results.views import MAKERS
 from moe_interp.testbed.comparison import ROUTING
 from tests.unit.experiments.planted_isolation import planted_isolation
 from tests.unit.plots.planted_routes import planted_routes
@@ -58,16 +57,13 @@ MADE: dict[str, Any] = {
 
 
 def test_every_kind_that_exists_is_tried_here() -> None:
-    for home in HOMES.values():
-        try:
-            import_module(home)
-        except ModuleNotFoundError:
-            continue
+    for home in mi.RESULT_KINDS.values():
+        import_module(home)
     own = {kind for kind, cls in Result.registry.items() if cls.__module__.startswith("moe_interp.")}
     assert set(MADE) == own
     assert set(FIGURES) <= own
-    for module, name in MAKERS.values():
-        assert getattr(import_module(module), name)
+    assert set(mi.RESULT_KINDS) <= own
+    assert all(resolve_name(view) for view in mi.RESULT_VIEWS.values())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MADE if kind in FIGURES])

@@ -164,7 +164,7 @@ def test_a_kind_that_is_not_imported_yet_is_found_by_its_home(tmp_path, monkeypa
         "from moe_interp.results import Result\nclass Far(Result, kind='far'): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(base_module.HOMES, "far", "planted_home")
+    monkeypatch.setitem(moe_interp.RESULT_KINDS, "far", "planted_home")
     result = Result(planted_data())
     monkeypatch.setattr(Result, "kind", "far")
     path = Result(result.data).save(tmp_path / "far.nc")
