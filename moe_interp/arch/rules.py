@@ -10,126 +10,30 @@ weight 0.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe_interp.arch.routing_rule import RoutingRule, at_least_float, blank
 from moe_interp.errors import RouteError
 from moe_interp.types import Indices, Logits, Weights
 
+__all__ = [
+    "HashTable",
+    "RoutingRule",
+    "ScoreRule",
+    "SigmoidTopK",
+    "SoftmaxTopK",
+    "SparseMixer",
+    "SwitchTop1",
+    "TopKSigmoid",
+    "TopKSoftmax",
+]
+
 _SMALLEST, _SLOPE = 1e-6, 100.0  # of a score whose logarithm is taken, and of the line below it
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RoutingRule(ABC):
-    """How one family turns router logits into experts and weights.
-
-    Attributes:
-        n_experts: Number of routed experts.
-        top_k: Experts per token.
-        dtype: Number format the family casts its weights to; None leaves them as computed.
-    """
-
-    n_experts: int
-    top_k: int
-    dtype: torch.dtype | None = None
-
-    def route(self, logits: Logits, token_ids: Tensor | None = None) -> tuple[Indices, Weights]:
-        """The experts the family selects and the weights it applies, in the router's own slot order.
-
-        Args:
-            logits: ``[*token, expert]``, the raw output of the router's linear map.
-            token_ids: ``[*token]``; read by hash-routed layers only.
-
-        Raises:
-            RouteError: the last axis is not the number of experts.
-        """
-        self._check_width(logits)
-        indices = self._select(logits)
-        return indices, self.weights(logits, indices)
-
-    def weights(self, logits: Logits, indices: Indices) -> Weights:
-        """The family's own weights for any given experts, in the given order; 0 at empty slots.
-
-        Raises:
-            RouteError: the last axis of ``logits`` is not the number of experts, or an id is out of range.
-        """
-        self._check_width(logits)
-        self._check_ids(indices)
-        return self._weigh(logits, indices)
-
-    def choice_logits(self, logits: Logits) -> Logits:
-        """What the family ranks experts by, on the scale of log-probabilities, up to a constant a token.
-
-        It has the order of the family's own ranking, correction bias and group limit included; -inf where a group is
-        shut. Without bias and groups its softmax is exp of :meth:`log_policy`: the logits where the family takes their
-        softmax, the log of the scores where it takes scores of another kind (derived). So that noise of one size, and
-        a sampler's temperature, mean the same in every family.
-        """
-        return logits
-
-    def log_policy(self, logits: Logits) -> Logits:
-        """A log-distribution over experts: log-softmax of the logits (derived; sigmoid families override).
-
-        "Routing probability" anywhere in this package means exp of it. It leaves out correction biases and group
-        limits, so it does not say which experts run.
-        """
-        return torch.log_softmax(_at_least_float(logits), dim=-1)
-
-    def scores(self, logits: Logits) -> Logits | None:
-        """The full-width scores the family selects by, or None where it has none before selecting."""
-        return None
-
-    def route_scores(self, scores: Logits) -> tuple[Indices, Weights]:
-        """Select and weigh by (edited) scores; correction bias and group limits are applied after."""
-        raise self._no_scores()
-
-    def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
-        """The weights of given experts from (edited) scores."""
-        raise self._no_scores()
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether the family computes full-width scores before it selects."""
-        return type(self).scores is not RoutingRule.scores
-
-    # -- for subclasses ---------------------------------------------------------------------------------------------
-    def _select(self, logits: Tensor) -> Tensor:
-        return torch.topk(logits, self.top_k, dim=-1).indices
-
-    @abstractmethod
-    def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor: ...
-
-    def _cast(self, weights: Tensor, indices: Tensor) -> Tensor:
-        weights = weights if self.dtype is None else weights.to(self.dtype)
-        return _blank(weights, indices)
-
-    def _check_width(self, logits: Tensor) -> None:
-        if logits.shape[-1] != self.n_experts:
-            raise RouteError(
-                f"router logits of shape {tuple(logits.shape)}",
-                f"{self.n_experts} experts on the last axis",
-                "Pass the full width of the router's output.",
-            )
-
-    def _check_ids(self, indices: Tensor) -> None:
-        if indices.numel() and (int(indices.max()) >= self.n_experts or int(indices.min()) < -1):
-            bad = indices[(indices >= self.n_experts) | (indices < -1)][0]
-            raise RouteError(
-                f"expert id {int(bad)} in a route",
-                f"ids from 0 to {self.n_experts - 1}, or -1 for an empty slot",
-                "Correct the id.",
-            )
-
-    def _no_scores(self) -> RouteError:
-        return RouteError(
-            f"scores for {type(self).__name__}, which computes none before it selects",
-            "a rule with full-width scores",
-            "Edit router_logits instead of router_probs.",
-        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -240,7 +144,7 @@ class ScoreRule(RoutingRule):
 
     def _weigh_scores(self, scores: Tensor, indices: Tensor) -> Tensor:
         ids = indices.clamp(min=0)
-        weights = _blank(scores.gather(-1, ids), indices)
+        weights = blank(scores.gather(-1, ids), indices)
         if self.normalize:
             total = weights.sum(dim=-1, keepdim=True)
             total = total + self.eps if self.eps else total
@@ -288,7 +192,7 @@ class SigmoidTopK(ScoreRule):
         return self.score(self.capped(logits))
 
     def _log_scores(self, logits: Tensor) -> Tensor:
-        capped = _at_least_float(self.capped(logits))
+        capped = at_least_float(self.capped(logits))
         if self.score is torch.sigmoid:
             return torch.nn.functional.logsigmoid(capped)
         return self.score(capped).clamp_min(torch.finfo(capped.dtype).tiny).log()
@@ -326,7 +230,7 @@ class TopKSigmoid(RoutingRule):
 
     def choice_logits(self, logits: Logits) -> Logits:
         """``log sigmoid(logits)``: in the order of the logits, on the scale of :meth:`log_policy` (derived)."""
-        return torch.nn.functional.logsigmoid(_at_least_float(logits))
+        return torch.nn.functional.logsigmoid(at_least_float(logits))
 
     def log_policy(self, logits: Logits) -> Logits:
         """``log(s_e / sum s)`` with ``s = sigmoid(logits)`` (derived)."""
@@ -408,7 +312,7 @@ class SwitchTop1(RoutingRule):
         return indices, self.weights_from_scores(scores, indices)
 
     def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
-        return _blank(scores.gather(-1, indices.clamp(min=0)), indices)
+        return blank(scores.gather(-1, indices.clamp(min=0)), indices)
 
     def route(self, logits: Logits, token_ids: Tensor | None = None) -> tuple[Indices, Weights]:
         self._check_width(logits)
@@ -447,12 +351,6 @@ class HashTable(SigmoidTopK):
         return indices, self.weights(logits, indices)
 
 
-def _blank(weights: Tensor, indices: Tensor) -> Tensor:
-    """Weight 0 at empty slots; a route without them is left untouched."""
-    empty = indices < 0
-    return weights.masked_fill(empty, 0.0) if bool(empty.any()) else weights
-
-
 def _divide(weights: Tensor, total: Tensor, indices: Tensor) -> Tensor:
     """``weights / total``, with 0 instead of 0/0 for a token whose slots are all empty."""
     all_empty = (indices < 0).all(dim=-1, keepdim=True)
@@ -462,7 +360,3 @@ def _divide(weights: Tensor, total: Tensor, indices: Tensor) -> Tensor:
 def _log_extended(scores: Tensor) -> Tensor:
     """The logarithm, and below ``_SMALLEST`` a straight line that goes on from it: finite, and rising throughout."""
     return scores.clamp_min(_SMALLEST).log() + _SLOPE * (scores - _SMALLEST).clamp_max(0.0)
-
-
-def _at_least_float(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

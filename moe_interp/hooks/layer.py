@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -151,7 +152,7 @@ class OpenLayer:
         )
 
 
-class Opened:
+class Opened(ABC):
     """A forward in the place of a module's own.
 
     A bound method of a plain object, not a closure: a deep copy of the model is then open on its own. It is kept out of
@@ -176,9 +177,9 @@ class Opened:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs) if self._is_open else self.native_forward(*args, **kwargs)
 
+    @abstractmethod
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does while it is open."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Give the module its own forward back; where somebody has wrapped this one, it only hands calls on."""
