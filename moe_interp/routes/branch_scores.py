@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from moe_interp.engine.branches import BasePass, BranchRunner
-from moe_interp.engine.cpu.freed_memory import reuse_freed_memory
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.routes.low_rank_unembed import spanned_logits
 from moe_interp.routes.plan import Plan, score_dtype
@@ -109,7 +108,6 @@ def branch_scores(
         Log-probabilities of the routes ``[batch, pos, route, target]`` and of the null route ``[batch, pos, target]``,
         and the entropy of the mean prediction ``[batch, pos]`` (NaN where nothing is averaged).
     """
-    reuse_freed_memory()
     first = min(routes)
     with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
     present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)

@@ -152,10 +152,11 @@ def test_modules_named_by_strings_stand_in_two_places() -> None:
     wrong = []
     for path in FILES:
         known = allowed.get(path.relative_to(PACKAGE), set())
-        for node in ast.walk(parsed(path)):
-            if known is not None and isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if names_a_module(node.value) and node.value not in known:
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.value}")
+        if known is None:
+            continue
+        texts = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        named = [n for n in texts if names_a_module(n.value) and n.value not in known]
+        wrong += [f"{path.relative_to(ROOT)}:{n.lineno} {n.value}" for n in named]
     assert not wrong, "\n".join(wrong)
 
 

@@ -40,5 +40,5 @@ def test_the_range_of_transformers_is_the_same_wherever_it_is_written() -> None:
     upper = pins("constraints.txt")["transformers"]
     stated = f"{lower} to {upper.major}.{upper.minor}"
     assert f"transformers {stated}" in re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
-    layouts = (ROOT / "moe_interp" / "arch" / "layouts.py").read_text(encoding="utf-8")
-    assert f"Install transformers {stated};" in layouts
+    outputs = (ROOT / "moe_interp" / "arch" / "router_outputs.py").read_text(encoding="utf-8")
+    assert f"Install transformers {stated};" in outputs

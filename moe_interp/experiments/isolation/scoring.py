@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_interp.engine.attention import TOLERANCE, can_fuse
-from moe_interp.engine.cpu.freed_memory import reuse_freed_memory
 from moe_interp.engine.rerun import PrefixRunner, Reads
 from moe_interp.experiments.inputs.items import ItemBatch
 from moe_interp.experiments.isolation.variants import ExpertSet, Mode, ablated_rows, forced_rows
@@ -44,7 +43,6 @@ class PrefixScorer:
     def __init__(self, moe: MoEHooks, mode: Mode, tokens: int) -> None:
         self.moe, self.mode, self.tokens = moe, mode, tokens
         self.runner = PrefixRunner(moe)
-        reuse_freed_memory()
         self.null_difference: float | None = None
         self.resumes = True
         self._failure = ""
