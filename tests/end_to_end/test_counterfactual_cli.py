@@ -74,14 +74,14 @@ def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
 
         return honest(*args, **{**options, "progress": stop})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(counterfactual, "counterfactual_routes", interrupted)
+    monkeypatch.setattr(experiment, "counterfactual_routes", interrupted)
     stopped = runner.invoke(cli, given)
     assert stopped.exit_code != 0
     assert "The same command goes on" in stopped.output
     store = tmp_path / "out" / outputs.ROUTE_CELLS
     kept = {file.name: file.stat().st_mtime_ns for file in store.glob("*.npz")}
     assert kept
-    monkeypatch.setattr(counterfactual, "counterfactual_routes", honest)
+    monkeypatch.setattr(experiment, "counterfactual_routes", honest)
     done = runner.invoke(cli, given)
     assert done.exit_code == 0, done.output
     after = {file.name: file.stat().st_mtime_ns for file in store.glob("*.npz")}

@@ -63,11 +63,11 @@ def test_isolate_takes_paths_and_goes_on_after_an_interruption(tmp_path: Path, m
 
         return honest(*given, **{**options, "progress": stop})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(isolation, "isolate_experts", interrupted)
+    monkeypatch.setattr(experiment, "isolate_experts", interrupted)
     assert runner.invoke(cli, arguments).exit_code != 0
     cells = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").glob("*.npz")}
     assert len(cells) == 1
-    monkeypatch.setattr(isolation, "isolate_experts", honest)
+    monkeypatch.setattr(experiment, "isolate_experts", honest)
     done = runner.invoke(cli, arguments)
     assert done.exit_code == 0, done.output
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").glob("*.npz")}

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 from moe_interp.errors import warn
-from moe_interp.experiments.items import TokenizedItem
-from moe_interp.experiments.sequences import ScoredSequence
+from moe_interp.experiments.inputs.items import TokenizedItem
+from moe_interp.experiments.inputs.sequences import ScoredSequence
 
 NAMED = 5  # merged ones that the warning names
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from moe_interp.routes import branch_scores
+
 
 @pytest.fixture(autouse=True)
 def always_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(branch, "_WORTH_A_TRIAL", 0)
+    monkeypatch.setattr(branch_scores, "_WORTH_A_TRIAL", 0)

@@ -187,7 +187,7 @@ def test_many_routes_at_the_last_layer_share_their_unembeddings(name: str, monke
         return calls[-1]
 
     with precision(torch.float64):
-        monkeypatch.setattr(branch, "spanned_logits", counted)
+        monkeypatch.setattr(branch_scores, "spanned_logits", counted)
         shared = score_routes(moe, tokens, moe.layers[-1], routes, **given)
         monkeypatch.setattr(plan, "pays", lambda *args: False)
         single = score_routes(moe, tokens, moe.layers[-1], routes, **given)

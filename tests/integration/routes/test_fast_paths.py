@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe_interp as mi
 from moe_interp.arch import products
 from moe_interp.engine.branches import BasePass
+from moe_interp.engine.cpu import expert_loop
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
-from moe_interp.routes import plan, score_joint_routes, score_routes
+from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,
@@ -52,8 +53,8 @@ def forced(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> list[str]:
     monkeypatch.setattr(products, "HAS_WIDE_PRODUCTS", products.CAN_BE_WIDE)
     monkeypatch.setattr(products, "_WORTH_IT", 0)
     monkeypatch.setattr(products, "_FEW_ROWS", 0)
-    monkeypatch.setattr(lean, "LOOP_FROM_ROWS", 0)
-    monkeypatch.setattr(lean, "LOOP_FROM_WORK", 0)
+    monkeypatch.setattr(expert_loop, "LOOP_FROM_ROWS", 0)
+    monkeypatch.setattr(expert_loop, "LOOP_FROM_WORK", 0)
     return []
 
 
@@ -82,7 +83,7 @@ def test_side_by_side_gives_the_bits_of_one_after_the_other(
         assert len({thread for thread in forced if thread.startswith("moe_interp")}) == 2
         assert default_threads() == 2
         with monkeypatch.context() as patch:
-            patch.setattr(branch, "n_workers", lambda moe: 1)
+            patch.setattr(branch_scores, "n_workers", lambda moe: 1)
             alone = score_routes(moe, tokens, layer, routes, attention_mask=mask, method="branch")
         assert torch.equal(together.nan_to_num(), alone.nan_to_num())
 

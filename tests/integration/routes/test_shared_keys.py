@@ -14,7 +14,7 @@ from moe_interp.engine import branch_attention
 from moe_interp.engine.branch_attention import NAME, UnknownAttention
 from moe_interp.engine.branches import BasePass, BranchRunner
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.routes import plan, score_joint_routes, score_routes
+from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
     DECODERS,
@@ -139,7 +139,7 @@ def test_an_interruption_gives_the_model_its_attention_back(
         assert config._attn_implementation == "eager"
         raise error
 
-    monkeypatch.setattr(shared_attention, "_attend", fail)
+    monkeypatch.setattr(branch_attention, "_attend", fail)
     position = torch.tensor([[3]])
     with pytest.raises(error), BranchRunner(base, 0) as run:
         run(torch.tensor([0]), position, base.block_out(0)[position])
@@ -174,7 +174,7 @@ def test_another_model_of_the_same_config_is_not_touched() -> None:
 
 
 def test_few_branches_are_not_worth_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(branch, "_WORTH_A_TRIAL", 50)
+    monkeypatch.setattr(branch_scores, "_WORTH_A_TRIAL", 50)
     tried: list[int] = []
     monkeypatch.setattr(BasePass, "shares_keys", property(lambda base: bool(tried.append(1)) or True))
     moe, tokens = attached("olmoe"), tiny.random_tokens(1, 10)
