@@ -38,6 +38,8 @@ def counterfactual_page(result: CounterfactualTables, *, extra: Mapping[str, str
 
 def _tabulate(tabulate: Table, result: CounterfactualTables) -> pd.DataFrame:
     table = tabulate(result)
+    if "kind" in table:
+        table = table.assign(kind=table["kind"].str.replace("_", " "))
     return with_intervals(table[[c for c in table if str(c).removesuffix("_low").removesuffix("_high") in _SHOWN]])
 
 
@@ -55,9 +57,10 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "confidence",
         "Is the router right where the model is confident?",
         "Alignment: rank correlation, within a token, of the router's log-probability of a route and how well the "
-        "route predicts the next token. Regret: what the best route scored would have gained. Inclusion 1: the share "
-        "of tokens whose standard route, the router's own, is the best of those scored. The table's classes are "
-        "by a second draw of routes, free of the selection that classing by the standard route's own p brings; by that "
+        "route predicts the next token. Regret: what the best route scored would have gained. Positive rate: the "
+        "share of tokens with a better route than the standard one, the router's own. Inclusion 1: the share whose "
+        "standard route is the best of those scored. N distinct: other routes per token. The table's classes are by "
+        "a second draw of routes, free of the selection that classing by the standard route's own p brings; by that "
         "p where the run has no such draw.",
         plots.confidence,
         lambda r: r.by_confidence(by=classed_by(r.data)),
@@ -68,11 +71,24 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "The best of many routes is better than one by chance alone. So the same is asked of a next token drawn from "
         "the model's own prediction (which is a null only where that prediction is calibrated), of random routes, of a "
         "fresh draw of routes (another draw by the same sampler, one of which takes the standard route's place), and "
-        "of the standard route itself. Matched: the share of tokens that can be compared.",
+        "of the standard route itself. Excess regret: the run's regret minus that of the row. N distinct: other routes "
+        "per token. Matched: the share of tokens that can be compared.",
         plots.regret_curve,
         lambda r: r.controls(),
     ),
-    ("layer-regret", "Layer by layer", "Mean over tokens.", plots.layer_regret, lambda r: r.by_layer()),
-    ("token-types", "By the kind of the next token", "", None, lambda r: r.by_token_type()),
-    ("positions", "By position", "", None, lambda r: r.by_position()),
+    (
+        "layer-regret",
+        "Layer by layer",
+        "Means over tokens; columns as above.",
+        plots.layer_regret,
+        lambda r: r.by_layer(),
+    ),
+    ("token-types", "By the kind of the next token", "Columns as above.", None, lambda r: r.by_token_type()),
+    (
+        "positions",
+        "By position",
+        "Columns as above; the position is that of the token whose routes are scored.",
+        None,
+        lambda r: r.by_position(),
+    ),
 )

@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
+from pandas.api.types import is_numeric_dtype
 
 LONGEST = 30  # rows shown of a long table
-_LONG = 60  # characters of a text that a narrow column would break into many lines
+_SHORT = 24  # characters of a text that stays on one line, however narrow the page; longer ones get a wide column
 
 
 def environment() -> Environment:
@@ -29,14 +30,14 @@ def html_table(table: pd.DataFrame) -> Markup:
     shown = table.head(LONGEST)
     template = environment().get_template("table.html")
     cells = [[(cell(value), _kind(value)) for value in row] for row in shown.itertuples(index=False)]
-    left_out = len(table) - len(shown)
-    return Markup(template.render(columns=[str(c).replace("_", " ") for c in table], rows=cells, left_out=left_out))
+    columns = [(str(name).replace("_", " "), "number" if is_numeric_dtype(table[name]) else "") for name in table]
+    return Markup(template.render(columns=columns, rows=cells, left_out=len(table) - len(shown)))
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, int | float):
         return "number"
-    return "long" if isinstance(value, str) and len(value) > _LONG else ""
+    return "short" if len(str(value)) <= _SHORT else "long"
 
 
 def with_intervals(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,7 +25,7 @@ def isolation_chapter(result: IsolationTables, title: str = "Expert isolation an
         title=title,
         summary=result.summary(),
         headlines=tuple(result.headlines()),
-        findings=html_table(findings.drop(columns=["value", "low", "high", "reliability"])),
+        findings=html_table(findings[["finding", *_FINDINGS]].rename(columns=_FINDINGS)),
         findings_note=f"{findings.attrs['note']} Published: {findings.attrs['source']}. In square brackets: 95% "
         "intervals.",
         sections=tuple(
@@ -41,6 +41,11 @@ def isolation_page(result: IsolationTables, *, extra: Mapping[str, str] | None =
     return render_page([isolation_chapter(result)], model=result.data.attrs.get("model", ""), extra=extra)
 
 
+_FINDINGS = {  # columns of the findings' table, and their headings on the page
+    "here": "here",
+    "phi_mini_moe_10": "published, 10 items per domain",
+    "phi_mini_moe_50": "published, 50 items per domain",
+}
 _EACH = 3  # experts of a domain in the first table
 _LARGEST = 12  # rows of the table between domains
 
@@ -69,10 +74,14 @@ def _as_intervals(table: pd.DataFrame, **bounds: tuple[str, str]) -> pd.DataFram
     return with_intervals(table.rename(columns=names))
 
 
+def _within_items(result: IsolationTables) -> pd.DataFrame:
+    return _as_intervals(result.item_calibration(), rho=("low", "high"))
+
+
 def _between(result: IsolationTables) -> pd.DataFrame:
     table = result.domain_effect()
     table = table[table["significant"]].sort_values("eta_squared", ascending=False, kind="stable").head(_LARGEST)
-    return table.drop(columns=["statistic", "p", "significant"])
+    return table.drop(columns=["statistic", "p", "significant", "verdict"])  # all of these differ
 
 
 def _dominant(result: IsolationTables) -> pd.DataFrame:
@@ -109,7 +118,8 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
     (
         "sorted-p",
         "All tests at once",
-        "Step-up rejects every test up to the last one under the line.",
+        "The p-values of all tests in order. Those up to the last one under the line are rejected "
+        "(Benjamini-Hochberg). A dashed line is the smallest p that so few items allow.",
         lambda r: plots.sorted_p(r, baseline=_baseline(r)),
         None,
     ),
@@ -133,21 +143,26 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
     (
         "calibration-layers",
         "Calibration layer by layer",
-        "One layer says little: with 16 experts p < .05 needs a rho of at least .50.",
+        "rho: with the mean routing probability over all positions; rho prompt and rho answer: over those of the "
+        "prompt and those that predict the answer; rho share: with the share of the slots instead. q: p adjusted for "
+        "the number of rows. One layer says little: with 16 experts, p < .05 needs a rho of at least .50.",
         None,
         lambda r: r.calibration(),
     ),
     (
         "item-calibration",
         "Calibration within items",
-        "rho between an item's own routing and its own quality. Specificity: how much of it is about the very item.",
+        "rho: rank correlation over experts between an item's own routing and its own quality, averaged over layers "
+        "and items. rho other items: the same with the quality of other items of the domain. Specificity: the "
+        "difference, which is what routing knows about the very item.",
         None,
-        lambda r: r.item_calibration(),
+        _within_items,
     ),
     (
         "dominance",
         "Do some experts dominate?",
-        "Share of a domain's slots, mean over layers; the table lists the three most used experts.",
+        "Share of a domain's slots, mean over layers; the table lists the three most used experts. Uniform: the share "
+        "if all were used alike. Ratio: share over uniform.",
         plots.dominance,
         _dominant,
     ),
@@ -155,7 +170,8 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "layer-impact",
         "What a layer's best expert is worth",
         "Mean over domains of the best expert's delta, cross-fitted: chosen on one half of the items, measured on the "
-        "other. Naive: both on the same items, which is optimistic.",
+        "other. Naive: both on the same items, which is optimistic. Best experts: the one most often chosen in each "
+        "domain, and the share of the choices that fell on it.",
         lambda r: plots.layer_impact(r, baseline=_baseline(r)),
         _worth,
     ),
@@ -163,7 +179,9 @@ _PARTS: tuple[tuple[str, str, str, Draw | None, Table | None], ...] = (
         "domain-effect",
         "Specialization between domains",
         "Experts that help some domains more than others, beyond domains being more or less fragile as a whole: of the "
-        "pairs that reject, those with the largest share of variance between domains (eta squared).",
+        "pairs that reject, those with the largest share of variance between domains (eta squared). Contrast: "
+        "delta less the item's mean over experts, averaged over the domain, minus the same over all items (nats per "
+        "token).",
         None,
         _between,
     ),

@@ -103,7 +103,7 @@ def test_a_long_table_says_how_much_is_left_out():
     html = html_table(table)
     assert html.count("<tr>") == LONGEST + 1
     assert "5 more rows" in html
-    assert '<th scope="col">a b</th>' in html
+    assert '<th scope="col" class="number">a b</th>' in html
     assert [cell(v) for v in (0.123456, float("nan"), True, 3, "x")] == ["0.123", "–", "yes", "3", "x"]
 
 
@@ -167,3 +167,20 @@ def test_the_first_table_shows_the_largest_deltas_of_each_domain(page):
     first = page[page.index("Which experts help or hurt a domain") :]
     rows = first[first.index("<tbody>") : first.index("</tbody>")]
     assert rows.count("<tr>") == 6
+
+
+def test_headings_stand_over_their_numbers_and_short_texts_stay_on_one_line():
+    shown = html_table(pd.DataFrame({"n_items": [4], "rho": [0.5], "verdict": ["differs between domains"]}))
+    for name in ("n items", "rho"):
+        assert f'<th scope="col" class="number">{name}</th>' in shown
+    assert '<th scope="col">verdict</th>' in shown
+    assert '<td class="short">differs between domains</td>' in shown
+
+
+def test_no_heading_is_a_bare_bound_or_a_name_of_code(planted):
+    page = render_page([isolation_chapter(planted), counterfactual_chapter(planted_routes())])
+    headings = set(re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', page))
+    assert {"rho [95%]", "share [95%]", "regret [95%]", "published, 10 items per domain"} <= headings
+    assert not any(re.search(r"_|\b(low|high)\b", heading) for heading in headings)
+    assert '<td class="short">fresh draw</td>' in page
+    assert "fresh_draw" not in re.sub(r"<pre>.*?</pre>|<script.*?</script>", "", page, flags=re.S)
