@@ -13,7 +13,7 @@ from moe_interp.testbed.model import ModelConfig, whole_fields
 
 _COUNTS = ("length", "micro_batch", "micro_batches", "steps", "log_every", "validate_every", "checkpoint_every")
 _POSITIVE = (*_COUNTS, "validation_sequences", "lr", "clip", "data_scale", "capacity_factor")
-_COEFFICIENTS = ("balance", "bias_rate", "z_coefficient", "weight_decay")
+_FROM_ZERO = ("balance", "bias_rate", "z_coefficient", "weight_decay", "seed")
 _SHARES = ("decay_from", "load_decay")
 
 
@@ -79,12 +79,12 @@ class TestbedConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> TestbedConfig:
         bad = [f"{name}={getattr(self, name)}" for name in _POSITIVE if not getattr(self, name) > 0]
-        bad += [f"{name}={getattr(self, name)}" for name in _COEFFICIENTS if getattr(self, name) < 0]
+        bad += [f"{name}={getattr(self, name)}" for name in _FROM_ZERO if getattr(self, name) < 0]
         bad += [f"{name}={getattr(self, name)}" for name in _SHARES if not 0 < getattr(self, name) < 1]
         if bad:
             raise ConfigError(
                 ", ".join(bad),
-                "positive sizes and rates, coefficients >= 0, decay_from and load_decay between 0 and 1",
+                "positive sizes and rates, coefficients and seed >= 0, decay_from and load_decay between 0 and 1",
                 "Change the configuration.",
             )
         if not self.domains or (self.shares is not None and len(self.shares) != len(self.domains)):

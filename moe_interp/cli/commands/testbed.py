@@ -161,8 +161,8 @@ def _strategies(text: str) -> list[str]:
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"-?[0-9]{1,18}", part) for part in parts):
-        raise ConfigError(f"--seeds {text}", "integers such as 0,1,2", "Separate them by commas.")
+    if not all(re.fullmatch(r"[0-9]{1,18}", part) for part in parts):
+        raise ConfigError(f"--seeds {text}", "integers of at least 0 such as 0,1,2", "Separate them by commas.")
     numbers = [int(part) for part in parts]
     _check_once("--seeds", numbers)
     return numbers
