@@ -1,7 +1,7 @@
 """Statistics on plain arrays: numpy and scipy only, vectorised over leading axes, importable without torch."""
 
 from moe_interp.stats.best_of import BestOf, best_of, in_top
-from moe_interp.stats.corrected import CorrectedCorrelation, Estimate, corrected_correlation
+from moe_interp.stats.corrected import CORRECTED_COVERS, CorrectedCorrelation, Estimate, corrected_correlation
 from moe_interp.stats.correlation import (
     MeanCorrelation,
     PermutationResult,
@@ -36,6 +36,7 @@ from moe_interp.stats.significance.power import plan_wilcoxon, wilcoxon_power
 from moe_interp.stats.significance.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
+    "CORRECTED_COVERS",
     "BestOf",
     "CorrectedCorrelation",
     "Decision",

@@ -27,7 +27,6 @@ from moe_interp.experiments.isolation.data import (
 
 ALL = "all domains"
 MIN_ITEMS, MIN_EXPERTS = 8, 4  # what a split-half correction needs
-COVERED = 0.93  # by the corrected interval, at the least (docs/stats-coverage.md)
 Pair = tuple[FloatArray, FloatArray]  # routing and quality of a domain, [item, layer, expert]
 
 
@@ -220,7 +219,14 @@ def _verdict(result: stats.CorrectedCorrelation, n_items: int, level: float) -> 
         return f"no correlation beyond chance (p = {p:.2g}): {text}"
     words = ("positive correlation", "negative correlation")
     kind = stats.verdict(
-        c.low, c.high, n=n_items, words=words, undecided="no clear correlation", coverage=COVERED, p=p, alpha=1 - level
+        c.low,
+        c.high,
+        n=n_items,
+        words=words,
+        undecided="no clear correlation",
+        coverage=stats.CORRECTED_COVERS,
+        p=p,
+        alpha=1 - level,
     )
     return f"{kind}: {text}"
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from moe_interp.errors import ConfigError, DataError
-from moe_interp.stats import corrected_correlation, derive_rng
+from moe_interp.stats import CORRECTED_COVERS, corrected, corrected_correlation, derive_rng
+from moe_interp.stats.intervals.verdicts import COVERS
 from tests.unit.stats.planted_noise import planted
 
 
@@ -133,3 +134,16 @@ def test_a_clear_correlation_is_found_by_the_crossed_test():
     found = corrected_correlation(x, y, n_resamples=20, n_permutations=199)
     assert found.p_crossed == 1 / 200
     assert found.verdict.startswith("positive correlation")
+
+
+def test_with_eight_items_the_interval_covers_what_the_verdict_is_told(monkeypatch):
+    told, decide = [], corrected.decide
+    monkeypatch.setattr(corrected, "decide", lambda *a, **k: told.append(k["coverage"]) or decide(*a, **k))
+    covered = []
+    for seed in range(60):
+        x, y, truth = planted(0.8, 0.3, n=8, seed=seed)
+        found = corrected_correlation(x, y, n_resamples=40, n_splits=25, n_permutations=9, seed=seed).corrected
+        covered.append(found.low <= truth <= found.high)
+    assert set(told) == {CORRECTED_COVERS}
+    assert COVERS <= CORRECTED_COVERS < 0.95
+    assert np.mean(covered) >= CORRECTED_COVERS - 3 * np.sqrt(CORRECTED_COVERS * (1 - CORRECTED_COVERS) / 60)
