@@ -214,6 +214,7 @@ def test_schedules_by_hand():
     [
         ({"steps": 0}, "steps=0"),
         ({"lr": -1.0}, r"lr=-1\.0"),
+        ({"seed": -1}, "seed=-1"),
         ({"shares": (1.0,)}, "1 shares for domains"),
         ({"length": 128}, "length=128"),
         ({"decay_from": 1.5}, r"decay_from=1\.5"),
