@@ -2,6 +2,7 @@
 
 ``hidden(rows, e)``: ``[row, d_in] -> [row, d_expert]``, the neurons after the activation.
 ``output(hidden, e)``: ``[row, d_expert] -> [row, d_out]``, before the slot's weight.
+``hidden_of_groups``, ``output_of_groups``: the same for rows of all experts at once, where their weights are stacks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe as transformers_moe
 
+from moe_interp.arch.grouped_products import RowGroups, grouped_linear
 from moe_interp.arch.modules import config_value, is_native, native_part, own_class
+from moe_interp.arch.norms import is_watched
 from moe_interp.arch.products import is_faster, linear
 
 # what transformers gives an experts class that has no gate of its own: act(gate) * up
@@ -28,6 +31,29 @@ class ExpertFunctions(Protocol):
     def hidden(self, rows: Tensor, expert: int) -> Tensor: ...
 
     def output(self, hidden: Tensor, expert: int) -> Tensor: ...
+
+
+class StackedFunctions:
+    """Experts whose weights are stacks: the same functions of rows of all experts at once, by grouped products."""
+
+    n_experts: int
+
+    stacks: tuple[Tensor, Tensor]
+    """The weights ``[expert, ...]`` of both maps."""
+
+    called: tuple[Any, ...]
+    """What is called in between, with the rows of one expert or of all."""
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks at the calls in between, which a loop makes for one expert at a time."""
+        return any(isinstance(part, nn.Module) and is_watched(part) for part in self.called)
+
+    def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
+        raise NotImplementedError
+
+    def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
+        raise NotImplementedError
 
 
 def unreadable(experts: nn.Module, *parts: nn.Module) -> str | None:
@@ -76,7 +102,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool)
     return out if bias is None else out + bias  # rounded in two steps, as those families do
 
 
-class StackedExperts:
+class StackedExperts(StackedFunctions):
     """transformers' stacked experts: 3-D weights, with or without gate, bias and transposition."""
 
     def __init__(self, module: Any) -> None:
@@ -87,6 +113,8 @@ class StackedExperts:
         )
         # once each: a parametrized weight is computed anew whenever it is asked for
         self.down, self.down_bias = module.down_proj, getattr(module, "down_proj_bias", None)
+        self.stacks = self.up, self.down
+        self.called = getattr(module, "act_fn", None), getattr(module, "post_expert_norm", None)
         self.n_experts = self.up.shape[0]
         self.d_expert = self.down.shape[1 if module.is_transposed else 2]
         self.d_out = self.down.shape[2 if module.is_transposed else 1]
@@ -94,7 +122,12 @@ class StackedExperts:
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
         bias = None if self.up_bias is None else self.up_bias[expert]
-        projected = _linear(rows, self.up[expert], bias, self.module.is_transposed)
+        return self._activated(_linear(rows, self.up[expert], bias, self.module.is_transposed))
+
+    def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
+        return self._activated(grouped_linear(rows, groups, self.up, self.up_bias, self.module.is_transposed))
+
+    def _activated(self, projected: Tensor) -> Tensor:
         if not self.module.has_gate:
             return self.module.act_fn(projected)
         if self.gates_plainly and not torch.is_grad_enabled():
@@ -106,7 +139,12 @@ class StackedExperts:
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
         bias = None if self.down_bias is None else self.down_bias[expert]
-        out = _linear(hidden, self.down[expert], bias, self.module.is_transposed)
+        return self._normed(_linear(hidden, self.down[expert], bias, self.module.is_transposed))
+
+    def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
+        return self._normed(grouped_linear(hidden, groups, self.down, self.down_bias, self.module.is_transposed))
+
+    def _normed(self, out: Tensor) -> Tensor:
         return self.module.post_expert_norm(out) if getattr(self.module, "has_post_expert_norm", False) else out
 
     def write(self, hidden: Tensor, expert: int, out: Tensor) -> None:
@@ -119,19 +157,29 @@ class StackedExperts:
             out.copy_(self.output(hidden, expert)[: len(out)])
 
 
-class Llama4Experts:
+class Llama4Experts(StackedFunctions):
     """Llama 4: transposed stacks, no bias; the block scales the input of an expert, not its output."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.up, self.down = module, module.gate_up_proj, module.down_proj
+        self.stacks, self.called = (self.up, self.down), (module.act_fn,)
         self.n_experts, self.d_expert = self.down.shape[:2]
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        gate, up = linear(rows, self.up[expert].t()).chunk(2, dim=-1)
-        return up * self.module.act_fn(gate)
+        return self._activated(linear(rows, self.up[expert].t()))
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
         return linear(hidden, self.down[expert].t())
+
+    def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
+        return self._activated(grouped_linear(rows, groups, self.up, None, transposed=True))
+
+    def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
+        return grouped_linear(hidden, groups, self.down, None, transposed=True)
+
+    def _activated(self, projected: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return up * self.module.act_fn(gate)
 
 
 def llama4_sizes(module: Any) -> tuple[int, int]:
@@ -141,19 +189,29 @@ def llama4_sizes(module: Any) -> tuple[int, int]:
     return down.shape[0], down.shape[1]
 
 
-class JetMoeExperts:
+class JetMoeExperts(StackedFunctions):
     """JetMoE: two stacks of linear maps that belong to the block."""
 
     def __init__(self, block: Any) -> None:
         self.block, self.up, self.down = block, block.input_linear.weight, block.output_linear.weight
+        self.stacks, self.called = (self.up, self.down), (block.activation,)
         self.n_experts, self.d_expert = jetmoe_sizes(block)
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        gate, up = linear(rows, self.up[expert]).chunk(2, dim=-1)
-        return self.block.activation(gate) * up
+        return self._activated(linear(rows, self.up[expert]))
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
         return linear(hidden, self.down[expert])
+
+    def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
+        return self._activated(grouped_linear(rows, groups, self.up, None, transposed=False))
+
+    def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
+        return grouped_linear(hidden, groups, self.down, None, transposed=False)
+
+    def _activated(self, projected: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return self.block.activation(gate) * up
 
 
 def jetmoe_sizes(block: Any) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows
+from moe_interp.arch.grouped_products import sort_by_expert
 from moe_interp.errors import HookError
 from moe_interp.hooks.layer import Opened, OpenLayer, Pass, carries_gradient, is_edited
 from moe_interp.hooks.router import choose, with_gradient
@@ -122,33 +124,25 @@ def _expert_outputs(layer: OpenLayer, run: Pass, hidden: Tensor, indices: Tensor
     """Each slot's expert output ``[token, slot, d_model]``; zero at empty slots."""
     spec = layer.spec
     n_tokens, slots = indices.shape
-    flat = indices.reshape(-1)
-    order = flat.argsort(stable=True)[int((flat < 0).sum()) :]
-    sizes = torch.bincount(flat[order], minlength=spec.n_experts).tolist()
+    # pairs of a token and one of its slots, sorted by expert; empty slots come last and give zero
+    order, groups = sort_by_expert(indices.reshape(-1), spec.n_experts)
     rows = hidden[order // slots]
     if spec.weight_on_input:
         rows = rows * weights.reshape(-1)[order].unsqueeze(-1).to(rows.dtype)
 
     def fired(name: str, pairs: Tensor, width: int) -> Tensor:
-        # shape: (pair, width) -> (batch, pos, slot, width)
-        full = pairs.new_zeros(n_tokens * slots, width).index_copy(0, order, pairs)
-        full = full.view(run.batch, run.pos, slots, width)
+        # shape: (pair, width), sorted -> (batch, pos, slot, width)
+        full = pairs.new_empty(pairs.shape).index_copy_(0, order, pairs).view(run.batch, run.pos, slots, width)
         return layer.fire(name, full, owned=True).reshape(n_tokens * slots, width)
 
     with spec.reading_experts():
         experts, project = spec.expert_functions, spec.project
-        neurons = _per_expert(experts.hidden, rows, sizes, experts.d_expert)
+        neurons = hidden_of_rows(experts, rows, groups)
         if layer.is_hooked("expert_post"):
             neurons = fired("expert_post", neurons, experts.d_expert)[order]
-        outputs = _per_expert(experts.output, neurons, sizes, hidden.shape[-1])
+        outputs = output_of_rows(experts, neurons, groups, hidden.shape[-1])
         outputs = outputs if project is None else project(outputs)
     return fired("expert_out", outputs, outputs.shape[-1]).view(n_tokens, slots, -1)
-
-
-def _per_expert(function: Any, rows: Tensor, sizes: list[int], width: int) -> Tensor:
-    """Apply one expert's function to each expert's consecutive rows."""
-    parts = [function(part, e) for e, part in enumerate(rows.split(sizes)) if sizes[e]]
-    return torch.cat(parts) if parts else rows.new_zeros(0, width)
 
 
 def _gated(layer: OpenLayer, run: Pass) -> Tensor:
