@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe as transformers_moe
 
 from moe_interp.arch.grouped_products import RowGroups, grouped_linear
-from moe_interp.arch.modules import config_value, is_native, native_part, own_class
-from moe_interp.arch.norms import is_watched
+from moe_interp.arch.modules import config_value, is_native, is_watched, native_part, own_class
 from moe_interp.arch.products import is_faster, linear
 
 # what transformers gives an experts class that has no gate of its own: act(gate) * up

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_interp.arch.experts import ExpertFunctions, StackedFunctions
+from moe_interp.arch.expert_functions import ExpertFunctions, StackedFunctions
 from moe_interp.arch.grouped_products import RowGroups, can_be_grouped
 from moe_interp.arch.products import HAS_WIDE_PRODUCTS
 
@@ -25,7 +25,7 @@ def hidden_of_rows(experts: ExpertFunctions, rows: Tensor, groups: RowGroups, gr
         groups: Their experts.
         grouped: Whether to take grouped products; by default where :func:`takes_grouped_products`.
     """
-    grouped = takes_grouped_products(experts, rows) if grouped is None else grouped
+    grouped = takes_grouped_products(experts, rows, len(rows)) if grouped is None else grouped
     if grouped and isinstance(experts, StackedFunctions):
         return _zeroed(experts.hidden_of_groups(rows, groups), groups)
     return _loop(experts.hidden, rows, groups, experts.d_expert)
@@ -35,23 +35,28 @@ def output_of_rows(
     experts: ExpertFunctions, hidden: Tensor, groups: RowGroups, d_out: int, grouped: bool | None = None
 ) -> Tensor:
     """Each row's output ``[row, d_out]`` from its neurons ``[row, d_expert]``, before a weight; as above."""
-    grouped = takes_grouped_products(experts, hidden) if grouped is None else grouped
+    grouped = takes_grouped_products(experts, hidden, len(hidden)) if grouped is None else grouped
     if grouped and isinstance(experts, StackedFunctions):
         return _zeroed(experts.output_of_groups(hidden, groups), groups)
     return _loop(experts.output, hidden, groups, d_out)
 
 
-def takes_grouped_products(experts: ExpertFunctions, rows: Tensor) -> bool:
+def takes_grouped_products(experts: ExpertFunctions, like: Tensor, n_rows: int) -> bool:
     """Whether these experts run by grouped products: where these give what the loop gives, and are faster.
 
     A loop asks the host for the number of rows of each expert; on a device other than the processor, that waits. On a
     processor it keeps an expert's rows in the cache, and wins where they are many.
+
+    Args:
+        experts: A layer's.
+        like: ``[..., d]``, rows as they will be.
+        n_rows: How many these will be.
     """
     return (
         isinstance(experts, StackedFunctions)
         and not experts.is_watched
-        and can_be_grouped(rows, *experts.stacks)
-        and (rows.device.type != "cpu" or pays_on_cpu(len(rows), experts))
+        and can_be_grouped(like, *experts.stacks)
+        and (like.device.type != "cpu" or pays_on_cpu(n_rows, experts))
     )
 
 
@@ -65,11 +70,9 @@ def pays_on_cpu(n_rows: int, experts: StackedFunctions) -> bool:
 
 def _loop(function: Callable[[Tensor, int], Tensor], rows: Tensor, groups: RowGroups, width: int) -> Tensor:
     """Apply one expert's function to each expert's consecutive rows."""
-    sizes = groups.sizes
-    n_used = sum(sizes)
-    parts = [function(part, e) for e, part in enumerate(rows[:n_used].split(sizes)) if sizes[e]]
-    if n_used < len(rows) or not parts:
-        parts.append((parts[0] if parts else rows).new_zeros(len(rows) - n_used, width))
+    parts = [function(rows[some], expert) for some, expert in groups.each()]
+    if (missing := len(rows) - sum(map(len, parts))) or not parts:
+        parts.append((parts[0] if parts else rows).new_zeros(missing, width))
     return torch.cat(parts)
 
 

@@ -45,10 +45,17 @@ class RowGroups:
         """``[row, 1]`` bool: the rows of no expert, for which a grouped product leaves memory as it was."""
         return (self.experts == self.n_experts).unsqueeze(-1)
 
+    def each(self) -> Iterator[tuple[slice, int]]:
+        """The rows of every expert that has some. The host waits for the device here."""
+        start = 0
+        for expert, end in enumerate(self._ends_on_host):
+            if end > start:
+                yield slice(start, end), expert
+            start = end
+
     @cached_property
-    def sizes(self) -> list[int]:
-        """The number of each expert's rows. The host waits for the device here."""
-        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+    def _ends_on_host(self) -> list[int]:
+        return self.ends.tolist()
 
     def parts(self, n_rows: int) -> Iterator[tuple[slice, RowGroups]]:
         """Consecutive rows, so many at a time, with their groups."""

@@ -51,3 +51,8 @@ def config_value(module: nn.Module, *names: str, default: Any = None) -> Any:
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return default
+
+
+def is_watched(native: Any) -> bool:
+    """Whether a module's call is more than its class's ``forward``: hooks, weights moved in for it, another forward."""
+    return bool(native._forward_hooks or native._forward_pre_hooks or {"forward", "_hf_hook"} & native.__dict__.keys())

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moe_interp.arch.modules import unwrap
+from moe_interp.arch.modules import is_watched, unwrap
 from moe_interp.arch.products import linear
 from moe_interp.engine import branch_attention
 from moe_interp.engine.attention import attention_function
 from moe_interp.engine.branch_attention import Rows
 from moe_interp.engine.cached_keys import BranchCache, RecordingCache, SharedCache
 from moe_interp.engine.cpu.expert_loop import LeanPasses
-from moe_interp.engine.cpu.rms_norm import is_watched
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.types import Hooks

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows, takes_grouped_products
+from moe_interp.arch.grouped_products import RowGroups
 from moe_interp.engine.branches import BasePass, BranchRunner
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.routes.low_rank_unembed import spanned_logits
@@ -301,14 +303,31 @@ def _expert_outputs(base: BasePass, layer: int, tokens: Tensor, needed: Tensor) 
     x = base.experts_in[layer].flatten(0, 1)[tokens]
     scale = _input_weights(base, layer, tokens) if spec.weight_on_input else None
     outputs = x.new_zeros(spec.n_experts, len(tokens), spec.d_model)
+    flat = outputs.view(-1, spec.d_model)
+    place = needed.t().flatten().nonzero().flatten()  # of ``flat``: sorted by expert
+    groups = RowGroups.of_sorted(place // len(tokens), spec.n_experts)
+
+    def read(some: slice) -> Tensor:
+        token = place[some] % len(tokens)
+        return x[token] if scale is None else x[token] * scale[token, groups.experts[some], None].to(x.dtype)
+
     with spec.reading_experts():
-        experts, project = spec.expert_functions, spec.project
-        for expert in needed.any(dim=0).nonzero().flatten().tolist():
-            rows = needed[:, expert].nonzero().flatten()
-            read = x[rows] if scale is None else x[rows] * scale[rows, expert, None].to(x.dtype)
-            out = experts.output(experts.hidden(read, expert), expert)
-            outputs[expert, rows] = (out if project is None else project(out)).to(x.dtype)
+        experts, project = spec.expert_functions, spec.project or _unchanged
+        if takes_grouped_products(experts, x, len(place)):
+            # what a part of the rows takes on its way is no larger than the outputs
+            row = 2 * x.shape[-1] + 3 * experts.d_expert + spec.d_model
+            for some, part in groups.parts(max(1, outputs.numel() // row)):
+                neurons = hidden_of_rows(experts, read(some), part, grouped=True)
+                out = output_of_rows(experts, neurons, part, x.shape[-1], grouped=True)
+                flat[place[some]] = project(out).to(x.dtype)
+        else:
+            for some, expert in groups.each():
+                flat[place[some]] = project(experts.output(experts.hidden(read(some), expert), expert)).to(x.dtype)
     return outputs
+
+
+def _unchanged(values: Tensor) -> Tensor:
+    return values
 
 
 def _input_weights(base: BasePass, layer: int, tokens: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from transformer_lens.model_bridge.generalized_components import NormalizationBr
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.arch.expert_functions import StackedExperts
+from moe_interp.arch.modules import is_watched
 from moe_interp.arch.offload import device_of
 from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear, padded
-from moe_interp.engine.cpu.rms_norm import is_watched, rms_norm
+from moe_interp.engine.cpu.rms_norm import rms_norm
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.hooks.attach import MoEHooks
 

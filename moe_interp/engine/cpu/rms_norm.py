@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.modules import is_watched
+
 _TRIED_SIZES = (1e-3, 1.0, 1e3, 1.0)  # of the rows: the first shows what is added to the mean square
 _TOLERANCE = 2e-6
 
@@ -44,11 +46,6 @@ def rms_norm(native: Any) -> Callable[[Tensor], Tensor] | None:
             if _is_close(_normed(rows, weight, offset, eps), expected):
                 return partial(_normed, weight=weight, offset=offset, eps=eps)
     return None
-
-
-def is_watched(native: Any) -> bool:
-    """Whether a module's call is more than its class's ``forward``: hooks, weights moved in for it, another forward."""
-    return bool(native._forward_hooks or native._forward_pre_hooks or {"forward", "_hf_hook"} & native.__dict__.keys())
 
 
 def _normed(rows: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_interp.arch import grouped_experts, grouped_products
-from moe_interp.arch.experts import StackedExperts, StackedFunctions
+from moe_interp.arch.expert_functions import StackedExperts, StackedFunctions
 from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows, takes_grouped_products
 from moe_interp.arch.grouped_products import can_be_grouped, has_grouped_product, sort_by_expert
 from moe_interp.hooks.attach import attach
@@ -166,7 +166,7 @@ def test_float64_takes_the_loop(family: str) -> None:
     experts = experts_of(family, torch.float64)
     hidden = random_hidden(experts, len(ROUTES))
     assert not has_grouped_product(hidden)
-    assert not takes_grouped_products(experts, hidden)
+    assert not takes_grouped_products(experts, hidden, len(hidden))
     with torch.no_grad():
         found = at_slots(experts, hidden, ROUTES, False)
         for ours, expected in zip(found, one_at_a_time(experts, hidden, ROUTES)):
@@ -224,7 +224,7 @@ def test_the_host_never_waits(family: str) -> None:
         order, groups = sort_by_expert(ROUTES.flatten(), N_EXPERTS)
         for with_gradient in (False, True):
             with torch.set_grad_enabled(with_gradient):
-                assert takes_grouped_products(experts, hidden)
+                assert takes_grouped_products(experts, hidden, len(hidden))
                 neurons = hidden_of_rows(experts, hidden[order // ROUTES.shape[1]], groups, True)
                 outputs = output_of_rows(experts, neurons, groups, hidden.shape[1], True)
         outputs.sum().backward()
@@ -246,7 +246,10 @@ def test_parts_of_the_rows_are_the_whole() -> None:
         for n_rows in (1, 2, 3, 8, 100):
             found = [hidden_of_rows(experts, rows[some], part, True) for some, part in whole.parts(n_rows)]
             assert relative(torch.cat(found), expected) <= 1e-6
-            assert sum(sum(part.sizes) for _, part in whole.parts(n_rows)) == 6
+            each = [(some, own, expert) for some, part in whole.parts(n_rows) for own, expert in part.each()]
+            again = torch.cat([ids[some][own] for some, own, _ in each])
+            assert torch.equal(again, ids[:6])
+            assert all((ids[some][own] == expert).all() for some, own, expert in each)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -302,10 +305,10 @@ def test_biases_and_a_norm_after_each_expert(fills: bool, request: pytest.Fixtur
 def test_the_loop_where_the_calls_are_watched() -> None:
     experts: Any = experts_of("olmoe")
     hidden = random_hidden(experts, 3)
-    assert takes_grouped_products(experts, hidden)
+    assert takes_grouped_products(experts, hidden, len(hidden))
     seen: list[int] = []
     handle = experts.module.act_fn.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    assert not takes_grouped_products(experts, hidden)
+    assert not takes_grouped_products(experts, hidden, len(hidden))
     order, groups = sort_by_expert(torch.tensor([1, 1, 4]), N_EXPERTS)
     hidden_of_rows(experts, hidden[order], groups)
     assert seen == [2, 1]
@@ -353,9 +356,9 @@ def test_a_processor_loops_over_many_rows(monkeypatch: pytest.MonkeyPatch) -> No
     experts = experts_of("olmoe")
     few, many = random_hidden(experts, 4 * N_EXPERTS - 1), random_hidden(experts, 4 * N_EXPERTS)
     with torch.no_grad():
-        assert takes_grouped_products(experts, few)
-        assert not takes_grouped_products(experts, many)
-    assert takes_grouped_products(experts, many)  # gradients of a loop hold a stack of zeros for each expert
+        assert takes_grouped_products(experts, few, len(few))
+        assert not takes_grouped_products(experts, many, len(many))
+    assert takes_grouped_products(experts, many, len(many))  # gradients of a loop hold a stack of zeros for each expert
 
 
 def test_whether_there_is_a_product_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
