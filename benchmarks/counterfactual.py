@@ -30,7 +30,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moe_interp.arch.products import linear
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.routes import check_routes, score_from_base
 
@@ -73,7 +73,7 @@ class Ways:
         self.middle = LAYERS // 2  # full forwards cost the same at every layer and position
 
     def branches(self, memory_budget: int | None = None) -> int:
-        base = BasePass(self.moe, self.tokens, self.moe.layers)  # type: ignore[arg-type]
+        base = record_pass(self.moe, self.tokens, self.moe.layers)  # type: ignore[arg-type]
         for layer in range(LAYERS):
             routes = check_routes(base, layer, self.routes[layer])
             score_from_base(base, {layer: routes}, method="branch", memory_budget=memory_budget)
@@ -205,7 +205,7 @@ def report(best: dict[str, float], own: float, fastest: float, length: int, n_ro
 
 def peak_memory(ways: Ways, budget: int) -> None:
     """How much the process grows by scoring within a budget, the plain forward beside it."""
-    BasePass(ways.moe, ways.tokens, ways.moe.layers)  # type: ignore[arg-type]
+    record_pass(ways.moe, ways.tokens, ways.moe.layers)  # type: ignore[arg-type]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ways.branches(budget)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ class Rows:
         crop: Keys before this position are all that any branch reads.
         block_out: ``[row, n, d_model]``, the output of their layer's experts' block.
         scores_at_once: How many attention scores to hold together, one row's at least.
-        gathered: By id of a recorded value, that value at the branches.
+        gathered: By id of a recorded value (which the recording holds), that value at the branches.
+        calls: By name, how often a child of the first layer has been called.
         pieces: By number of heads, the pieces that attention takes one after the other.
         masks: By id of a recorded mask and piece, what is added to the scores of its last keys.
     """
@@ -59,6 +61,7 @@ class Rows:
     block_out: Tensor
     scores_at_once: int
     gathered: dict[int, Any] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     masks: dict[tuple[int, Piece], Tensor] = field(default_factory=dict)
 

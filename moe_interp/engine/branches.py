@@ -14,9 +14,9 @@ exact. The model's own modules run; what a module has answered in the base pass 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,170 +28,45 @@ from moe_interp.arch.products import linear
 from moe_interp.engine import branch_attention
 from moe_interp.engine.attention import attention_function
 from moe_interp.engine.branch_attention import Rows
-from moe_interp.engine.cached_keys import BranchCache, RecordingCache, SharedCache
-from moe_interp.engine.cpu.expert_loop import LeanPasses
+from moe_interp.engine.cached_keys import BranchCache, SharedCache
+from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.engine.replaced_forward import swapped_forward
-from moe_interp.hooks.attach import MoEHooks
 from moe_interp.types import Hooks
 
 _TRIED = 16  # branches
 _TRIAL_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest logit; some families cast to float32
 
 
-class BasePass:
-    """One plain forward pass of a batch, and what branches need of it.
+def can_share_keys(base: RecordedPass) -> bool:
+    """Whether branches may read their sequence's keys without copies: tried once on a few, beside the plain forward.
 
-    Attributes:
-        moe: The attached hooks.
-        tokens: ``[batch, pos]``.
-        is_real: ``[batch, pos]`` bool, False at padding.
-        layers: The MoE layers that routes may be scored at.
-        logits: ``[batch, pos, vocab]`` of the plain forward.
-        router_logits: By layer, ``[batch, pos, expert]``.
-        indices, weights: By layer, the standard route, ``[batch, pos, slot]``.
-        experts_in: By layer, what the experts read, ``[batch, pos, d_in]``.
+    Not where attention is more than a softmax over keys, is no function in transformers' table, or has other keys than
+    those that TransformerLens' own steps, which the recorded pass took, have put in the cache; nor at half precision,
+    where another order of the same steps would be further from the recorded pass.
     """
+    if base.shares_keys is None:
+        base.shares_keys = _shares_keys(base)
+    return base.shares_keys
 
-    def __init__(
-        self, moe: MoEHooks, tokens: Tensor, layers: Sequence[int], attention_mask: Tensor | None = None
-    ) -> None:
-        self.moe, self.tokens, self.layers = moe, tokens, tuple(layers)
-        self.is_real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        self.router_logits: dict[int, Tensor] = {}
-        self.indices: dict[int, Tensor] = {}
-        self.weights: dict[int, Tensor] = {}
-        self.experts_in: dict[int, Tensor] = {}
-        self.blocks: list[nn.Module] = [unwrap(block) for block in moe.bridge.blocks]
-        self.targets = {layer: _target(self.blocks[layer], moe, layer) for layer in layers}
-        self.hidden: dict[int, Tensor] = {}  # by layer, its input
-        self.arguments: dict[int, dict[str, Any]] = {}  # by layer, the keyword arguments it was called with
-        self.answers: dict[int, dict[str, Any]] = {layer: {} for layer in layers}  # outputs of its first children
-        self.returns: dict[int, type] = {}  # by layer, the kind of its output
-        self._hides: dict[int, bool] = {}  # by id of a recorded mask
-        self.lean = LeanPasses(moe)
-        self.cache = RecordingCache(config=moe.bridge.original_model.config)
-        model: Any = moe.bridge.original_model
-        self.head: nn.Module = model.get_output_embeddings()
-        unembedded: list[tuple[Tensor, int]] = []
-        # a mask without padding would only make the passes slower
-        mask = None if attention_mask is None or bool(self.is_real.all()) else attention_mask
-        # inference mode is one thread's, and another may not write its tensors
-        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(moe.bridge.hooks(fwd_hooks=self._route_recorders()))
-            for module, recorder in self._recorders():
-                stack.callback(module.register_forward_pre_hook(recorder, with_kwargs=True).remove)
-            for index, block in enumerate(self.blocks):
-                stack.callback(block.register_forward_hook(self._return_recorder(index)).remove)
-            for layer in layers:
-                for name, child in self.blocks[layer].named_children():
-                    stack.callback(child.register_forward_hook(self._answer_recorder(layer, name)).remove)
-            keep = self.head.register_forward_hook(lambda m, args, out: unembedded.append((out, out._version)))
-            stack.callback(keep.remove)
-            self.logits: Tensor = moe.bridge(tokens, attention_mask=mask, past_key_values=self.cache)
-        # whether the logits are the unembedding's output as it is, without a scale or a soft-cap after it
-        self.ends_in_head = len(unembedded) == 1 and _is_same(self.logits, *unembedded[0])
 
-    def refusal(self, layer: int) -> str | None:
-        """Why branches from a layer could not be exact on this model, in words; None where they are."""
-        if self.hidden[layer].ndim != 3:
-            return f"layer {layer} carries several residual streams"
-        if any(kind is tuple for kind in self.returns.values()):
-            return "layers hand on more than the residual stream"
-        if reason := self.moe.spec(layer).unreadable:
-            return f"at layer {layer} {reason}"
-        config: Any = self.moe.bridge.original_model.config
-        attention = getattr(config.get_text_config(), "_attn_implementation", None)
-        if attention not in (None, "eager", "sdpa") and layer + 1 < len(self.blocks):
-            return f"attention {attention!r}, which takes no mask of each token's own"
-        for above in range(layer + 1, len(self.blocks)):
-            mask = self.arguments[above].get("attention_mask")
-            why = self.cache.refusal(above, self.tokens.shape[1])
-            if why is None and mask is not None and (mask.ndim != 4 or mask.shape[1] != 1):
-                why = f"an attention mask of shape {tuple(mask.shape)}"
-            if why is not None:
-                return f"layer {above} has {why}"
-        return None
-
-    def block_out(self, layer: int) -> Tensor:
-        """The output of the layer's experts' block, ``[token, d_model]``."""
-        out = _first(self.answers[layer][self.targets[layer]])
-        return out.reshape(-1, out.shape[-1])
-
-    def windowed(self, mask: Tensor | None) -> Tensor | None:
-        """A recorded attention mask; None where it only says that real tokens read all earlier ones."""
-        if mask is None:
-            return None
-        if id(mask) not in self._hides:
-            n_pos = mask.shape[-1]
-            earlier = torch.ones(n_pos, n_pos, dtype=torch.bool, device=mask.device).tril()
-            is_read = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0) | ~earlier
-            self._hides[id(mask)] = not bool((is_read.all(dim=-1) | ~self.is_real).all())
-        return mask if self._hides[id(mask)] else None
-
-    @cached_property
-    def shares_keys(self) -> bool:
-        """Whether branches may read their sequence's keys without copies: tried on a few, beside the plain forward.
-
-        Not where attention is more than a softmax over keys, is no function in transformers' table, or has other keys
-        than those that TransformerLens' own steps, which the base pass took, have put in the cache; nor at half
-        precision, where another order of the same steps would be further from the base pass.
-        """
-        layer = min((layer for layer in self.layers if self.refusal(layer) is None), default=None)
-        if layer is None or self.logits.dtype not in _TRIAL_TOLERANCE:
-            return False
-        sequence, position = self.is_real.nonzero().unbind(-1)
-        some = torch.linspace(0, len(sequence) - 1, _TRIED, device=sequence.device).long()
-        sequence, position = sequence[some], position[some].unsqueeze(1)
-        token = sequence.unsqueeze(1) * self.tokens.shape[1] + position
-        plain = self.logits.flatten(0, 1)[token[:, 0]]
-        try:
-            with torch.no_grad(), BranchRunner(self, layer, shares_keys=True) as run:
-                found = run.logits(run(sequence, position, self.block_out(layer)[token])[:, 0])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a model that reads the mask or the keys in a way of its own, whatever it then says
-            return False
-        # a near-tie of a later router fails the trial too: copies are exact as well
-        return float((found - plain).abs().max()) <= _TRIAL_TOLERANCE[plain.dtype] * float(plain.abs().max())
-
-    # -- recording --------------------------------------------------------------------------------------------------
-    def _route_recorders(self) -> Hooks:
-        def keep(found: dict[int, Tensor], layer: int) -> Callable[[Tensor, Any], None]:
-            return lambda value, hook: found.__setitem__(layer, value)
-
-        kept = {"router_logits": self.router_logits, "expert_indices": self.indices, "expert_weights": self.weights}
-        return [
-            (self.moe.hook_name(n, layer), keep(found, layer)) for layer in self.layers for n, found in kept.items()
-        ]
-
-    def _recorders(self) -> list[tuple[nn.Module, Callable[..., None]]]:
-        def block(index: int) -> Callable[..., None]:
-            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.hidden[index] = args[0] if args else kwargs["hidden_states"]
-                self.arguments[index] = kwargs
-
-            return record
-
-        def experts(layer: int) -> Callable[..., None]:
-            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                self.experts_in[layer] = x.reshape(*self.tokens.shape, -1)
-
-            return record
-
-        specs = [(layer, self.moe.spec(layer)) for layer in self.layers]
-        readers = [(spec.container if spec.family.own_block else spec.experts, experts(n)) for n, spec in specs]
-        return [*((module, block(index)) for index, module in enumerate(self.blocks)), *readers]
-
-    def _answer_recorder(self, layer: int, name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            if self.targets[layer] not in self.answers[layer]:
-                self.answers[layer][name] = output
-
-        return record
-
-    def _return_recorder(self, index: int) -> Callable[..., None]:
-        return lambda module, args, output: self.returns.__setitem__(index, type(output))
+def _shares_keys(base: RecordedPass) -> bool:
+    layer = min((layer for layer in base.layers if base.refusal(layer) is None), default=None)
+    if layer is None or base.logits.dtype not in _TRIAL_TOLERANCE:
+        return False
+    sequence, position = base.is_real.nonzero().unbind(-1)
+    some = torch.linspace(0, len(sequence) - 1, _TRIED, device=sequence.device).long()
+    sequence, position = sequence[some], position[some].unsqueeze(1)
+    token = sequence.unsqueeze(1) * base.tokens.shape[1] + position
+    plain = base.logits.flatten(0, 1)[token[:, 0]]
+    try:
+        with torch.no_grad(), BranchRunner(base, layer, shares_keys=True) as run:
+            found = run.logits(run(sequence, position, base.block_out(layer)[token])[:, 0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model that reads the mask or the keys in a way of its own, whatever it then says
+        return False
+    # a near-tie of a later router fails the trial too: copies are exact as well
+    return float((found - plain).abs().max()) <= _TRIAL_TOLERANCE[plain.dtype] * float(plain.abs().max())
 
 
 class _Running(threading.local):
@@ -217,7 +92,7 @@ class BranchRunner:
 
     def __init__(
         self,
-        base: BasePass,
+        base: RecordedPass,
         layer: int,
         hooks: Hooks | None = None,
         at_once: int = 1,
@@ -226,8 +101,9 @@ class BranchRunner:
     ) -> None:
         self.scores_at_once = scores_at_once
         self.base, self.layer, self.hooks, self.at_once = base, layer, hooks or [], at_once
-        self.shares_keys = base.shares_keys if shares_keys is None else shares_keys
+        self.shares_keys = can_share_keys(base) if shares_keys is None else shares_keys
         self._running = _Running()
+        self._hides: dict[int, bool] = {}
         self._unembed = _unembedding(base.head)
         self._stack = ExitStack()
 
@@ -241,14 +117,14 @@ class BranchRunner:
             for block in base.blocks[:layer]:
                 stack.enter_context(swapped_forward(block, lambda hidden, *args, **kwargs: hidden))
             children = dict(base.blocks[layer].named_children())
-            for name, answer in base.answers[layer].items():
-                stack.enter_context(swapped_forward(children[name], self._stub(answer, name == base.targets[layer])))
+            for name, answers in base.recording.layers[layer].answers.items():
+                stack.enter_context(swapped_forward(children[name], self._answer(name, answers)))
             for index in range(layer, len(base.blocks)):
                 handle = base.blocks[index].register_forward_pre_hook(self._feeder(index), with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(base.moe.bridge.hooks(fwd_hooks=self.hooks))
-            stack.enter_context(base.lean.modules())
-            stack.enter_context(base.lean.experts(self.at_once))
+            stack.enter_context(base.fast.modules())
+            stack.enter_context(base.fast.experts(self.at_once))
             self._stack = stack.pop_all()
         return self
 
@@ -297,10 +173,13 @@ class BranchRunner:
         return self._unembed(states) if self.base.ends_in_head else states
 
     # -- what the modules are made to answer and to read ------------------------------------------------------------
-    def _stub(self, answer: Any, is_target: bool) -> Callable[..., Any]:
+    def _answer(self, name: str, answers: list[Any]) -> Callable[..., Any]:
+        """A child's forward: its recorded answers at the branches, call after call; the experts' block has theirs."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            gathered = self._at_branches(answer)
-            if not is_target:
+            self.rows.calls[name] += 1
+            gathered = self._at_branches(answers[min(self.rows.calls[name], len(answers)) - 1])
+            if name != self.base.targets[self.layer]:
                 return gathered
             shape = _first(gathered).shape
             block_out = self.rows.block_out.reshape(shape)
@@ -311,17 +190,25 @@ class BranchRunner:
     def _feeder(self, index: int) -> Callable[..., Any]:
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if index == self.layer:
-                hidden = self._at_branches(self.base.hidden[index])
+                hidden = self._at_branches(self.base.recording.layers[index].hidden)
                 return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-            recorded = self.base.arguments[index]
+            recorded = self.base.recording.arguments[index]
             fed = {name: self._at_branches(value) for name, value in recorded.items() if self._is_positional(value)}
             if "attention_mask" in recorded:
                 mask = recorded["attention_mask"]
                 # over shared keys, attention finds in the base pass's own mask what its rows read
-                fed["attention_mask"] = self.base.windowed(mask) if self.shares_keys else self._mask(mask)
+                fed["attention_mask"] = self._hiding(mask) if self.shares_keys else self._mask(mask)
             return args, {**kwargs, **fed}
 
         return feed
+
+    def _hiding(self, mask: Tensor | None) -> Tensor | None:
+        """A recorded attention mask; None where it only says that real tokens read all earlier ones."""
+        if mask is None:
+            return None
+        if id(mask) not in self._hides:  # the recording holds the mask
+            self._hides[id(mask)] = self.base.hides_keys(mask)
+        return mask if self._hides[id(mask)] else None
 
     def _is_positional(self, value: Any) -> bool:
         return any(isinstance(leaf, Tensor) and self._index(leaf) is not None for leaf in tree_leaves(value))
@@ -370,24 +257,12 @@ class BranchRunner:
         return mask
 
 
-def _target(block: nn.Module, moe: MoEHooks, layer: int) -> str:
-    """The name of the layer's child whose output depends on the route: the experts' block."""
-    spec = moe.spec(layer)
-    wanted = spec.experts if spec.container is block else spec.container
-    return next(name for name, child in block.named_children() if unwrap(child) is wanted)
-
-
 def _unembedding(head: nn.Module) -> Callable[[Tensor], Tensor]:
     native = unwrap(head)
     # TransformerLens gives a head without a bias one of zeros, which would be copied into every logit
     if type(native) is nn.Linear and native.bias is not None and not is_watched(native) and not bool(native.bias.any()):
         return partial(linear, weight=native.weight)
     return head.forward
-
-
-def _is_same(logits: Tensor, output: Tensor, version: int) -> bool:
-    """Whether logits are an earlier output, unchanged."""
-    return logits.shape == output.shape and logits.data_ptr() == output.data_ptr() and output._version == version
 
 
 def _first(value: Any) -> Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine.attention import fused_attention, queried_only_at
 from moe_interp.engine.cpu.expert_loop import LeanPasses
+from moe_interp.engine.recorded_pass import RecordedLayer, recording
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
@@ -38,34 +38,6 @@ class Reads:
         """The same reads in ``times`` stacked copies of a batch of ``n_rows``."""
         copy = torch.arange(times, device=self.row.device).repeat_interleave(len(self.row))
         return Reads(self.row.repeat(times) + copy * n_rows, self.column.repeat(times), self.target.repeat(times))
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """What a plain pass computed before a layer's experts.
-
-    Attributes:
-        hidden: The residual stream before the layer, ``[row, pos, d_model]`` (as the family's layers hand it on).
-        answers: What the layer's children answered before the experts' block was called, by name, call after call.
-    """
-
-    hidden: Tensor
-    answers: dict[str, list[Any]]
-
-    def keep(self, name: str, answer: Any) -> None:
-        """Another answer of a child; None in the place of tensors without positions, such as attention patterns."""
-
-        def by_position(leaf: Any) -> bool:
-            rows, width = self.hidden.shape[:2]
-            return leaf.shape[:2] == (rows, width) or leaf.shape[:1] == (rows * width,)
-
-        kept = tree_map(lambda leaf: leaf if not isinstance(leaf, Tensor) or by_position(leaf) else None, answer)
-        self.answers.setdefault(name, []).append(kept)
-
-    @staticmethod
-    def stacked(value: Any, copies: int) -> Any:
-        """A value that is kept, once a copy of its batch."""
-        return tree_map(lambda v: v.repeat(copies, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) else v, value)
 
 
 class PrefixRunner:
@@ -91,29 +63,25 @@ class PrefixRunner:
         self.model: Any = moe.bridge.original_model
         self.fuses_attention = False
         self._lean = LeanPasses(moe)
-        self._returns_tuple: dict[int, bool] = {}
+        self._gives_tuple: dict[int, bool] = {}
 
     def base(
         self, tokens: Tensor, reads: Reads, layers: Sequence[int], hooks: Hooks
-    ) -> tuple[Tensor, dict[int, Prefix]]:
+    ) -> tuple[Tensor, dict[int, RecordedLayer]]:
         """One whole pass with given hooks: the predictions read, and what precedes each given layer's experts.
 
         Returns:
             ``[read]`` log-probabilities in nats; layer -> its prefix.
         """
-        prefixes: dict[int, Prefix] = {}
-        with ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                record = self._recorder(index, layer.forward, prefixes, set(layers))
-                stack.enter_context(swapped_forward(layer, record))
-            for index in layers:
-                children = dict(self.layers[index].named_children())
-                experts = [child for child in children.values() if unwrap(child) is self.moe.spec(index).container]
-                if experts:
-                    self._keep_answers(stack, index, children, experts[0], prefixes)
-            return self._read(tokens, reads, hooks, trim_after=None), prefixes
+        until = {index: self._experts_child(index) for index in layers}
+        with recording(self.layers, until, with_last=False) as found:
+            read = self._read(tokens, reads, hooks, trim_after=None)
+        self._gives_tuple = found.gives_tuple
+        return read, found.layers
 
-    def resume(self, layer: int, prefix: Prefix, copies: int, tokens: Tensor, reads: Reads, hooks: Hooks) -> Tensor:
+    def resume(
+        self, layer: int, prefix: RecordedLayer, copies: int, tokens: Tensor, reads: Reads, hooks: Hooks
+    ) -> Tensor:
         """The rest of a pass, from the experts of ``layer``: ``[read]`` log-probabilities in nats.
 
         Args:
@@ -178,45 +146,13 @@ class PrefixRunner:
                 stack.enter_context(queried_only_at(self.moe.bridge.blocks[last], place))
             yield
 
-    def _recorder(
-        self, index: int, native: Callable[..., Any], prefixes: dict[int, Prefix], wanted: set[int]
-    ) -> Callable[..., Any]:
-        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if index in wanted:
-                prefixes[index] = Prefix(hidden, {})
-            out = native(hidden, *args, **kwargs)
-            self._returns_tuple[index] = isinstance(out, tuple)
-            return out
-
-        return record
-
-    def _keep_answers(
-        self,
-        stack: ExitStack,
-        index: int,
-        children: dict[str, nn.Module],
-        experts: nn.Module,
-        prefixes: dict[int, Prefix],
-    ) -> None:
-        """Keeps what the layer's children answer until its experts' block is called."""
-        reached: list[int] = []
-
-        def reach(module: nn.Module, args: Any) -> None:
-            reached.append(index)
-
-        def keeper(name: str) -> Callable[..., None]:
-            def keep(module: nn.Module, args: Any, output: Any) -> None:
-                if not reached:
-                    prefixes[index].keep(name, output)
-
-            return keep
-
-        stack.callback(experts.register_forward_pre_hook(reach).remove)
-        for name, child in children.items():
-            stack.callback(child.register_forward_hook(keeper(name)).remove)
+    def _experts_child(self, index: int) -> str | None:
+        """The child that is the layer's experts' block; None where the layer is that itself."""
+        container = self.moe.spec(index).container
+        return next((n for n, child in self.layers[index].named_children() if unwrap(child) is container), None)
 
     def _skip(self, index: int, hidden: Tensor) -> Callable[..., Any]:
-        is_tuple = self._returns_tuple[index]
+        is_tuple = self._gives_tuple[index]
 
         def skip(ignored: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden,) if is_tuple else hidden

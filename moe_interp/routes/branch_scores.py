@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows, takes_grouped_products
 from moe_interp.arch.grouped_products import RowGroups
-from moe_interp.engine.branches import BasePass, BranchRunner
+from moe_interp.engine.branches import BranchRunner, can_share_keys
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
+from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.routes.low_rank_unembed import spanned_logits
 from moe_interp.routes.plan import Plan, score_dtype
 from moe_interp.routes.predictions import averaged_log_probs, log_probs
@@ -65,7 +66,7 @@ class LayerRoutes:
     def present(self) -> Tensor:
         return (self.indices != EMPTY).any(dim=-1)
 
-    def with_standard(self, base: BasePass, layer: int) -> LayerRoutes:
+    def with_standard(self, base: RecordedPass, layer: int) -> LayerRoutes:
         """The standard route in front, as route 0."""
         standard, weights = base.indices[layer].unsqueeze(2), base.weights[layer].unsqueeze(2)
         slots = max(standard.shape[-1], self.indices.shape[-1])
@@ -76,7 +77,7 @@ class LayerRoutes:
         )
 
 
-def ruled_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | None = None) -> LayerRoutes:
+def ruled_routes(base: RecordedPass, layer: int, indices: Tensor, weights: Tensor | None = None) -> LayerRoutes:
     """Routes with the family's own weights for each set, or with given ones."""
     is_given = weights is not None
     if bool((indices == EMPTY).any()):
@@ -89,7 +90,7 @@ def ruled_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | 
 
 
 def branch_scores(
-    base: BasePass,
+    base: RecordedPass,
     routes: Mapping[int, LayerRoutes],
     wanted: Tensor,
     targets: Tensor,
@@ -115,7 +116,7 @@ def branch_scores(
     present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
     workers = n_workers(base.moe) if len(routes) == 1 else 1
     n_branches = int(present.sum())
-    shares_keys = n_branches >= _WORTH_A_TRIAL and base.shares_keys
+    shares_keys = n_branches >= _WORTH_A_TRIAL and can_share_keys(base)
     is_averaged = torch.zeros_like(present)
     if averaged is not None:
         is_averaged[:, :, 1:] = averaged & present[:, :, 1:]
@@ -163,7 +164,7 @@ class _Kept:
         return self.states.shape[1]
 
     @staticmethod
-    def empty(base: BasePass, averaged: Tensor, block_out: Tensor) -> _Kept:
+    def empty(base: RecordedPass, averaged: Tensor, block_out: Tensor) -> _Kept:
         like = block_out if base.ends_in_head else base.logits
         n_slots = int(averaged.sum(dim=-1).max())
         states = like.new_zeros(len(averaged), n_slots, like.shape[-1])
@@ -175,7 +176,7 @@ class _Scorer:
     ``[batch, pos]`` of the mean prediction of those that are averaged."""
 
     def __init__(
-        self, base: BasePass, plan: Plan, upper: _UpperRoutes, run: BranchRunner, averaged: Tensor, targets: Tensor
+        self, base: RecordedPass, plan: Plan, upper: _UpperRoutes, run: BranchRunner, averaged: Tensor, targets: Tensor
     ) -> None:
         self.base, self.plan, self.upper, self.run = base, plan, upper, run
         self.targets, self.averaged = targets.flatten(0, 1), averaged.flatten(0, 1)
@@ -257,7 +258,7 @@ class _Scorer:
 class _UpperRoutes:
     """The routes of the running branches at layers above the first: hooks that put them in place."""
 
-    def __init__(self, base: BasePass, routes: Mapping[int, LayerRoutes]) -> None:
+    def __init__(self, base: RecordedPass, routes: Mapping[int, LayerRoutes]) -> None:
         self.flat = {
             layer: (given.indices.flatten(0, 1), given.weights.flatten(0, 1)) for layer, given in routes.items()
         }
@@ -279,7 +280,7 @@ class _UpperRoutes:
         return put
 
 
-def block_outputs(base: BasePass, layer: int, routes: LayerRoutes, tokens: Tensor) -> Tensor:
+def block_outputs(base: RecordedPass, layer: int, routes: LayerRoutes, tokens: Tensor) -> Tensor:
     """The output of the experts' block under every route, ``[token, route, d_model]``; route 0 is the standard one."""
     spec = base.moe.spec(layer)
     indices, weights = routes.indices.flatten(0, 1)[tokens], routes.weights.flatten(0, 1)[tokens]
@@ -297,7 +298,7 @@ def block_outputs(base: BasePass, layer: int, routes: LayerRoutes, tokens: Tenso
     return routed.to(block_out.dtype) + (block_out.unsqueeze(1) - routed[:, :1].to(block_out.dtype))
 
 
-def _expert_outputs(base: BasePass, layer: int, tokens: Tensor, needed: Tensor) -> Tensor:
+def _expert_outputs(base: RecordedPass, layer: int, tokens: Tensor, needed: Tensor) -> Tensor:
     """Each needed expert's output for each token, ``[expert, token, d_model]``; zero where it is not needed."""
     spec = base.moe.spec(layer)
     x = base.experts_in[layer].flatten(0, 1)[tokens]
@@ -330,7 +331,7 @@ def _unchanged(values: Tensor) -> Tensor:
     return values
 
 
-def _input_weights(base: BasePass, layer: int, tokens: Tensor) -> Tensor:
+def _input_weights(base: RecordedPass, layer: int, tokens: Tensor) -> Tensor:
     """``[token, expert]``: the weight that scales each expert's input, which no other expert of the route changes."""
     logits = base.router_logits[layer].flatten(0, 1)[tokens]
     everyone = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.layer import check_route, plain_label
@@ -90,7 +90,7 @@ def _check_ids(ids: Tensor, vocabulary: int) -> None:
         )
 
 
-def scorable(base: BasePass, positions: Sequence[int] | Tensor | None = None) -> Tensor:
+def scorable(base: RecordedPass, positions: Sequence[int] | Tensor | None = None) -> Tensor:
     """``[batch, pos]`` bool: real tokens with a real next token, among the positions asked.
 
     Raises:
@@ -138,7 +138,7 @@ def _asked(real: Tensor, positions: Any) -> Tensor:
     return (index.unsqueeze(-1) == asked.unsqueeze(1)).any(dim=-1)
 
 
-def check_routes(base: BasePass, layer: int, indices: Tensor, weights: Tensor | None = None) -> LayerRoutes:
+def check_routes(base: RecordedPass, layer: int, indices: Tensor, weights: Tensor | None = None) -> LayerRoutes:
     """Routes of one layer, with their weights, refused where no token could take them.
 
     Raises:

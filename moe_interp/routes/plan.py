@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_interp.arch.products import without_compiled
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.branches import can_share_keys
+from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.errors import DataError
 from moe_interp.routes.low_rank_unembed import pays
 
@@ -54,7 +55,7 @@ class Plan:
 
     def __init__(
         self,
-        base: BasePass,
+        base: RecordedPass,
         layer: int,
         n_routes: int,
         memory_budget: int | None,
@@ -63,7 +64,7 @@ class Plan:
         n_averaged: int = 0,
     ) -> None:
         self.n_pos = base.tokens.shape[1]
-        self.shares_keys = base.shares_keys if shares_keys is None else shares_keys
+        self.shares_keys = can_share_keys(base) if shares_keys is None else shares_keys
         budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
         token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
@@ -134,13 +135,13 @@ class Plan:
             yield owner[together], table[together]
 
     # upper estimates of what is held at once ------------------------------------------------------------------------
-    def _token_bytes(self, base: BasePass, layer: int, n_routes: int) -> int:
+    def _token_bytes(self, base: RecordedPass, layer: int, n_routes: int) -> int:
         """A token's expert outputs, and its routes' mixing weights and block outputs."""
         spec = base.moe.spec(layer)
         width = spec.d_model + n_routes
         return (spec.n_experts * (width + spec.d_expert) + 4 * n_routes * spec.d_model) * base.logits.element_size()
 
-    def _row_bytes(self, base: BasePass, layer: int) -> int:
+    def _row_bytes(self, base: RecordedPass, layer: int) -> int:
         """A row's residuals, expert rows, queries, keys and values; without shared keys also copies and scores."""
         spec, size = base.moe.spec(layer), base.logits.element_size()
         heads, widest = _attention(base)
@@ -153,14 +154,14 @@ class Plan:
         return self.row_length * branch + (self.n_pos + self.row_length) * (scores + max(cached, default=0) * size)
 
 
-def _attention(base: BasePass) -> tuple[int, int]:
+def _attention(base: RecordedPass) -> tuple[int, int]:
     """The number of query heads, and the widest key and value of one together."""
     model: Any = base.moe.bridge.original_model
     heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 1))
     return heads, max((k.shape[-1] + v.shape[-1] for k, v in base.cache.recorded.values()), default=0)
 
 
-def _logits_bytes(base: BasePass) -> int:
+def _logits_bytes(base: RecordedPass) -> int:
     """One branch's logits, at their own width and twice at that of the scores."""
     return base.logits.shape[-1] * (base.logits.element_size() + 2 * score_dtype(base.logits).itemsize)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.engine import threads_asleep
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.eval_mode import in_eval_mode
@@ -114,13 +114,13 @@ def score_joint_routes(
             "at least one layer, the same numbers at all, and weights for layers with routes only",
             "Route r of one layer is taken with route r of the others.",
         )
-    base = BasePass(moe, ids, sorted(indices), mask)
+    base = record_pass(moe, ids, sorted(indices), mask)
     given = {layer: check_routes(base, layer, tensor, fixed.get(layer)) for layer, tensor in indices.items()}
     return score_from_base(base, given, positions, None, method, memory_budget)
 
 
 def score_from_base(
-    base: BasePass,
+    base: RecordedPass,
     routes: Mapping[int, LayerRoutes],
     positions: Sequence[int] | Tensor | None = None,
     targets: Tensor | None = None,
@@ -159,7 +159,7 @@ def score_from_base(
     return RouteScores(logp, standard, null, router_logp(base, routes), chosen, mean_entropies)
 
 
-def router_logp(base: BasePass, routes: Mapping[int, LayerRoutes]) -> Tensor:
+def router_logp(base: RecordedPass, routes: Mapping[int, LayerRoutes]) -> Tensor:
     """``sum_e log pi(e)`` over each route's experts (and over layers), ``[batch, pos, route]``; NaN where absent."""
     total: Tensor | float = 0.0
     for layer, given in routes.items():
@@ -171,7 +171,7 @@ def router_logp(base: BasePass, routes: Mapping[int, LayerRoutes]) -> Tensor:
     return total
 
 
-def _method(base: BasePass, routes: Mapping[int, LayerRoutes], method: Method) -> str:
+def _method(base: RecordedPass, routes: Mapping[int, LayerRoutes], method: Method) -> str:
     if method not in ("auto", "branch", "naive"):
         raise ConfigError(f"method={method!r}", '"auto", "branch" or "naive"', 'Use "auto".')
     if method == "naive":
@@ -189,7 +189,7 @@ def _method(base: BasePass, routes: Mapping[int, LayerRoutes], method: Method) -
     return _slowly(base, min(routes), reason)
 
 
-def _slowly(base: BasePass, layer: int, reason: str) -> str:
+def _slowly(base: RecordedPass, layer: int, reason: str) -> str:
     said = _said.setdefault(base.moe, set())
     if reason not in said:
         said.add(reason)
@@ -210,7 +210,7 @@ def _is_off(null: Tensor, standard: Tensor, wanted: Tensor, dtype: torch.dtype) 
 
 
 def _naive_scores(
-    base: BasePass, routes: Mapping[int, LayerRoutes], wanted: Tensor, targets: Tensor, averaged: Tensor | None
+    base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, targets: Tensor, averaged: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One ``run_with_hooks`` a route, the standard route's among them; as :func:`branch_scores`."""
     with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
@@ -232,7 +232,7 @@ def _naive_scores(
     return logp[:, :, 1:], logp[:, :, 0], entropy
 
 
-def _naive_logits(base: BasePass, routes: Mapping[int, LayerRoutes], sequence: int, pos: int, route: int) -> Tensor:
+def _naive_logits(base: RecordedPass, routes: Mapping[int, LayerRoutes], sequence: int, pos: int, route: int) -> Tensor:
     """``[vocab]``: a full forward pass of the sequence, in which one token takes a route."""
     hooks: list[Any] = []
     mask = base.is_real[sequence : sequence + 1]

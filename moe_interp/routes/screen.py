@@ -22,7 +22,8 @@ from torch import Tensor
 
 from moe_interp.checks import as_whole, check_seed
 from moe_interp.engine import threads_asleep
-from moe_interp.engine.branches import BasePass, BranchRunner
+from moe_interp.engine.branches import BranchRunner
+from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.eval_mode import in_eval_mode
@@ -101,13 +102,13 @@ def screen_routes(
             "routes at each layer",
             "Give routes for every layer to screen.",
         )
-    base = BasePass(moe, ids, labels, mask)
+    base = record_pass(moe, ids, labels, mask)
     given = {layer: check_routes(base, layer, indices[layer]) for layer in labels}
     return screen_from_base(base, given, keep, audit, positions, seed, memory_budget)
 
 
 def screen_from_base(
-    base: BasePass,
+    base: RecordedPass,
     routes: Mapping[int, LayerRoutes],
     keep: int = 4,
     audit: int = 64,
@@ -133,7 +134,7 @@ def _check_counts(keep: int, audit: int, seed: int) -> tuple[int, int, int]:
 
 
 def route_credits(
-    base: BasePass, routes: Mapping[int, LayerRoutes], wanted: Tensor, memory_budget: int | None = None
+    base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, memory_budget: int | None = None
 ) -> dict[int, Tensor]:
     """By layer, each route's first-order advantage over the standard one, ``[batch, pos, route]`` in nats.
 
@@ -147,7 +148,7 @@ def route_credits(
 
 @torch.inference_mode(False)
 def own_gradients(
-    base: BasePass, layers: Sequence[int], wanted: Tensor, memory_budget: int | None = None
+    base: RecordedPass, layers: Sequence[int], wanted: Tensor, memory_budget: int | None = None
 ) -> dict[int, Tensor]:
     """By layer, ``d log p(own next token) / d (output of the experts' block)``, ``[batch, pos, d_model]``.
 
@@ -186,7 +187,7 @@ def own_gradients(
 class _Recorder:
     """Keeps the outputs of the experts' blocks of some layers, within their graph; a context manager."""
 
-    def __init__(self, base: BasePass, layers: Sequence[int]) -> None:
+    def __init__(self, base: RecordedPass, layers: Sequence[int]) -> None:
         self.base, self.layers = base, layers
         self.values: dict[int, Tensor] = {}
         self._stack = ExitStack()
@@ -229,7 +230,7 @@ def _unembedding_gradient(run: BranchRunner, states: Tensor, targets: Tensor, pl
 
 @torch.no_grad()
 def _credit(
-    base: BasePass, layer: int, routes: LayerRoutes, gradient: Tensor, wanted: Tensor, memory_budget: int | None
+    base: RecordedPass, layer: int, routes: LayerRoutes, gradient: Tensor, wanted: Tensor, memory_budget: int | None
 ) -> Tensor:
     with_standard, flat = routes.with_standard(base, layer), gradient.flatten(0, 1)
     plan = Plan(base, layer, with_standard.indices.shape[2], memory_budget)
@@ -243,7 +244,7 @@ def _credit(
 
 
 def _screen(
-    base: BasePass,
+    base: RecordedPass,
     layer: int,
     routes: LayerRoutes,
     credit: Tensor,

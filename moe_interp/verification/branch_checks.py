@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.routes.inputs import check_routes
@@ -34,7 +34,7 @@ def branches_equal_naive(trial: Trial) -> Iterator[Finding]:
             yield excepted(CHECK, layer, HOOK, "counterfactual routes are defined for causal decoders")
         return
     layers = [layer for layer in trial.layers if isinstance(layer, int)]
-    base = BasePass(moe, trial.tokens, layers)
+    base = record_pass(moe, trial.tokens, layers)
     for layer in layers:
         reason = base.refusal(layer)
         if reason is not None or trial.tokens.shape[1] < 2:

@@ -17,8 +17,8 @@ from torch import Tensor
 from moe_interp.arch.offload import device_of
 from moe_interp.checks import as_whole
 from moe_interp.engine import threads_asleep
-from moe_interp.engine.branches import BasePass
 from moe_interp.engine.memory import tokens_per_pass
+from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual.data import CounterfactualPlan, counterfactual_dataset, stored_plan
 from moe_interp.experiments.counterfactual.result import CounterfactualResult
@@ -165,7 +165,7 @@ class _Run:
         if todo:
             rows = [self.sequences[i] for i in self.plan.batches[number]]
             batch = SequenceBatch.build(rows, device_of(self.moe.bridge.original_model))
-            base = BasePass(self.moe, batch.tokens, [key for key in todo if key != TOKENS], batch.mask)
+            base = record_pass(self.moe, batch.tokens, [key for key in todo if key != TOKENS], batch.mask)
             targets, in_common = self._targets(base, batch)
         for key in keys:
             cell = stored[key]
@@ -175,7 +175,7 @@ class _Run:
                     self.cells.save(cell, number, key)
             yield key, cell
 
-    def _targets(self, base: BasePass, batch: SequenceBatch) -> tuple[Tensor, Arrays]:
+    def _targets(self, base: RecordedPass, batch: SequenceBatch) -> tuple[Tensor, Arrays]:
         """``[row, pos, target]`` ids: the realized next token and one drawn from the prediction."""
         wanted = batch.wanted
         realized = batch.tokens.roll(-1, dims=1)
@@ -199,7 +199,7 @@ class _Run:
         arrays |= {"logp_top": top[:, 0], "is_top": top[:, 1].bool()}
         return torch.stack([realized, own], dim=-1), {name: value.numpy() for name, value in arrays.items()}
 
-    def _layer(self, base: BasePass, batch: SequenceBatch, targets: Tensor, layer: int) -> Arrays:
+    def _layer(self, base: RecordedPass, batch: SequenceBatch, targets: Tensor, layer: int) -> Arrays:
         """One layer's routes and scores, of the batch's scored tokens in flat order."""
         plan, wanted = self.plan, batch.wanted
         main = self._sample(base, batch, layer, "main", self.sampler, plan.n_routes)
@@ -240,7 +240,7 @@ class _Run:
         return {name: value.cpu().numpy() for name, value in cell.items()}
 
     def _sample(
-        self, base: BasePass, batch: SequenceBatch, layer: int, stream: str, sampler: RouteSampler, n_routes: int
+        self, base: RecordedPass, batch: SequenceBatch, layer: int, stream: str, sampler: RouteSampler, n_routes: int
     ) -> SampledRoutes:
         """Routes ``[token, route, slot]`` of the scored tokens."""
         row, pos = batch.wanted.nonzero().unbind(-1)

@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 import moe_interp as mi
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.errors import ConfigError, DataError, HookError, ResultError
 from moe_interp.experiments.counterfactual.data import CounterfactualPlan
 from moe_interp.experiments.counterfactual.experiment import first_new, matches
@@ -120,7 +120,7 @@ def test_second_and_uniform_routes_are_drawn_by_their_laws(moe: MoEHooks) -> Non
     plan = CounterfactualPlan("", "", "", (1,), "", 6, 12, 6, 0, "auto", ())
     read = read_sequences(moe.bridge, given)
     batch = SequenceBatch.build(read, torch.device("cpu"))
-    base = BasePass(moe, batch.tokens, [1])
+    base = record_pass(moe, batch.tokens, [1])
     row, pos = batch.wanted.nonzero().unbind(-1)
     ranking, standard = (
         moe.spec(1).rule.choice_logits(base.router_logits[1])[batch.wanted],
@@ -238,7 +238,7 @@ def test_a_run_goes_on_with_other_memory_free_but_not_with_other_weights(
     store = tmp_path / "cells"
     first = run(moe, sequences(), store=store).data
     monkeypatch.setattr(free, lambda moe, width, budget: 1000)
-    monkeypatch.setattr("moe_interp.experiments.counterfactual.experiment.BasePass", lambda *args: 1 / 0)
+    monkeypatch.setattr("moe_interp.experiments.counterfactual.experiment.record_pass", lambda *args: 1 / 0)
     assert_equal(run(moe, sequences(), store=store).data, first, 0.0)  # nothing is computed again
     with pytest.raises(ResultError, match="memory_budget: other batches"):
         run(moe, sequences(), store=store, memory_budget=2**30)

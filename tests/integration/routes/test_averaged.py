@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes import RouteScores, check_routes, score_from_base, score_joint_routes
@@ -18,7 +18,7 @@ from tests.integration.routes.helpers import attached, largest_difference, padde
 def scored(moe: MoEHooks, layer: int, n_routes: int, method: str, **options: object) -> tuple[RouteScores, Tensor]:
     """Scores of random routes, of which about half are averaged; one token has none of these, some are absent."""
     tokens, mask = padded_batch()
-    base = BasePass(moe, tokens, [layer], mask)
+    base = record_pass(moe, tokens, [layer], mask)
     routes = random_routes(moe, layer, tokens, n_routes)
     routes[1, 4, 0] = -1
     averaged = torch.rand(routes.shape[:3], generator=torch.Generator().manual_seed(1)) < 0.5
@@ -53,7 +53,7 @@ def test_branches_and_full_passes_give_one_entropy(name: str) -> None:
 def test_the_entropy_is_that_of_the_mean_of_hooked_predictions() -> None:
     moe = attached("olmoe")
     tokens = tiny.random_tokens(1, 7)
-    base, routes = BasePass(moe, tokens, [1]), random_routes(moe, 1, tokens, 4)
+    base, routes = record_pass(moe, tokens, [1]), random_routes(moe, 1, tokens, 4)
     averaged = torch.zeros(1, 7, 4, dtype=torch.bool)
     averaged[0, 3, [0, 2, 3]] = True
     found = score_from_base(base, {1: check_routes(base, 1, routes)}, [3], averaged=averaged).mean_entropy

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_interp as mi
 from moe_interp.arch import products
-from moe_interp.engine.branches import BasePass
 from moe_interp.engine.cpu import expert_loop
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
@@ -199,7 +199,7 @@ def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     moe, tokens = attached("olmoe"), tiny.random_tokens(1, 40)
     monkeypatch.setattr(plan, "_AT_ONCE", {"cpu": plan._AtOnce(10**9, 10**9, 1)})
     monkeypatch.setattr(plan, "_WORKER_BYTES", 1)
-    base = BasePass(moe, tokens, [0])
+    base = record_pass(moe, tokens, [0])
     alone, both = (plan.Plan(base, 0, 40, 2**25, workers) for workers in (1, 2))
     assert (alone.workers, both.workers) == (1, 2)
     assert alone.rows_at_once // 2 >= both.rows_at_once >= 0.9 * alone.rows_at_once // 2 > 0

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_interp.engine.branches import BasePass, BranchRunner
+from moe_interp.engine.branches import BranchRunner
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.errors import ConfigError, DataError, HookError, RouteError
 from moe_interp.hooks.attach import attach
 from moe_interp.routes import (
@@ -108,7 +109,7 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(monkeypatch: pytest
         raise RuntimeError("inside the model")
 
     with moe.bridge.hooks(fwd_hooks=[(last.hook_out.name, fail)]), pytest.raises(RuntimeError, match="inside"):
-        BasePass(moe, TOKENS, [0])
+        record_pass(moe, TOKENS, [0])
     assert state_of(moe.bridge) == state
     with torch.no_grad():
         assert torch.equal(moe.bridge(TOKENS), before)
@@ -116,7 +117,7 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(monkeypatch: pytest
 
 def test_one_base_pass_serves_several_layers_and_targets() -> None:
     moe = attached("olmoe")
-    base = BasePass(moe, TOKENS, [0, 2])
+    base = record_pass(moe, TOKENS, [0, 2])
     given = {layer: check_routes(base, layer, random_routes(moe, layer, TOKENS)) for layer in (0, 2)}
     targets = torch.stack([TOKENS.roll(-1, dims=1), (TOKENS + 1) % 90], dim=-1)
     for layer, routes in given.items():
@@ -275,7 +276,7 @@ def test_attention_without_a_mask_of_each_tokens_own_is_slow_but_at_the_last_lay
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     moe = attached("olmoe")
-    base = BasePass(moe, TOKENS, [0, 2])
+    base = record_pass(moe, TOKENS, [0, 2])
     monkeypatch.setattr(moe.bridge.original_model.config, "_attn_implementation_internal", "flash_attention_2")
     assert base.refusal(0) == "attention 'flash_attention_2', which takes no mask of each token's own"
     assert base.refusal(2) is None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_interp.engine.branches import BasePass
+from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError
 from moe_interp.routes import LayerRoutes, check_routes, own_gradients, route_credits, score_routes, screen_routes
 from tests.integration.routes.helpers import attached, padded_batch, precision, random_routes, served_layers
 
 
-def scorable_tokens(base: BasePass) -> torch.Tensor:
+def scorable_tokens(base: RecordedPass) -> torch.Tensor:
     wanted = torch.zeros_like(base.is_real)
     wanted[:, :-1] = base.is_real[:, :-1] & base.is_real[:, 1:]
     return wanted
@@ -24,7 +24,7 @@ def test_credits_are_the_derivatives_of_naive_scores(name: str) -> None:
     layer = moe.layers[0]
     assert isinstance(layer, int)
     with precision(torch.float64):
-        base = BasePass(moe, tokens, [layer], mask)
+        base = record_pass(moe, tokens, [layer], mask)
         wanted = scorable_tokens(base)
         indices, weights = base.indices[layer].unsqueeze(2), base.weights[layer].unsqueeze(2)
         step = 1e-4 * torch.randn(weights.shape, dtype=weights.dtype, generator=torch.Generator().manual_seed(1))
@@ -43,7 +43,7 @@ def test_one_backward_pass_serves_all_layers(name: str) -> None:
     moe, (tokens, mask) = attached(name, torch.float64), padded_batch()
     layers = served_layers(name, moe)
     with precision(torch.float64):
-        base = BasePass(moe, tokens, layers, mask)
+        base = record_pass(moe, tokens, layers, mask)
         together = own_gradients(base, layers, scorable_tokens(base))
         for layer in layers:
             alone = own_gradients(base, [layer], scorable_tokens(base))[layer]
@@ -63,7 +63,7 @@ def test_the_gradient_leaves_later_tokens_out() -> None:
         return found[0]
 
     with precision(torch.float64), torch.enable_grad():
-        base = BasePass(moe, tokens, [layer])
+        base = record_pass(moe, tokens, [layer])
         own = own_gradients(base, [layer], scorable_tokens(base))[layer]
         logits = moe.bridge.run_with_hooks(tokens, fwd_hooks=[(name, keep)])
         logp = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
@@ -113,7 +113,7 @@ def test_small_route_differences_are_ranked_without_a_miss() -> None:
     """Where the effects are small the first order is all there is: every best route is kept with keep=1."""
     moe, (tokens, _) = attached("olmoe", torch.float64), padded_batch()
     with precision(torch.float64):
-        base = BasePass(moe, tokens, [1])
+        base = record_pass(moe, tokens, [1])
         indices = base.indices[1].unsqueeze(2).repeat(1, 1, 8, 1)
         noise = torch.randn(indices.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         weights = base.weights[1].unsqueeze(2) + 1e-5 * noise
@@ -135,5 +135,5 @@ def test_what_cannot_be_screened_is_refused() -> None:
         screen_routes(moe, tokens, [0], {0: random_routes(moe, 0, tokens)}, keep=0)
     with pytest.raises(ConfigError, match=r"layers \[0, 1\], and routes at layers \[0\]"):
         screen_routes(moe, tokens, [0, 1], {0: random_routes(moe, 0, tokens)})
-    base = BasePass(moe, tokens, [0])
+    base = record_pass(moe, tokens, [0])
     assert check_routes(base, 0, random_routes(moe, 0, tokens)).present.all()

@@ -12,7 +12,8 @@ from transformers import AttentionInterface
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine import branch_attention
 from moe_interp.engine.branch_attention import NAME, UnknownAttention
-from moe_interp.engine.branches import BasePass, BranchRunner
+from moe_interp.engine.branches import BranchRunner, can_share_keys
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
 from tests import tiny
@@ -42,9 +43,9 @@ def test_both_ways_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = served_layers(name, moe)[0]
     routes = random_routes(moe, layer, tokens)
     with precision(torch.float64):
-        assert BasePass(moe, tokens, [layer], mask).shares_keys == (name not in WITH_COPIES)
+        assert can_share_keys(record_pass(moe, tokens, [layer], mask)) == (name not in WITH_COPIES)
         shared = scored(moe, layer, routes)
-        monkeypatch.setattr(BasePass, "shares_keys", False)
+        monkeypatch.setattr(branch_scores, "can_share_keys", lambda base: False)
         copied = scored(moe, layer, routes)
     assert largest_difference(shared.logp, copied.logp) <= 1e-10
     assert copied.null_distance <= 1e-10
@@ -74,8 +75,8 @@ def test_scores_far_apart() -> None:
             block.self_attn.q_proj.weight.mul_(300.0)
     moe = attach(tiny.build_bridge(hf, "mixtral"))
     tokens, mask = padded_batch()
-    base = BasePass(moe, tokens, [0], mask)
-    assert base.shares_keys
+    base = record_pass(moe, tokens, [0], mask)
+    assert can_share_keys(base)
     routes = random_routes(moe, 0, tokens)
     branches = score_routes(moe, tokens, 0, routes, [5, -2], attention_mask=mask, method="branch")
     naive = score_routes(moe, tokens, 0, routes, [5, -2], attention_mask=mask, method="naive")
@@ -85,7 +86,7 @@ def test_scores_far_apart() -> None:
 
 def test_half_precision_keeps_the_base_pass_s_own_steps() -> None:
     moe = attached("olmoe", torch.bfloat16)
-    assert not BasePass(moe, padded_batch()[0], [0], padded_batch()[1]).shares_keys
+    assert not can_share_keys(record_pass(moe, padded_batch()[0], [0], padded_batch()[1]))
 
 
 @pytest.mark.parametrize("fault", ["scale", "own", "soft-cap", "shape", "first", "attribute", "key"])
@@ -114,7 +115,7 @@ def test_an_attention_that_comes_out_otherwise_is_not_used(fault: str, monkeypat
     routes = random_routes(moe, 0, tokens)
     expected = scored(moe, 0, routes).logp
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, faulty)
-    assert not BasePass(moe, tokens, [0], mask).shares_keys
+    assert not can_share_keys(record_pass(moe, tokens, [0], mask))
     assert largest_difference(scored(moe, 0, routes).logp, expected) <= 2e-5
 
 
@@ -129,8 +130,8 @@ def test_an_interruption_gives_the_model_its_attention_back(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moe, (tokens, mask) = attached("olmoe"), padded_batch()
-    base = BasePass(moe, tokens, [0], mask)
-    assert base.shares_keys
+    base = record_pass(moe, tokens, [0], mask)
+    assert can_share_keys(base)
     attention: Any = unwrap(moe.bridge.blocks[1].attn)
     config = attention.config
 
@@ -153,8 +154,8 @@ def test_another_model_of_the_same_config_is_not_touched() -> None:
     hf = tiny.build_hf("olmoe", dtype=torch.float32)
     other = type(hf)(hf.config).eval()
     moe, (tokens, mask) = attach(tiny.build_bridge(hf, "olmoe")), padded_batch()
-    base = BasePass(moe, tokens, [0], mask)
-    assert base.shares_keys
+    base = record_pass(moe, tokens, [0], mask)
+    assert can_share_keys(base)
     configs: list[Any] = [unwrap(block.attn).config for block in moe.bridge.blocks]
     with torch.no_grad():
         before = other(input_ids=tokens, attention_mask=mask).logits
@@ -162,7 +163,7 @@ def test_another_model_of_the_same_config_is_not_touched() -> None:
             assert torch.equal(other(input_ids=tokens, attention_mask=mask).logits, before)
     runs = [
         BranchRunner(base, 0),
-        BranchRunner(BasePass(attach(tiny.build_bridge(other, "olmoe")), tokens, [0], mask), 0),
+        BranchRunner(record_pass(attach(tiny.build_bridge(other, "olmoe")), tokens, [0], mask), 0),
     ]
     for run in runs:
         run.__enter__()
@@ -176,7 +177,7 @@ def test_another_model_of_the_same_config_is_not_touched() -> None:
 def test_few_branches_are_not_worth_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branch_scores, "_WORTH_A_TRIAL", 50)
     tried: list[int] = []
-    monkeypatch.setattr(BasePass, "shares_keys", property(lambda base: bool(tried.append(1)) or True))
+    monkeypatch.setattr(branch_scores, "can_share_keys", lambda base: bool(tried.append(1)) or True)
     moe, tokens = attached("olmoe"), tiny.random_tokens(1, 10)
     score_routes(moe, tokens, 0, random_routes(moe, 0, tokens, n_routes=4), [3], method="branch")
     assert not tried
@@ -186,8 +187,7 @@ def test_few_branches_are_not_worth_a_trial(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_mask_that_only_says_what_is_earlier_is_left_out() -> None:
     moe, (tokens, mask) = attached("olmoe"), padded_batch()
-    padded = BasePass(moe, tokens, [0], mask)
-    right = BasePass(moe, tokens[[0, 2]], [0], mask[[0, 2]])
-    assert padded.windowed(padded.arguments[1]["attention_mask"]) is not None  # padding on the left is hidden
-    assert right.windowed(right.arguments[1]["attention_mask"]) is None  # on the right nothing real reads it
-    assert padded.windowed(None) is None
+    padded = record_pass(moe, tokens, [0], mask)
+    right = record_pass(moe, tokens[[0, 2]], [0], mask[[0, 2]])
+    assert padded.hides_keys(padded.recording.arguments[1]["attention_mask"])  # padding on the left is hidden
+    assert not right.hides_keys(right.recording.arguments[1]["attention_mask"])  # on the right nothing real reads it
