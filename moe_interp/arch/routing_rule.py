@@ -42,16 +42,23 @@ class RoutingRule(ABC):
         """
         self._check_width(logits)
         indices = self._select(logits)
-        return indices, self.weights(logits, indices)
+        return indices, self._weigh(logits, indices)
 
-    def weights(self, logits: Logits, indices: Indices) -> Weights:
+    def weights(self, logits: Logits, indices: Indices, *, are_valid: bool = False) -> Weights:
         """The family's own weights for any given experts, in the given order; 0 at empty slots.
+
+        Args:
+            logits: ``[*token, expert]``.
+            indices: ``[*token, slot]``.
+            are_valid: The ids are known to be in range. They are then not looked at, for which the host would have to
+                wait for the device.
 
         Raises:
             RouteError: the last axis of ``logits`` is not the number of experts, or an id is out of range.
         """
         self._check_width(logits)
-        self._check_ids(indices)
+        if not are_valid:
+            self._check_ids(indices)
         return self._weigh(logits, indices)
 
     def choice_logits(self, logits: Logits) -> Logits:
@@ -80,8 +87,8 @@ class RoutingRule(ABC):
         """Select and weigh by (edited) scores; correction bias and group limits are applied after."""
         raise self._no_scores()
 
-    def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
-        """The weights of given experts from (edited) scores."""
+    def weights_from_scores(self, scores: Logits, indices: Indices, *, are_valid: bool = False) -> Weights:
+        """The weights of given experts from (edited) scores; ``are_valid`` as in :meth:`weights`."""
         raise self._no_scores()
 
     @property
@@ -126,9 +133,8 @@ class RoutingRule(ABC):
 
 
 def blank(weights: Tensor, indices: Tensor) -> Tensor:
-    """Weight 0 at empty slots; a route without them is left untouched."""
-    empty = indices < 0
-    return weights.masked_fill(empty, 0.0) if bool(empty.any()) else weights
+    """Weight 0 at empty slots. Whether there are any is not asked: the host would wait for the device."""
+    return weights.masked_fill(indices < 0, 0.0)
 
 
 def at_least_float(logits: Tensor) -> Tensor:

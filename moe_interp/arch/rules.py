@@ -110,9 +110,10 @@ class ScoreRule(RoutingRule):
         indices = self._top(scores)
         return indices, self._weigh_scores(scores, indices)
 
-    def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
+    def weights_from_scores(self, scores: Logits, indices: Indices, *, are_valid: bool = False) -> Weights:
         self._check_width(scores)
-        self._check_ids(indices)
+        if not are_valid:
+            self._check_ids(indices)
         return self._weigh_scores(scores, indices)
 
     @abstractmethod
@@ -311,7 +312,7 @@ class SwitchTop1(RoutingRule):
         indices = best.masked_fill(place > self.capacity, -1)
         return indices, self.weights_from_scores(scores, indices)
 
-    def weights_from_scores(self, scores: Logits, indices: Indices) -> Weights:
+    def weights_from_scores(self, scores: Logits, indices: Indices, *, are_valid: bool = False) -> Weights:
         return blank(scores.gather(-1, indices.clamp(min=0)), indices)
 
     def route(self, logits: Logits, token_ids: Tensor | None = None) -> tuple[Indices, Weights]:
@@ -354,7 +355,7 @@ class HashTable(SigmoidTopK):
 def _divide(weights: Tensor, total: Tensor, indices: Tensor) -> Tensor:
     """``weights / total``, with 0 instead of 0/0 for a token whose slots are all empty."""
     all_empty = (indices < 0).all(dim=-1, keepdim=True)
-    return weights / total.masked_fill(all_empty, 1.0) if bool(all_empty.any()) else weights / total
+    return weights / total.masked_fill(all_empty, 1.0)
 
 
 def _log_extended(scores: Tensor) -> Tensor:

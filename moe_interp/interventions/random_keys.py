@@ -23,7 +23,8 @@ def uniform_keys(position: Tensor, n: int, *labels: int | Tensor) -> Tensor:
     """
     state = _mix(position.long())
     for label in labels:
-        part = torch.as_tensor(label, dtype=torch.int64, device=position.device)
+        # a plain number goes along with the operation: a tensor of it would have to be copied to the device
+        part = label if isinstance(label, int) else torch.as_tensor(label, dtype=torch.int64, device=position.device)
         state = _mix(state ^ part)  # not state ^ _mix(part): position and seed could then change places
     column = torch.arange(1, n + 1, device=position.device)
     bits = _mix(state.unsqueeze(-1) + column * _GAMMA)

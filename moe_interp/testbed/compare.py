@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_interp.errors import ConfigError
 from moe_interp.testbed.comparison import ComparisonResult, comparison
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.domains.registry import load_domains
 from moe_interp.testbed.strategies.table import check_strategy
+from moe_interp.testbed.training.compilation import Compile, check_compile
 from moe_interp.testbed.training.run_folder import RunFolder
-from moe_interp.testbed.training.train import VERSION, described_run, train
+from moe_interp.testbed.training.train import check_device, described_method, described_run, train
 
 
 def compare(
@@ -26,6 +29,8 @@ def compare(
     resume: bool = True,
     progress: bool = True,
     mixed_precision: str = "no",
+    device: str | torch.device | None = None,
+    compile: Compile = None,
 ) -> ComparisonResult:
     """Train every strategy with every seed. Everything that can be refused is refused before the first run.
 
@@ -34,13 +39,16 @@ def compare(
         out: A folder for the runs' own, ``<strategy>-seed<seed>``.
         domains: The data of every run; by default the configuration's, generated anew for each seed.
         resume: Read back the finished runs in ``out`` and go on with an unfinished one.
-        mixed_precision: As for :func:`moe_interp.testbed.training.train.train`.
+        mixed_precision, device, compile: As for :func:`moe_interp.testbed.train.train`.
 
     Raises:
-        ConfigError: No strategy or seed, one given twice, or a strategy that cannot be made.
+        ConfigError: No strategy or seed, one given twice, a strategy that cannot be made, or a device that is not
+            there.
         ResultError: ``out`` holds runs of another configuration, or any and ``resume`` is False.
         TrainingError: As for ``train``; finished runs are kept.
     """
+    check_device(device)
+    check_compile(compile)
     for given in (strategies, seeds):
         if not given or len(set(given)) < len(given):
             raise ConfigError(
@@ -54,7 +62,7 @@ def compare(
             cell = config.model_copy(update={"strategy": strategy, "seed": seed})
             folder = None if out is None else RunFolder(Path(out) / f"{strategy}-seed{seed}")
             if folder is not None:
-                beside = {"mixed_precision": mixed_precision, "version": VERSION}
+                beside = described_method(mixed_precision)
                 # data that the configuration names are checked when they are made; a finished run is not made again
                 if domains is not None:
                     beside = described_run(domains, mixed_precision)
@@ -70,6 +78,7 @@ def compare(
                 data = load_domains(cell) if data is None else data
                 path = None if folder is None else folder.path
                 options: dict[str, Any] = {"progress": progress, "mixed_precision": mixed_precision}
+                options |= {"device": device, "compile": compile}
                 log = train(cell, domains=data, out=path, resume=resume, **options).history
             histories[strategy, seed] = log
     return comparison(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_interp.arch.routing_rule import at_least_float
 from moe_interp.testbed.domains.packing import PackedSequences
 from moe_interp.testbed.strategies.strategy import Records
 from moe_interp.traces.trace import RoutingTrace
@@ -28,7 +29,10 @@ class Evaluation:
 
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-likelihood in nats of tokens 1..T-1. ``[batch, pos, vocab], [batch, pos] -> [batch, pos - 1]``."""
-    return nn.functional.cross_entropy(logits[:, :-1].float().mT, tokens[:, 1:], reduction="none")
+    # the last position has no target and is computed all the same: leaving it out would copy the logits
+    targets = nn.functional.pad(tokens[:, 1:], (0, 1))
+    losses = nn.functional.cross_entropy(at_least_float(logits).flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(tokens.shape)[:, :-1]
 
 
 def max_violation(load: Tensor) -> float:

@@ -52,6 +52,11 @@ def compare_strategies(
         list[str] | None, typer.Option("--set", help="Any field of the configuration, e.g. lr=0.001, model.d_model=64.")
     ] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, or bf16 on a GPU that has it.")] = "no",
+    device: options.Device = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Run layers through torch.compile; by default where it pays."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Read finished runs in --out back and go on with unfinished ones.")
     ] = True,
@@ -62,6 +67,7 @@ def compare_strategies(
     """
     options.check_one_of("--preset", preset, options.PRESETS, "a preset")
     options.check_one_of("--mixed-precision", mixed_precision, options.PRECISIONS, "a precision")
+    options.check_device(device)
     options.check_number("--steps", steps)
     options.check_out(out)
     chosen, numbers = _strategies(strategies), _numbers(seeds)
@@ -81,7 +87,8 @@ def compare_strategies(
     config = configured(preset, steps, names, changes)
     work_begins()
     try:
-        result = compare(config, chosen, numbers, out=out, resume=resume, mixed_precision=mixed_precision)
+        run: dict[str, Any] = {"mixed_precision": mixed_precision, "device": device, "compile": compile}
+        result = compare(config, chosen, numbers, out=out, resume=resume, **run)
     except KeyboardInterrupt:
         console.say(f"Interrupted. The same command goes on from the checkpoints in {out}.")
         raise typer.Exit(INTERRUPTED) from None

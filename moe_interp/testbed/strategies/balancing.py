@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.testbed.strategies.strategy import Batch, Hook, Loads, Records, Setting, Strategy, routed_by, softmax
+from moe_interp.arch.routing_rule import at_least_float
+from moe_interp.testbed.strategies.strategy import (
+    Batch,
+    Hook,
+    Loads,
+    Records,
+    Setting,
+    Strategy,
+    routed_by,
+    slots_taken,
+    softmax,
+)
 from moe_interp.types import Layer
 
 
@@ -52,9 +63,8 @@ class SequenceBalance(Strategy):
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:
         total = super().auxiliary_loss(records, batch, step_load)
         for record in records.values():
-            filled = (record.chosen >= 0).unsqueeze(-1)
-            one_hot = torch.nn.functional.one_hot(record.chosen.clamp_min(0), record.logits.shape[-1]) * filled
-            counts = one_hot.sum((1, 2)).float()  # shape: (batch, pos, slot, expert) -> (batch, expert)
+            # shape: (batch, pos, slot) -> (batch, pos, expert) -> (batch, expert)
+            counts = slots_taken(record.chosen, record.logits.shape[-1]).sum(1).float()
             load = counts / counts.sum(-1, keepdim=True).clamp_min(1)
             total = total + balance_loss(softmax(record.logits), load).mean()
         return self.setting.config.balance * total
@@ -116,7 +126,8 @@ class LossFreeBias(Strategy):
 
         def pick(logits: Tensor, indices: Tensor) -> Tensor:
             scores = rule.scores(logits)
-            biased = (logits if scores is None else scores).float() + self.bias[layer].to(logits.device)
+            self.bias[layer] = self.bias[layer].to(logits.device)
+            biased = at_least_float(logits if scores is None else scores) + self.bias[layer]
             return biased.topk(indices.shape[-1], dim=-1).indices
 
         return routed_by(moe, layer, pick)
@@ -142,5 +153,5 @@ class ZLoss(Strategy):
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:
         total = super().auxiliary_loss(records, batch, step_load)
         for record in records.values():
-            total = total + record.logits.float().logsumexp(-1).square().mean()
+            total = total + at_least_float(record.logits).logsumexp(-1).square().mean()
         return self.setting.config.z_coefficient * total

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.routing_rule import at_least_float
 from moe_interp.errors import ConfigError
-from moe_interp.testbed.strategies.balancing import balance_loss
-from moe_interp.testbed.strategies.strategy import Batch, Hook, Loads, Records, Setting, Strategy, softmax
+from moe_interp.testbed.strategies.strategy import (
+    Batch,
+    Hook,
+    Loads,
+    Records,
+    Setting,
+    Strategy,
+    slots_taken,
+    softmax,
+)
 
 
 class ReferenceRouter(Strategy):
@@ -31,7 +40,8 @@ class ReferenceRouter(Strategy):
         self.allowed = reference_blocks(setting.domains, n_experts, top_k)
 
     def fwd_hooks(self, batch: Batch) -> list[Hook]:
-        shut = ~self.allowed.to(batch.domain.device)[batch.domain]
+        self.allowed = self.allowed.to(batch.domain.device)
+        shut = ~self.allowed[batch.domain]
 
         def inside(value: Tensor, hook: Any) -> Tensor:
             return value.masked_fill(shut, torch.finfo(value.dtype).min)
@@ -40,14 +50,21 @@ class ReferenceRouter(Strategy):
 
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:
         total = super().auxiliary_loss(records, batch, step_load)
+        self.allowed = self.allowed.to(batch.domain.device)
+        own = self.allowed[batch.domain].flatten(0, 1)  # [token, expert]
         for record in records.values():
-            for d in batch.domain.unique().tolist():
-                here, block = batch.domain == d, self.allowed[d].nonzero()[:, 0].to(batch.domain.device)
-                probs = softmax(record.logits[here][:, block])
-                used = record.chosen[here].flatten()
-                counts = torch.bincount(used[used >= 0], minlength=record.logits.shape[-1])[block].float()
-                total = total + here.float().mean() * balance_loss(probs, counts / counts.sum().clamp_min(1))
+            probs = softmax(record.logits.flatten(0, 1).masked_fill(~own, -torch.inf))
+            taken = (slots_taken(record.chosen, own.shape[-1]).flatten(0, 1) * own).sum(0)
+            load = taken / self._over_block(taken).clamp_min(1)
+            size = self._over_block(torch.ones_like(taken))
+            # sum over domains d of n_d / n * E_d * sum_{e in R_d} f_e P_e, where P_e = (sum of d's tokens' p_e) / n_d
+            total = total + (size * load * probs.sum(0)).sum() / len(own)
         return self.setting.config.balance * total
+
+    def _over_block(self, values: Tensor) -> Tensor:
+        """``[expert]`` numbers summed over the block that each expert is in; no expert is in two."""
+        totals = (self.allowed * values).sum(-1, keepdim=True)  # [domain, 1]
+        return (self.allowed * totals).sum(0)
 
 
 class BlockLoss(Strategy):
@@ -71,9 +88,10 @@ class BlockLoss(Strategy):
 
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:
         total = super().auxiliary_loss(records, batch, step_load)
-        shut = ~self.allowed.to(batch.domain.device)[batch.domain]
+        self.allowed = self.allowed.to(batch.domain.device)
+        shut = ~self.allowed[batch.domain]
         for record in records.values():
-            logits = record.logits.float()
+            logits = at_least_float(record.logits)
             inside = logits.masked_fill(shut, -torch.inf).logsumexp(-1)
             total = total + (logits.logsumexp(-1) - inside).mean()
         return self.coefficient * total

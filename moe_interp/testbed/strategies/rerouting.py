@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.interventions.random_keys import layer_labels, uniform_keys
+from moe_interp.arch.routing_rule import at_least_float
+from moe_interp.interventions.streams import layer_labels, uniform_keys
 from moe_interp.testbed.strategies.balancing import MicroBatchBalance
-from moe_interp.testbed.strategies.strategy import Batch, Hook, Loads, Setting, Strategy, by_score, routed_by, softmax
+from moe_interp.testbed.strategies.strategy import (
+    Batch,
+    Hook,
+    Loads,
+    Setting,
+    Strategy,
+    by_score,
+    routed_by,
+    slots_taken,
+    softmax,
+)
 from moe_interp.types import Layer
 
 
@@ -23,7 +34,7 @@ class SigmoidScores(MicroBatchBalance):
     name = "sigmoid"
 
     def probs(self, logits: Tensor) -> Tensor:
-        scores = logits.float().sigmoid()
+        scores = at_least_float(logits).sigmoid()
         return scores / scores.sum(-1, keepdim=True)
 
     def fwd_hooks(self, batch: Batch) -> list[Hook]:
@@ -138,7 +149,7 @@ class CapacityDropping(Strategy):
 
         def pick(logits: Tensor, indices: Tensor) -> Tensor:
             kept["mask"] = within_capacity(indices, logits.shape[-1], self.setting.config.capacity_factor)
-            kept["weights"] = rule.weights(logits, indices)
+            kept["weights"] = rule.weights(logits, indices, are_valid=True)
             return indices.masked_fill(~kept["mask"], -1)
 
         return routed_by(self.setting.moe, layer, pick, lambda weights: kept["weights"] * kept["mask"])
@@ -149,7 +160,7 @@ def within_capacity(indices: Tensor, n_experts: int, factor: float) -> Tensor:
     n_tokens = indices.shape[0] * indices.shape[1]
     capacity = math.ceil(factor * indices.shape[2] * n_tokens / n_experts)
     order = indices.permute(2, 1, 0).reshape(-1)  # by slot, then position, then sequence
-    one_hot = torch.nn.functional.one_hot(order.clamp_min(0), n_experts) * (order >= 0).unsqueeze(-1)
+    one_hot = slots_taken(order.unsqueeze(-1), n_experts)
     rank = (one_hot.cumsum(0) * one_hot).sum(-1)
     kept = (rank >= 1) & (rank <= capacity)
     return kept.view(indices.shape[2], indices.shape[1], indices.shape[0]).permute(2, 1, 0)

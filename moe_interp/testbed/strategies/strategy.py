@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.routing_rule import at_least_float
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.types import Layer
@@ -33,13 +34,20 @@ class RouterRecord:
 
     def load(self) -> Tensor:
         """f: share of chosen slots of each expert, ``[expert]``, summing to 1; also of dropped ones (as in Switch)."""
-        used = self.chosen.flatten()
-        counts = torch.bincount(used[used >= 0], minlength=self.logits.shape[-1])
+        counts = slots_taken(self.chosen, self.logits.shape[-1]).flatten(0, 1).sum(0)
         return counts / counts.sum().clamp_min(1)
 
 
 Records = Mapping[Layer, RouterRecord]
 Loads = Mapping[Layer, Tensor]
+
+
+def slots_taken(indices: Tensor, n_experts: int) -> Tensor:
+    """Slots that each token fills with each expert; -1 is an empty slot. ``[..., slot] -> [..., expert]`` int64.
+
+    By comparison: torch's own counts look at the largest id, or drop empty slots, and so wait for the device.
+    """
+    return (indices.unsqueeze(-1) == torch.arange(n_experts, device=indices.device)).sum(-2)
 
 
 def recorded(
@@ -166,5 +174,5 @@ def by_score(scores: Tensor, chosen: Tensor) -> Tensor:
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Probabilities in float32."""
-    return logits.float().softmax(-1)
+    """Probabilities, in float32 at least."""
+    return at_least_float(logits).softmax(-1)

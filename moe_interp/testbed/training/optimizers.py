@@ -27,7 +27,13 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then :func:`orthogonalise`, scaled by sqrt(max(1, m / n)). For parameters of 2 or 3 dimensions."""
+    """Momentum, then :func:`orthogonalise`, scaled by sqrt(max(1, m / n)). For parameters of 2 or 3 dimensions.
+
+    ``found_inf`` is what a gradient scaler sets on torch's own optimisers: a number on the device, of which 1 makes a
+    step leave everything as it is.
+    """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -35,14 +41,24 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
+        skips = None if self.found_inf is None else self.found_inf > 0
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or not p.numel():  # DeepSeek's shared experts, of which there may be none
                     continue
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))
+                gradient = p.grad if skips is None else torch.where(skips, momentum, p.grad)
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = orthogonalise(gradient.lerp(momentum, group["momentum"]))
+                if skips is not None:
+                    update *= ~skips
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5)
+
+
+def skip_steps(optimizers: Iterable[torch.optim.Optimizer], flag: Tensor) -> None:
+    """Let optimisers leave weights and state as they are where a number on the device is 1."""
+    for optimizer in optimizers:
+        setattr(optimizer, "found_inf", flag)  # noqa: B010 - torch declares no such attribute
 
 
 def make_optimizers(

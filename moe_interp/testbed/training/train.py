@@ -30,12 +30,13 @@ from moe_interp.testbed.metrics import routing_metrics, use_metrics
 from moe_interp.testbed.model import save_checkpoint
 from moe_interp.testbed.strategies.strategy import Strategy
 from moe_interp.testbed.strategies.table import check_strategy
+from moe_interp.testbed.training.compilation import Compile, check_compile
 from moe_interp.testbed.training.run_folder import RunFolder
 from moe_interp.testbed.training.trainer import Trainer
 from moe_interp.traces.trace import RoutingTrace
 
 PRECISIONS = ("no", "bf16")
-VERSION = 1  # raised when the same configuration gives another run
+VERSIONS = {"no": 1, "bf16": 2}  # of the method, by precision; raised when the same configuration gives another run
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def train(
     progress: bool = True,
     stop_at: int | None = None,
     mixed_precision: str = "no",
+    device: str | torch.device | None = None,
+    compile: Compile = None,
 ) -> TrainedRun:
     """Train a model on the configuration's domains (or those given) and save it as a standard checkpoint.
 
@@ -85,25 +88,36 @@ def train(
         resume: Go on from ``state.pt`` if it is there. A run killed and resumed equals an uninterrupted one.
         stop_at: Stop (with a checkpoint) after so many steps of the schedule.
         mixed_precision: "no", or "bf16" (autocast, for a GPU; weights and optimiser stay float32).
+        device: Where to train, such as "cuda:1"; by default the best there is, and each process's own where there are
+            several.
+        compile: Whether the layers run through ``torch.compile``, or the name of a backend of it; by default on a CUDA
+            device, where the run is so long that it pays. Where it fails, the run goes on without, with a warning. The
+            numbers are the same to rounding.
 
     Raises:
-        ConfigError: An unknown strategy or precision; a reference router whose blocks are too small.
+        ConfigError: An unknown strategy, precision or backend; a device that is not there; a reference router whose
+            blocks are too small.
         DataError: Empty or overlapping domains.
         ResultError: ``out`` holds a run of another configuration, of other data or precision, or a run and ``resume``
             is False; or the system refuses a write.
         TrainingError: A loss or gradient is not finite; the last checkpoint stays.
     """
     _check_precision(mixed_precision)
+    check_compile(compile)
+    check_device(device)
     check_strategy(config.strategy, config, config.domains if domains is None else [d.name for d in domains])
     folder = None if out is None else RunFolder(Path(out))
     if folder is not None:
-        folder.check(config, resume, {"mixed_precision": mixed_precision, "version": VERSION})
+        folder.check(config, resume, described_method(mixed_precision))
     accelerator = _accelerator()
+    if device is not None and accelerator.num_processes > 1:
+        expected = "no device: each process has its own"
+        raise ConfigError(f"device {device} for {accelerator.num_processes} processes", expected, "Leave it out.")
     data = load_domains(config) if domains is None else domains
     beside = described_run(data, mixed_precision)
     if folder is not None:
         folder.check(config, resume, beside)
-    trainer = Trainer(config, data, accelerator, mixed_precision)
+    trainer = Trainer(config, data, accelerator, mixed_precision, device, compile)
     if folder is not None:
         if folder.state.exists():
             trainer.load_state(folder.state)
@@ -136,19 +150,36 @@ def train(
 
 def described_run(domains: Sequence[Domain], mixed_precision: str) -> dict[str, Any]:
     """What changes a run's numbers beside its configuration: the data, the precision and the version of the method."""
-    return {"mixed_precision": mixed_precision, "version": VERSION, "data": checksum(domains)}
+    return {**described_method(mixed_precision), "data": checksum(domains)}
+
+
+def described_method(mixed_precision: str) -> dict[str, Any]:
+    """Of that, what is known before there is data."""
+    return {"mixed_precision": mixed_precision, "version": VERSIONS.get(mixed_precision)}
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ConfigError: This machine has no such device, or no device has such a name.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = str(error).strip().splitlines()[0]
+        expected = "a device that this machine has"
+        raise ConfigError(f"device {str(device)!r} ({why})", expected, 'Choose "cpu", or leave it out.') from error
 
 
 def _accelerator() -> Accelerator:
-    """In full precision: accelerate has one for the whole process, and a run has its own."""
+    """For processes and devices. Its precision, which a process has one of, is not used: each run has its own."""
     try:
         accelerator = Accelerator(mixed_precision="no")
-    except ValueError:
-        raise ConfigError(
-            "an Accelerator of this process that was made with mixed precision",
-            "one of full precision: a run says its own",
-            'Make it with mixed_precision="no", or after training.',
-        ) from None
+    except ValueError:  # the process has an Accelerator of another precision already
+        accelerator = Accelerator()
     if accelerator.num_processes > 1:
         atexit.unregister(_end_process_group)
         atexit.register(_end_process_group)
@@ -192,9 +223,10 @@ def _run_steps(trainer: Trainer, folder: RunFolder | None, end: int, progress: b
             validate = step % config.validate_every == 0 or step == end
             if validate or step % config.log_every == 0:
                 record: dict[str, Any] = {"step": step, "tokens": step * tokens_per_step}
+                read = {key: made[key] for key in ("loss", "auxiliary", "dropped_slots", "lr")}  # waits for the device
                 record["tokens_per_s"] = round((step - first) * tokens_per_step / (time.perf_counter() - started))
-                record |= {key: made[key] for key in ("loss", "auxiliary", "dropped_slots", "lr")}
-                record["max_violation"] = [max_violation(load) for load in made["loads"].values()]
+                loads = torch.stack(list(made["loads"].values())).cpu()
+                record |= read | {"max_violation": [max_violation(load) for load in loads]}
                 if validate:
                     record |= _validation_record(trainer.evaluate()) | {"unigram": unigram}
                 trainer.history.append(record)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_interp.arch.routing_rule import at_least_float
 from moe_interp.errors import ConfigError, MoEInterpError, ResultError, TrainingError
 from moe_interp.hooks.attach import attach
 from moe_interp.hooks.eval_mode import eval_mode
@@ -24,21 +26,46 @@ from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.domains.packing import training_sequences, validation_sequences
 from moe_interp.testbed.evaluate import Evaluation, evaluate, token_losses
 from moe_interp.testbed.model import bridge_model, build_model, model_tensors, train_tokenizer
-from moe_interp.testbed.strategies.strategy import Batch, Loads, Records, Setting, recorded
+from moe_interp.testbed.strategies.strategy import Batch, Hook, Loads, Records, Setting, recorded
 from moe_interp.testbed.strategies.table import make_strategy
-from moe_interp.testbed.training.optimizers import make_optimizers
+from moe_interp.testbed.training.compilation import Compile, check_compile, chosen_backend, compile_or_warn
+from moe_interp.testbed.training.optimizers import make_optimizers, skip_steps
+from moe_interp.testbed.training.step_numbers import StepNumbers
+from moe_interp.testbed.training.training_model import TrainingModel, router_hooks, twin
 
+LONGEST_UNCHECKED = 1000  # steps whose numbers nobody asked for
 RESTORE = "Restore it from a copy, or train anew in another folder."
 
 
 class Trainer:
-    """One run. ``train.train`` is the way in; the class keeps what a step and a checkpoint share."""
+    """One run. ``train.train`` is the way in; the class keeps what a step and a checkpoint share.
+
+    Args:
+        config: What is trained.
+        domains: Its data.
+        accelerator: The processes that share the run out, and their devices; its precision is not used.
+        mixed_precision: "no" or "bf16".
+        device: Where the run's only process trains; the accelerator's choice by default.
+        compile: As for ``train.train``.
+
+    Attributes:
+        bridge: A bridge of the model, for hooks.
+        network: The same parameters as they are trained: see :mod:`moe_interp.testbed.training.training_model`.
+    """
 
     def __init__(
-        self, config: TestbedConfig, domains: Sequence[Domain], accelerator: Accelerator, mixed_precision: str = "no"
+        self,
+        config: TestbedConfig,
+        domains: Sequence[Domain],
+        accelerator: Accelerator,
+        mixed_precision: str = "no",
+        device: str | torch.device | None = None,
+        compile: Compile = None,
     ) -> None:
         _check_processes(config, accelerator)
-        self.autocast = partial(_autocast, mixed_precision, accelerator.device)
+        check_compile(compile)
+        self.device = accelerator.device if device is None else torch.device(device)
+        self.autocast = partial(_autocast, mixed_precision, self.device)
         self.config, self.domains, self.accelerator = config, tuple(domains), accelerator
         self.tokenizer = train_tokenizer(domains, config.vocab_size)
         self.data = training_sequences(
@@ -56,26 +83,54 @@ class Trainer:
             domains, self.tokenizer, n_per_domain=config.validation_sequences, length=config.length
         )
         model = build_model(config.model, len(self.tokenizer), config.seed)
-        optimizers = make_optimizers(model, config.optimizer, config.lr, config.muon_lr, config.weight_decay)
-        self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        model.to(self.device)  # type: ignore[arg-type]
+        self.optimizers = make_optimizers(model, config.optimizer, config.lr, config.muon_lr, config.weight_decay)
+        self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        native = twin(model)
         self.bridge = bridge_model(model, self.tokenizer)
+        self.model = self.bridge.original_model
         self.moe = attach(self.bridge, expert_outputs=False)
-        prepared = accelerator.prepare(self.bridge.original_model, *optimizers)
-        self.model, self.optimizers = prepared[0], prepared[1:]
+        self.network = TrainingModel(native, self.moe)
+        self._replicated = _replicated(self.network, accelerator, self.device)
         setting = Setting(
             self.moe, config, tuple(d.name for d in domains), partial(accelerator.reduce, reduction="mean")
         )
         self.strategy = make_strategy(config.strategy, setting)
         self.bridge.train()
+        self.network.train()
+        self.backend = chosen_backend(compile, config, self.device)
         self.step, self.history = 0, list[dict[str, Any]]()
         self.saved: Path | None = None
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self._stopped = torch.zeros((), device=self.device)
+        skip_steps(self.optimizers, self._stopped)
 
     def forward(
         self, tokens: Tensor, domain: Tensor, training: bool = True, logits_to_keep: int = 0
     ) -> tuple[Tensor, Records]:
-        """Logits (of the last ``logits_to_keep`` positions; 0: of all) and what each router did, under the strategy."""
+        """Logits (of the last ``logits_to_keep`` positions; 0: of all) and what each router did, under the strategy.
+
+        Where the bridge has hooks, or the strategy has some that are not on routers, the pass goes through the bridge.
+        """
         batch = Batch(tokens, domain, self.step, training)
         hooks, dropping = self.strategy.fwd_hooks(batch), self.strategy.dropping_hooks(batch)
+        on_routers = None if self._is_hooked() else router_hooks(self.moe, hooks, dropping)
+        if on_routers is None:
+            return self._through_bridge(tokens, hooks, dropping, logits_to_keep)
+        run = self._replicated if torch.is_grad_enabled() else self.network
+        with self.autocast():
+            logits = run(tokens, on_routers, logits_to_keep=logits_to_keep, compiled=training)
+        return at_least_float(logits), self.network.records(tokens.shape)
+
+    def _through_bridge(
+        self, tokens: Tensor, hooks: Sequence[Hook], dropping: Sequence[Hook], logits_to_keep: int
+    ) -> tuple[Tensor, Records]:
+        if self.accelerator.num_processes > 1 and torch.is_grad_enabled():
+            raise ConfigError(
+                f"hooks elsewhere than on routers, on {self.accelerator.num_processes} processes",
+                "hooks on routers, or one process",
+                "Train in one process.",
+            )
         options: dict[str, Any] = {"use_cache": False, "logits_to_keep": logits_to_keep}
 
         def logits() -> Tensor:
@@ -83,20 +138,25 @@ class Trainer:
                 return self.model(tokens, **options).logits
 
         found, records = recorded(self.moe, logits, hooks, dropping)
-        return found.float(), records
+        return at_least_float(found), records
+
+    def _is_hooked(self) -> bool:
+        """Whether anybody looks into the bridge."""
+        return any(point.has_hooks() for point in self.bridge.hook_dict.values())
 
     def micro_batch(self, micro: int) -> tuple[Tensor, Tensor]:
         """Tokens and domain labels of a micro-batch of this step; nothing but its number decides which."""
         start = (self.step * self.config.micro_batches + micro) * self.config.micro_batch
         rows = slice(start, start + self.config.micro_batch)
-        tokens, domain = (
-            torch.as_tensor(a[rows], dtype=torch.long, device=self.accelerator.device)
-            for a in (self.data.tokens, self.data.domain)
-        )
+        tokens, domain = (_on_device(a[rows], self.device) for a in (self.data.tokens, self.data.domain))
         return tokens, domain
 
-    def train_step(self) -> dict[str, Any]:
-        """One optimiser step: mean loss, auxiliary loss and dropped slots, the learning rate and each layer's load."""
+    def train_step(self) -> StepNumbers:
+        """One optimiser step: mean loss, auxiliary loss and dropped slots, the learning rate and each layer's load.
+
+        It does not wait for the device. Where a number is not finite, this step and all later ones leave the weights
+        as they are; the error comes when numbers are read, and before a checkpoint is written.
+        """
         config, accelerator = self.config, self.accelerator
         factor = config.lr_factor(self.step)
         for optimizer, rates in zip(self.optimizers, self.base_lrs):
@@ -104,59 +164,100 @@ class Trainer:
                 group["lr"] = rate * factor
         # micro-batches are dealt out to the processes, so that the step is the same on any number of them
         mine = range(accelerator.process_index, config.micro_batches, accelerator.num_processes)
+        self._compile(mine[0])
         # one micro-batch is the whole step
         measure = self.strategy.needs_step_load and config.micro_batches > 1
         step_load = self._load_of_step(mine) if measure else None
-        totals = torch.zeros(3, device=accelerator.device)
+        means: list[Tensor] = []
         loads: dict[Any, Tensor] = {}
         for micro in mine:
             tokens, domain = self.micro_batch(micro)
             # gradients are averaged over processes once a step
-            with nullcontext() if micro == mine[-1] else accelerator.no_sync(self.model):
+            with nullcontext() if micro == mine[-1] else accelerator.no_sync(self._replicated):
                 logits, records = self.forward(tokens, domain)
                 loss = token_losses(logits, tokens).mean()
                 auxiliary = self.strategy.auxiliary_loss(records, Batch(tokens, domain, self.step, True), step_load)
-                accelerator.backward((loss + auxiliary) / len(mine))
-            dropped = dropped_slots(records, config.model.top_k).to(loss)
-            totals += torch.stack([loss.detach(), auxiliary.detach(), dropped]) / len(mine)
+                ((loss + auxiliary) / len(mine)).backward()
+            dropped = dropped_slots(records, config.model.top_k)
+            means.append(torch.stack([value.detach().to(loss) for value in (loss, auxiliary, dropped)]) / len(mine))
             _add_loads(loads, records, len(mine))
-        totals = accelerator.reduce(totals, "mean")
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
-        self._check_finite({"loss": totals[0], "auxiliary loss": totals[1], "gradient's norm": norm}, factor)
+        totals = accelerator.reduce(torch.stack(means).sum(0), "mean")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self._note(torch.stack([totals[0], totals[1], norm.to(totals)]))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loads = {layer: accelerator.reduce(load, "mean") for layer, load in loads.items()}
-        self.strategy.after_step(loads)
+        shared = self._over_processes(loads)
+        self.strategy.after_step(shared)
         self.step += 1
-        means = dict(zip(("loss", "auxiliary", "dropped_slots"), totals.tolist()))
-        return {**means, "lr": config.lr * factor, "loads": loads}
+        if len(self._unchecked) >= LONGEST_UNCHECKED:
+            self.check()
+        return StepNumbers(totals, self.check, lr=config.lr * factor, loads=shared)
+
+    def _compile(self, micro: int) -> None:
+        """Before the first step of this process, where the run is to be compiled."""
+        if self.backend is None:
+            return
+        backend, self.backend = self.backend, None
+        tokens, domain = self.micro_batch(micro)
+        batch = Batch(tokens, domain, self.step, True)
+        hooks = router_hooks(self.moe, self.strategy.fwd_hooks(batch), self.strategy.dropping_hooks(batch))
+        if hooks is not None:
+            compile_or_warn(self.network, backend, tokens, hooks, self.autocast, self.strategy.needs_step_load)
 
     @torch.no_grad()
     def _load_of_step(self, mine: range) -> Loads:
         loads: dict[Any, Tensor] = {}
         for micro in mine:
             _add_loads(loads, self.forward(*self.micro_batch(micro), logits_to_keep=1)[1], len(mine))
-        return {layer: self.accelerator.reduce(load, "mean") for layer, load in loads.items()}
+        return self._over_processes(loads)
 
-    def _check_finite(self, numbers: Mapping[str, Any], factor: float) -> None:
-        """Before the weights are touched, so that no checkpoint can hold what is not finite."""
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                kept = f"The checkpoint {self.saved} is kept" if self.saved else "No checkpoint was written yet"
-                raise TrainingError(
-                    f"the {name} is {float(value)} at step {self.step}, learning rate {self.config.lr * factor:.3g}",
-                    f"a finite {name}",
-                    f"{kept}; start anew with a lower learning rate or a longer warm-up.",
-                )
+    def _over_processes(self, loads: Loads) -> Loads:
+        """The mean over processes, of all layers at once."""
+        means = self.accelerator.reduce(torch.stack(list(loads.values())), "mean")
+        return dict(zip(loads, means))
+
+    def _note(self, numbers: Tensor) -> None:
+        """Keep loss, auxiliary loss and norm for :meth:`check`; no weights change any more once one is not finite."""
+        self._unchecked.append((self.step, numbers))
+        self._stopped.copy_(torch.maximum(self._stopped, (~numbers.isfinite().all()).float()))
+
+    def check(self) -> None:
+        """Wait for the steps so far, and see whether their numbers are finite.
+
+        Raises:
+            TrainingError: One is not; the weights are those before that step.
+        """
+        steps, self._unchecked = self._unchecked, []
+        if not steps:
+            return
+        for (step, _), found in zip(steps, torch.stack([numbers for _, numbers in steps]).tolist()):
+            for name, value in zip(("loss", "auxiliary loss", "gradient's norm"), found):
+                if not math.isfinite(value):
+                    kept = f"The checkpoint {self.saved} is kept" if self.saved else "No checkpoint was written yet"
+                    rate = self.config.lr * self.config.lr_factor(step)
+                    raise TrainingError(
+                        f"the {name} is {value} at step {step}, learning rate {rate:.3g}",
+                        f"a finite {name}",
+                        f"{kept}; start anew with a lower learning rate or a longer warm-up.",
+                    )
 
     def evaluate(self) -> Evaluation:
         """Validation losses and routes, under the strategy as it is outside training."""
         with eval_mode(self.bridge):
-            return evaluate(partial(self.forward, training=False), self.validation, self.accelerator.device)
+            self.network.eval()
+            try:
+                return evaluate(partial(self.forward, training=False), self.validation, self.device)
+            finally:
+                self.network.train()
 
     def save_state(self, path: Path) -> None:
-        """Everything that the next step depends on; written beside and then moved, so a kill leaves the old one."""
+        """Everything that the next step depends on; written beside and then moved, so a kill leaves the old one.
+
+        Raises:
+            TrainingError: A number of a step so far is not finite.
+        """
+        self.check()
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -179,7 +280,7 @@ class Trainer:
         Raises:
             ResultError: The checkpoint belongs to another configuration, was damaged, or has no checksum.
         """
-        state = read_state(path, self.accelerator.device)
+        state = read_state(path, self.device)
         try:
             self._restore(state, path)
         except MoEInterpError:
@@ -229,7 +330,23 @@ def dropped_slots(records: Records, top_k: int) -> Tensor:
 
 def _add_loads(loads: dict[Any, Tensor], records: Records, n: int) -> None:
     for layer, record in records.items():
-        loads[layer] = loads.get(layer, torch.zeros(())) + record.load() / n
+        load = record.load() / n
+        loads[layer] = loads[layer] + load if layer in loads else load
+
+
+def _on_device(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Whole numbers on a device; to a CUDA device from pinned memory, for which nobody waits."""
+    values = torch.from_numpy(rows)
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=True).long()
+
+
+def _replicated(network: TrainingModel, accelerator: Accelerator, device: torch.device) -> nn.Module:
+    """The network; where several processes train it, averaging their gradients."""
+    if accelerator.num_processes == 1:
+        return network
+    places = [device] if device.type != "cpu" else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=places, broadcast_buffers=False)
 
 
 def _autocast(mixed_precision: str, device: torch.device) -> Any:
