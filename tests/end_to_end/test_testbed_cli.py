@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ import moe_interp as mi
 from moe_interp.cli.application import cli, run
 from moe_interp.cli.load import load_hooks
 from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError
+from moe_interp.testbed.training.compilation import NotCompiledWarning
 
 runner = CliRunner(env={"COLUMNS": "80", "HF_HUB_OFFLINE": "1"})
 SIZES = {"model.d_model": 32, "model.n_layers": 2, "model.d_expert": 16, "data_scale": 0.002, "length": 32}
@@ -28,7 +30,7 @@ TINY = ["testbed", "--domains", "facts,puzzles", *(part for k, v in SIZES.items(
 KILLED = """
 import itertools, os, signal
 from moe_interp.cli.main import app
-from moe_interp.testbed.trainer import Trainer
+from moe_interp.testbed.training.trainer import Trainer
 train_step, steps = Trainer.train_step, itertools.count(1)
 def step_or_end(self):
     if next(steps) == 7:
@@ -98,6 +100,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         (["--set", "lr=fast"], ConfigError, "--set lr='fast'"),
         (["--set", "length=4096"], ConfigError, "length=4096"),
         (["--mixed-precision", "fp8"], ConfigError, "--mixed-precision fp8"),
+        (["--device", "gpu"], ConfigError, "--device gpu"),
+        (["--device", "cuda:9"], ConfigError, "a device that this machine has"),
         (["--domains", "facts,cooking"], ConfigError, "domain 'cooking'"),
         (["--domains", "facts,facts"], ConfigError, "--domains with facts more than once. Expected: each once"),
         (["--domains", "facts,mine=empty.jsonl"], DataError, "holds no documents"),
@@ -112,6 +116,16 @@ def test_what_cannot_run_is_refused_before_anything_is_trained(
     assert isinstance(done.exception, error), done.output
     assert message in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_where_compilation_fails_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: object, **options: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.warns(NotCompiledWarning, match="'inductor' failed, so the run goes on without it: RuntimeError: no C"):
+        done = invoke(tmp_path, "--steps", "2", "--strategies", "none", "--seeds", "0", "--compile", "--device", "cpu")
+    assert done.exit_code == 0, done.output
 
 
 def test_domains_that_share_a_document_are_refused(tmp_path: Path) -> None:

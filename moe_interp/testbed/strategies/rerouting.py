@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.arch.routing_rule import at_least_float
-from moe_interp.interventions.streams import layer_labels, uniform_keys
+from moe_interp.interventions.random_keys import layer_labels, uniform_keys
 from moe_interp.testbed.strategies.balancing import MicroBatchBalance
 from moe_interp.testbed.strategies.strategy import (
     Batch,

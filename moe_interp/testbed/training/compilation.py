@@ -73,9 +73,9 @@ def compile_or_warn(
         without_gradient: Whether the run has passes without gradient as well.
     """
     idle = {layer: each.idle() for layer, each in hooks.items()}
-    model.compile_layers(backend)
     failure = None
     try:
+        model.compile_layers(backend)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what compilers say of themselves
             if without_gradient:

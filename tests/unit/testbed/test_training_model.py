@@ -236,10 +236,8 @@ def test_training_draws_no_random_numbers() -> None:
 
 
 def test_a_run_begun_through_hooks_goes_on_without_them(tmp_path) -> None:
-    whole, begun = (
-        trainer_of("micro_batch", optimizer="muon"),
-        through_bridge(trainer_of("micro_batch", optimizer="muon")),
-    )
+    whole, begun, resumed = (trainer_of("micro_batch", optimizer="muon") for _ in range(3))
+    through_bridge(begun)
     for _ in range(3):
         begun.train_step()
     begun.save_state(tmp_path / "state.pt")
