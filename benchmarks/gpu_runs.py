@@ -1,0 +1,111 @@
+"""What benchmarks/gpu.py measures once: exactness, the matrix product, a whole experiment, a step of the testbed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from gpu_model import build, free
+from gpu_parts import EXPERT_OUT, ROUTER_HOOKS, Bench, random_routes, readers
+from gpu_shapes import SHAPES, Sizes
+from gpu_timing import Limit, repeated, seconds_of
+
+import moe_interp as mi
+from moe_interp.experiments.counterfactual.experiment import counterfactual_routes
+from moe_interp.hooks.attach import attach
+from moe_interp.testbed.domains.registry import load_domains
+from moe_interp.testbed.presets import PAPER, SMOKE
+from moe_interp.testbed.training.trainer import Trainer
+
+BOUND = 2e-5  # nats, between branches and full passes in float32
+STEPS = 5
+
+
+@torch.no_grad()
+def measure_exactness(sizes: Sizes, device: torch.device, cells: dict[str, str], *, tiny: bool) -> bool:
+    """On a few layers of OLMoE's shape in float32: branches against full passes, and hooks that change nothing."""
+    bridge = build(SHAPES["olmoe"], device, torch.float32, tiny=tiny, layers=sizes.exact_layers)
+    vocabulary = int(bridge.cfg.d_vocab)
+    tokens = torch.randint(3, vocabulary, (1, sizes.exact_tokens), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    plain = bridge(tokens)
+    with attach(bridge) as moe:
+        hooks = readers(bridge, ROUTER_HOOKS) + readers(bridge, EXPERT_OUT)
+        reads = float((bridge.run_with_hooks(tokens, fwd_hooks=hooks) - plain).abs().max())
+        same = [(name, lambda value, hook: value) for name, _ in hooks]
+        written = float((bridge.run_with_hooks(tokens, fwd_hooks=same) - plain).abs().max())
+        layer = moe.layers[1]
+        shape = (1, sizes.exact_tokens, sizes.exact_routes)
+        routes = random_routes(shape, moe.spec(layer).n_experts, moe.spec(layer).top_k, device)
+        positions = [0, 1, sizes.exact_tokens // 2, sizes.exact_tokens - 2]
+        scores = [mi.score_routes(moe, tokens, layer, routes, positions, method=m) for m in ("branch", "naive")]
+    difference = float((scores[0] - scores[1])[0, positions].abs().max())
+    changed = max(reads, written)
+    is_exact = difference <= BOUND and changed == 0
+    cells["exact_branches"] = f"{difference:.1e}" + ("" if difference <= BOUND else " EXCEEDED")
+    cells["exact_hooks"] = f"{changed:.1e}" + ("" if changed == 0 else " EXCEEDED")
+    return is_exact
+
+
+def measure_gemm(sizes: Sizes, device: torch.device, dtype: torch.dtype, cells: dict[str, str]) -> float:
+    """Operations a second of one large matrix product, best of several after a warm-up."""
+    a, b = (torch.randn(sizes.gemm, sizes.gemm, device=device, dtype=dtype) for _ in range(2))
+    seconds_of(lambda: a @ b, device)
+    many = 10
+    best = min(seconds_of(lambda: [a @ b for _ in range(many)], device) for _ in range(3))
+    rate = many * 2 * sizes.gemm**3 / best
+    cells["gemm"] = f"{rate / 1e12:.3g} TFLOP/s, {str(dtype).removeprefix('torch.')}"
+    return float(rate)
+
+
+@torch.no_grad()
+def measure_experiment(bench: Bench, cells: dict[str, str]) -> None:
+    """``counterfactual_routes`` whole, where the time holds it; else extrapolated from a part.
+
+    What a run costs whatever its size (the identity of the weights) is measured on a few tokens of one layer. The part
+    has one sequence and two layers equally far from both ends: the cost of a layer falls evenly towards the last.
+    """
+    sizes = bench.sizes
+    rows = bench.tokens(sizes.sequences, sizes.sequence_tokens, seed=2).tolist()
+    sequences = [{"id": str(number), "tokens": row} for number, row in enumerate(rows)]
+    with attach(bench.bridge) as moe:
+
+        def run(chosen: list[dict[str, Any]], layers: list[Any]) -> Callable[[], Any]:
+            return lambda: counterfactual_routes(moe, chosen, layers, n_routes=sizes.routes, progress=False)
+
+        every = list(moe.layers)
+        quarter = len(every) // 4
+        few = [{"id": "few", "tokens": rows[0][:8]}]
+        fixed = min(repeated(run(few, every[:1]), bench.device, 0.2 * bench.limit.left(), 1))
+        part_layers = [every[quarter], every[-1 - quarter]]
+        part = max(seconds_of(run(sequences[:1], part_layers), bench.device) - fixed, 1e-9)
+        share = 2 / len(every) / sizes.sequences
+        seconds, said = fixed + part / share, f", extrapolated from {share:.1%} of it"
+        if seconds <= bench.limit.left():
+            seconds, said = seconds_of(run(sequences, every), bench.device), ""
+    n_routes = sizes.sequences * (sizes.sequence_tokens - 1) * len(every) * sizes.routes
+    cells["experiment"] = f"{seconds:.1f} s for {n_routes:,} routes, {n_routes / seconds:,.0f} a second{said}"
+
+
+def measure_paper(device: torch.device, limit: Limit, cells: dict[str, str], *, tiny: bool) -> None:
+    """Steps of the testbed on a small part of its data: the same model, tokens a step and strategy."""
+    size = {"steps": STEPS + 1, "data_scale": 0.05, "validation_sequences": 8, "strategy": "micro_batch"}
+    small = {"micro_batch": 4, "domains": ("facts", "puzzles")}
+    config = SMOKE.model_copy(update=size | small) if tiny else PAPER.model_copy(update=size)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = Trainer(config, load_domains(config), Accelerator(cpu=not on_gpu), "bf16" if on_gpu else "no")
+    millions = sum(p.numel() for p in trainer.bridge.original_model.parameters()) / 1e6
+    times = repeated(trainer.train_step, device, limit.left(), STEPS)
+    tokens = config.length * config.micro_batch * config.micro_batches
+    seconds = statistics.median(times)
+    peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.0f} GiB" if on_gpu else ""
+    said = f"{tokens:,} tokens in {seconds:.2f} s, {millions:.3g}M parameters{peak}"
+    cells["paper"] = f"{tokens / seconds:,.0f} tokens a second ({said})"
+    del trainer
+    free(device)
