@@ -14,6 +14,7 @@ from gpu_model import BranchArithmetic, free
 from gpu_shapes import Sizes
 from gpu_timing import Limit, repeated, seconds_of
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -179,10 +180,13 @@ def profiled(call: Callable[[], Any], bench: Bench) -> Sequence[Any]:
 
 
 def say_largest(bench: Bench, what: str, events: Sequence[Any], n: int = 8) -> None:
-    """The items that take the most time of the device (of the processor, without a GPU) themselves."""
+    """The operators that take the most time of the device (of the processor, without a GPU) themselves."""
     attribute = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
-    timed = sorted(((getattr(event, attribute), event) for event in events), key=lambda each: -each[0])
-    total = sum(time for time, _ in timed) or 1.0
+    # a kernel's time stands beside the kernel and again beside the operator that launched it
+    counted = DeviceType.CUDA if bench.on_gpu else DeviceType.CPU
+    total = sum(getattr(event, attribute) for event in events if event.device_type == counted) or 1.0
+    operators = [event for event in events if event.device_type == DeviceType.CPU]
+    timed = sorted(((getattr(event, attribute), event) for event in operators), key=lambda each: -each[0])
     bench.say(f"{bench.name}: largest items of {what} ({total / 1e3:.1f} ms in all):")
     for time, event in timed[:n]:
         bench.say(f"    {time / 1e3:9.2f} ms {time / total:5.0%} {event.count:7d} calls  {event.key[:80]}")

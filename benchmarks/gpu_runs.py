@@ -33,6 +33,7 @@ def measure_exactness(sizes: Sizes, device: torch.device, cells: dict[str, str],
         device
     )
     plain = bridge(tokens)
+    noise = float((bridge(tokens) - plain).abs().max())  # sums in another order each time, on some cards
     with attach(bridge) as moe:
         hooks = readers(bridge, ROUTER_HOOKS) + readers(bridge, EXPERT_OUT)
         reads = float((bridge.run_with_hooks(tokens, fwd_hooks=hooks) - plain).abs().max())
@@ -45,10 +46,10 @@ def measure_exactness(sizes: Sizes, device: torch.device, cells: dict[str, str],
         scores = [mi.score_routes(moe, tokens, layer, routes, positions, method=m) for m in ("branch", "naive")]
     difference = float((scores[0] - scores[1])[0, positions].abs().max())
     changed = max(reads, written)
-    is_exact = difference <= BOUND and changed == 0
-    cells["exact_branches"] = f"{difference:.1e}" + ("" if difference <= BOUND else " EXCEEDED")
-    cells["exact_hooks"] = f"{changed:.1e}" + ("" if changed == 0 else " EXCEEDED")
-    return is_exact
+    are_close, is_same = difference <= BOUND, changed <= 2 * noise
+    cells["exact_branches"] = f"{difference:.1e}" + ("" if are_close else " EXCEEDED")
+    cells["exact_hooks"] = f"{changed:.1e}, two plain passes {noise:.1e}" + ("" if is_same else " EXCEEDED")
+    return are_close and is_same
 
 
 def measure_gemm(sizes: Sizes, device: torch.device, dtype: torch.dtype, cells: dict[str, str]) -> float:
@@ -94,7 +95,7 @@ def measure_experiment(bench: Bench, cells: dict[str, str]) -> None:
 def measure_paper(device: torch.device, limit: Limit, cells: dict[str, str], *, tiny: bool) -> None:
     """Steps of the testbed on a small part of its data: the same model, tokens a step and strategy."""
     size = {"steps": STEPS + 1, "data_scale": 0.05, "validation_sequences": 8, "strategy": "micro_batch"}
-    small = {"micro_batch": 4, "domains": ("facts", "puzzles")}
+    small = {"micro_batch": 4, "domains": ("facts", "puzzles"), "data_scale": 0.01}
     config = SMOKE.model_copy(update=size | small) if tiny else PAPER.model_copy(update=size)
     on_gpu = device.type == "cuda"
     if on_gpu:
