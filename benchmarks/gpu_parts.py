@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformer_lens.model_bridge import TransformerBridge
 
 import moe_interp as mi
-from moe_interp.engine.branches import BasePass
 from moe_interp.engine.memory import tokens_per_pass
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.experiments.inputs.items import ItemBatch, check_items, tokenize_items
 from moe_interp.experiments.isolation.scoring import PrefixScorer
 from moe_interp.hooks.attach import MoEHooks, attach
@@ -266,7 +266,7 @@ class Branches:
     def __init__(self, bench: Bench, moe: MoEHooks) -> None:
         self.bench, self.moe, self.arithmetic = bench, moe, BranchArithmetic(moe)
         layers = sorted({moe.layers[-1], _middle(moe), moe.layers[len(moe.layers) // 8]})
-        self.base = BasePass(moe, bench.tokens(1, bench.sizes.pos), layers)
+        self.base = record_pass(moe, bench.tokens(1, bench.sizes.pos), layers)
         self.rate = 0.0  # routes a second of the last run
 
     def call(self, layer: int, budget: int | None, stride: int) -> tuple[Callable[[], Any], list[int], Tensor]:
