@@ -36,7 +36,7 @@ class Pass:
     shared_out: Tensor | None = None
     routed_is_done: bool = False
     is_projected: bool = False  # the experts' outputs have already left their latent width
-    notes: dict[Any, Any] = field(default_factory=dict)  # what functions that hooks call keep for this pass
+    notes: dict[Any, Any] = field(default_factory=dict)  # what functions of hooks keep for later hooks
 
     def fold(self, flat: Tensor) -> Tensor:
         """``[batch * pos, width] -> [batch, pos, width]``; already folded tensors pass."""

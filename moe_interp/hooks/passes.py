@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from moe_interp.hooks.thread_ownership import PerThread
+from moe_interp.hooks.thread_ownership import PerThread, is_in_backward
 from moe_interp.types import Layer
 
 
@@ -28,6 +28,7 @@ class Span:
         prompt: Columns of the prompt, padding included, where ``generate`` runs the pass; None outside ``generate``.
         prompt_cached: Columns of the prompt that were in the cache when ``generate`` began.
         prompt_mask: The mask ``[batch, prompt]`` that ``generate`` was given.
+        depth: In how many other passes through the stack it runs: of a pass that a hook runs, 1 or more.
     """
 
     n_past: int = 0
@@ -36,6 +37,21 @@ class Span:
     prompt: int | None = None
     prompt_cached: int = 0
     prompt_mask: Tensor | None = None
+    depth: int = 0
+
+
+class Memory(PerThread):
+    """What a hook's function keeps from one pass for the next: apart for each thread, and for passes inside of a hook.
+
+    What it keeps within a pass belongs in the ``notes`` of :class:`~moe_interp.hooks.layer.Pass`.
+    """
+
+    def __init__(self) -> None:
+        self._by_depth: dict[int, dict[Any, Any]] = {}
+
+    def before(self, span: Span) -> dict[Any, Any]:
+        """What passes as deep as this one have left in this thread; to be written to."""
+        return self._by_depth.setdefault(span.depth, {})
 
 
 @dataclass
@@ -71,6 +87,7 @@ class Passes:
 
     def __init__(self, bridge: TransformerBridge, layers: dict[Layer, nn.Module]) -> None:
         self._now = _Now()
+        self._last: dict[str, Span] = {}  # by stack, the pass that began last in any thread
         model = bridge.original_model
         stacks = {stack_of(layer): _stack_module(model, container) for layer, container in layers.items()}
         self._handles = []
@@ -85,7 +102,11 @@ class Passes:
 
     def span(self, layer: Layer) -> Span:
         """Of this thread's running (or last) pass through the layer's stack."""
-        return self._now.spans.get(stack_of(layer), [Span()])[-1]
+        stack = stack_of(layer)
+        if stack in self._now.spans:
+            return self._now.spans[stack][-1]
+        # a thread of autograd that computes a layer again runs no pass of its own
+        return self._last.get(stack, Span()) if is_in_backward() else Span()
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -130,7 +151,8 @@ class Passes:
             }
         now = self._now
         outer = now.spans[stack] if now.running.get(stack) else []
-        now.spans[stack], now.running[stack] = [*outer, Span(**known)], len(outer) + 1
+        span = self._last[stack] = Span(**known, depth=len(outer))
+        now.spans[stack], now.running[stack] = [*outer, span], len(outer) + 1
 
     def end(self, stack: str) -> None:
         """It has ended, also by an exception; a pass around it, in whose hook it ran, goes on."""

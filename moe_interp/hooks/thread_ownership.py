@@ -30,6 +30,11 @@ class PerThread(threading.local):
         return type(self), ()
 
 
+def is_in_backward() -> bool:
+    """Whether autograd runs this code: it may compute a checkpointed layer again, in a thread of its own."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Turns:
     """The passes that run on one attached bridge.
 
@@ -99,8 +104,7 @@ class Turns:
                 self._refuse_hooks_of_others(threading.get_ident())
 
     def _refuse_hooks_of_others(self, me: int) -> None:
-        # a backward pass may compute a checkpointed part of the forward again, in a thread of its own
-        if self._owner in (None, me) or torch._C._current_graph_task_id() != -1:
+        if self._owner in (None, me) or is_in_backward():
             return
         if _is_alive(self._owner) and any(_is_temporary(h) for p in self.points for h in (*p.fwd_hooks, *p.bwd_hooks)):
             raise _refusal(f"a second thread, while {_name(self._owner)} has hooks of its own on the model")

@@ -112,16 +112,15 @@ class NaturalMass:
 
     def __init__(self, moe: MoEHooks, layer: Layer) -> None:
         self.moe, self.layer = moe, layer
-        self.total: Tensor | None = None
 
     def read(self, route: Tensor) -> None:
         """Take the route at ``expert_indices``."""
-        self.total = self.moe.running(self.layer).family_weights(route).sum(dim=-1, keepdim=True)
+        run = self.moe.running(self.layer)
+        run.notes[self] = run.family_weights(route).sum(dim=-1, keepdim=True)
 
     def take(self) -> Tensor:
-        """``[batch, pos, 1]``."""
-        assert self.total is not None
-        return self.total
+        """``[batch, pos, 1]``, later in the same pass."""
+        return self.moe.running(self.layer).notes[self]
 
 
 def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, where: Where) -> Hooks:

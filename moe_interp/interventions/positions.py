@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from moe_interp.errors import ConfigError, HookError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import pack_left
-from moe_interp.hooks.passes import Span
+from moe_interp.hooks.passes import Memory, Span
 from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.types import EMPTY, Layer
 
@@ -66,8 +66,7 @@ class Where:
                 "[batch, pos]",
                 "Pass the prompt's 2-D mask.",
             )
-        self._last: Span | None = None  # the pass seen last, and the column where it ended
-        self._end, self._continues = 0, False
+        self._memory = Memory()
 
     def tokens(self, value: Tensor) -> Tensor:
         """``[batch, pos]`` bool for a hooked tensor ``[batch, pos, ...]``.
@@ -83,7 +82,7 @@ class Where:
         if self.named == "listed":
             listed = self.listed.to(value.device)
             if bool((listed < 0).any()):
-                listed = torch.where(listed < 0, listed + self._prompt_lengths(columns), listed)  # [batch, n]
+                listed = torch.where(listed < 0, listed + self._prompt_lengths(span, columns), listed)  # [batch, n]
             return real & (columns.index(span.n_past).unsqueeze(-1) == listed.unsqueeze(-2)).any(dim=-1)
         if self.named == "new" and span.prompt is None and self.attention_mask is None and span.n_past:
             _warn_of_nothing_new(self.layer)
@@ -109,7 +108,7 @@ class Where:
         span = self._span(value)
         if span.n_past + value.shape[1] < self._columns(value).prompt:
             return True
-        return self._continues if span.prompt is None else span.n_past > span.prompt_cached
+        return self._continues(span) if span.prompt is None else span.n_past > span.prompt_cached
 
     def keys(self, value: Tensor, n: int, *labels: int) -> Tensor:
         """``[batch, pos, n]`` uniform numbers, fixed by labels, row and position in the unpadded sequence."""
@@ -129,7 +128,7 @@ class Where:
         is_piece = span.n_past > 0 or span.fills_cache or span.prompt is not None
         if width == 1:
             return given
-        own = width == pos and span.prompt is None and not self._continues
+        own = width == pos and span.prompt is None and not self._continues(span)
         part = given[..., 0 if own else span.n_past :, :][..., :pos, :]
         missing = pos - part.shape[-2]
         if (width > pos and not is_piece) or (missing and bool(self.tokens(value)[:, pos - missing :].any())):
@@ -150,10 +149,15 @@ class Where:
                 "Run without remove_batch_dim.",
             )
         span = self.moe.span(self.layer)
-        if span is not self._last:
-            self._continues = span.n_past > 0 and span.n_past == self._end
-            self._last, self._end = span, span.n_past + value.shape[1]
+        seen = self._memory.before(span)
+        if seen.get("span") is not span:
+            seen["continues"] = span.n_past > 0 and span.n_past == seen.get("end")
+            seen["span"], seen["end"] = span, span.n_past + value.shape[1]
         return span
+
+    def _continues(self, span: Span) -> bool:
+        """Whether the running pass goes on where the one seen before it ended."""
+        return bool(self._memory.before(span)["continues"])
 
     def _columns(self, value: Tensor) -> _Columns:
         span, (batch, pos) = self._span(value), value.shape[:2]
@@ -180,7 +184,7 @@ class Where:
         elif batch % rows == 0:
             if width >= end and (width == pos or span.n_past or span.fills_cache):
                 return width, mask  # of the whole prompt, of which this may be a piece
-            if width < end and (width != pos or self._continues):
+            if width < end and (width != pos or self._continues(span)):
                 return width, mask  # of the prompt, after which this pass runs
             fits, start = width == pos, span.n_past
         if not fits:
@@ -199,11 +203,9 @@ class Where:
         is_prompts = span.prompt is None and torch.equal(prompts, own) and not torch.equal(piece, own)
         return (width, prompts) if is_prompts else (start + width, piece)
 
-    def _prompt_lengths(self, columns: _Columns) -> Tensor:
+    def _prompt_lengths(self, span: Span, columns: _Columns) -> Tensor:
         """``[batch, 1]`` real tokens of the prompt."""
-        span = self._last
-        assert span is not None
-        if span.prompt is None and self._continues and self.attention_mask is None:
+        if span.prompt is None and self._continues(span) and self.attention_mask is None:
             raise ConfigError(
                 f"positions={self.listed.tolist()} in a prompt that is run in several passes",
                 "the mask of the whole prompt, which tells where it ends",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.passes import Memory
 from moe_interp.interventions.positions import Where
 from moe_interp.tokenization import TextReader
 from moe_interp.types import Layer
@@ -28,8 +29,7 @@ class OwnPass:
 
     def __init__(self, where: Where, mode: str, is_kept: bool = False) -> None:
         self.where, self.mode, self.is_kept = where, mode, is_kept
-        self.kept: dict[int, Tensor] = {}
-        self._seen: dict[int, Any] = {}
+        self._memory = Memory()  # of each expert, its outputs on the prompt, and the pass that they were seen in last
 
     def outputs(self, expert: int, value: Tensor, used: Tensor, spot: Tensor) -> Tensor:
         """``[token, d_model]`` outputs of an expert, at ``used`` slots of ``value``; asked for the slots at ``spot``.
@@ -39,8 +39,7 @@ class OwnPass:
         """
         is_prompt = self.where.is_prompt(value).view(1, -1, 1)
         own = value[used & is_prompt]
-        if self.is_kept:
-            self._keep(expert, own, value)
+        kept = self._keep(expert, own) if self.is_kept else own
         if bool((spot & is_prompt).any()):
             if self.where.is_piece(value):
                 raise self._nothing(expert, "a prompt that runs in several passes, each of which knows its own tokens")
@@ -49,21 +48,21 @@ class OwnPass:
         if bool((spot & ~is_prompt).any()):
             if not self.is_kept:
                 raise self._nothing(expert, "a generated token")
-            own = self.kept.get(expert, own[:0])
-            if not len(own):
+            if not len(kept):
                 raise self._nothing(expert, "a token generated from a prompt of which none uses it")
+            return kept
         return own
 
-    def _keep(self, expert: int, own: Tensor, value: Tensor) -> None:
-        """Adds a piece of the prompt to what is known of it; the first piece begins anew."""
+    def _keep(self, expert: int, own: Tensor) -> Tensor:
+        """Adds a piece of the prompt to what is known of it, and gives that; the first piece begins anew."""
         span = self.where.moe.span(self.where.layer)
-        if self._seen.get(expert) is span:
-            return
-        self._seen[expert] = span
-        if span.n_past <= span.prompt_cached:
-            self.kept[expert] = own.detach()
-        elif len(own):
-            self.kept[expert] = torch.cat([self.kept[expert], own.detach()]) if expert in self.kept else own.detach()
+        memory = self._memory.before(span)
+        kept, seen = memory.get(expert, (own[:0], None))
+        if seen is not span:
+            is_first = span.n_past <= span.prompt_cached
+            kept = own.detach() if is_first else torch.cat([kept, own.detach()])
+            memory[expert] = kept, span
+        return kept
 
     def _nothing(self, expert: int, where: str) -> ConfigError:
         return ConfigError(

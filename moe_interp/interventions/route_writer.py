@@ -37,7 +37,6 @@ class RouteWriter:
         weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.moe, self.layer, self.where, self.route, self.weigh = moe, layer, where, route, weigh
-        self.written: Tensor | None = None
 
     @property
     def hooks(self) -> Hooks:
@@ -47,14 +46,13 @@ class RouteWriter:
         return [*hooks, (self.moe.hook_name("expert_weights", self.layer), self.set_weights)]
 
     def set_indices(self, value: Tensor, hook: Any) -> Tensor:
-        tokens, self.written = self.where.tokens(value), None
+        tokens, run = self.where.tokens(value), self.moe.running(self.layer)
         if not bool(tokens.any()):
             return value
-        self.written = merge_slots(tokens, self.route(value), value)
-        run = self.moe.running(self.layer)
+        written = run.notes[self] = merge_slots(tokens, self.route(value), value)
         before = torch.zeros_like(tokens, dtype=torch.int64) if run.writer is None else run.writer
         run.writer = before.masked_fill(tokens, id(self))
-        return self.written
+        return written
 
     def set_weights(self, value: Tensor, hook: Any) -> Tensor:
         assert self.weigh is not None
@@ -64,9 +62,10 @@ class RouteWriter:
     def kept(self, value: Tensor) -> Tensor | None:
         """``[batch, pos]``: the tokens whose written route is the one that runs; None if nothing was written."""
         run = self.moe.running(self.layer)
-        if self.written is None:
+        written = run.notes.get(self)
+        if written is None:
             return None
         assert run.indices is not None
-        width = max(run.indices.shape[-1], self.written.shape[-1])
-        mine, final = (pad(route, (0, width - route.shape[-1]), value=EMPTY) for route in (self.written, run.indices))
+        width = max(run.indices.shape[-1], written.shape[-1])
+        mine, final = (pad(route, (0, width - route.shape[-1]), value=EMPTY) for route in (written, run.indices))
         return (run.writer == id(self)) & (mine == final).all(dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from moe_interp.arch.rules import HashTable
 from moe_interp.checks import check_seed
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, warn
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
 from moe_interp.interventions.positions import Positions, Where
@@ -154,7 +153,7 @@ def _warn_of_limits(moe: MoEHooks, layer: Layer, added: Tensor) -> None:
 
 def _warn(layer: Layer, family: str, text: str) -> None:
     remedy = "force_experts and set_routes, or ablate_experts, act for certain."
-    warnings.warn(f"layer {layer!r} ({family}) {text}. {remedy}", BiasLimitWarning, stacklevel=4)
+    warn(f"layer {layer!r} ({family}) {text}. {remedy}", BiasLimitWarning)
 
 
 def _uniform(moe: MoEHooks, layer: Layer, mass: Mass, where: Where) -> Hooks:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from moe_interp.errors import HookError
+import moe_interp as mi
+from moe_interp.errors import HookError, RouteError
 from moe_interp.hooks.attach import MoEHooks, attached
-from moe_interp.interventions.force import force_experts
+from moe_interp.types import Hooks
 from tests import tiny
 from tests.integration.surface.helpers import attach_to, cache_of, logits_of, negate, run_hooked
 
@@ -131,7 +133,7 @@ def test_while_a_plain_pass_runs_hooks_of_another_thread_are_refused() -> None:
 
 def test_hooks_that_threads_share_serve_each_pass_with_its_own_state() -> None:
     moe = attach_to("deepseek_v3")
-    hooks = force_experts(moe, moe.layers[-1], [3, 5])
+    hooks = mi.force_experts(moe, moe.layers[-1], [3, 5])
     alone = [run_hooked(moe, "deepseek_v3", hooks, tokens) for tokens in (ONE, OTHER)]
     for name, function in hooks:
         moe.bridge.add_hook(name, function)
@@ -139,6 +141,158 @@ def test_hooks_that_threads_share_serve_each_pass_with_its_own_state() -> None:
         found = at_once(*(lambda t=t: logits_of(moe.bridge, "deepseek_v3", t) for t in (ONE, OTHER)))
         assert all(torch.equal(a, b) for a, b in zip(found, alone))
     moe.bridge.reset_hooks()
+
+
+# interventions that carry something from one hook of a pass to the next, or from one pass to the next
+CARRYING: dict[str, tuple[str, Callable[[MoEHooks], Hooks]]] = {
+    "a route and its weights": ("olmoe", lambda moe: mi.set_routes(moe, moe.layers[-1], [6, 1], [0.9, 0.3])),
+    "the natural mass": ("mixtral", lambda moe: mi.force_experts(moe, moe.layers[-1], 3, mass="natural")),
+    "where a mean is taken": ("llama4", lambda moe: mi.uniform_routing(moe, moe.layers[-1:], mass="natural")),
+    "the outputs of a prompt": (
+        "qwen2_moe",
+        lambda moe: mi.ablate_experts(moe, moe.layers[-1], [2, 5, 7], "mean", positions="new", reference="prompt"),
+    ),
+}
+TOGETHER = tiny.random_tokens(3, 7, seed=3)
+
+
+def meeting(threads: int) -> Callable[..., None]:
+    """A hook in which so many threads wait for each other."""
+    barrier = threading.Barrier(threads)
+
+    def wait(value: Tensor, hook: Any) -> None:
+        barrier.wait(30)
+
+    return wait
+
+
+def generated(moe: MoEHooks, tokens: Tensor) -> Tensor:
+    """The logits of three greedy steps."""
+    out = moe.bridge.original_model.generate(
+        tokens, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("carried", CARRYING)
+def test_what_an_intervention_carries_belongs_to_the_thread(carried: str) -> None:
+    family, intervene = CARRYING[carried]
+    moe = attach_to(family)
+    hooks = intervene(moe)
+    with moe.bridge.hooks(fwd_hooks=hooks):
+        alone = [generated(moe, tokens) for tokens in (TOGETHER, TOGETHER[:, 2:])]
+    between = (moe.hook_name("expert_indices", moe.layers[-1]), meeting(2))
+    for at, function in [*hooks[:1], between, *hooks[1:]]:
+        moe.bridge.add_hook(at, function)
+    found = at_once(*(lambda t=t: generated(moe, t) for t in (TOGETHER, TOGETHER[:, 2:])))
+    assert all(torch.equal(a, b) for a, b in zip(found, alone))
+    moe.bridge.reset_hooks()
+
+
+@pytest.mark.parametrize("carried", CARRYING)
+def test_what_an_intervention_carries_is_not_that_of_a_pass_inside_of_a_hook(carried: str) -> None:
+    family, intervene = CARRYING[carried]
+    moe = attach_to(family)
+    hooks = intervene(moe)
+    with moe.bridge.hooks(fwd_hooks=hooks):
+        alone = generated(moe, TOGETHER)
+    inside: list[Tensor] = []
+
+    def run_another(value: Tensor, hook: Any) -> None:
+        if not inside:
+            inside.append(value)
+            inside[0] = moe.bridge(OTHER)
+            inside.clear()
+
+    between = (moe.hook_name("expert_indices", moe.layers[-1]), run_another)
+    with moe.bridge.hooks(fwd_hooks=[*hooks[:1], between, *hooks[1:]]):
+        assert torch.equal(generated(moe, TOGETHER), alone)
+
+
+def test_a_pass_inside_of_a_hook_does_not_end_the_prompt_in_pieces_around_it() -> None:
+    moe = attach_to("olmoe")
+    routes = (torch.arange(8) % 8).unsqueeze(-1)
+    seen: list[Tensor] = []
+
+    def record(value: Tensor, hook: Any) -> None:
+        seen.append(value.clone())
+        if len(seen) in (1, 3):  # once in each piece
+            moe.bridge(ONE)
+
+    hooks = [*mi.set_routes(moe, 1, routes), (moe.hook_name("expert_indices", 1), record)]
+    cache = DynamicCache(config=moe.bridge.original_model.config)
+    with torch.no_grad(), moe.bridge.hooks(fwd_hooks=hooks):
+        for piece in ONE.split([5, 3], dim=1):
+            moe.bridge.original_model(piece, past_key_values=cache)
+    assert torch.equal(torch.cat([seen[0], seen[2]], dim=1)[0], routes)
+    # routes as wide as the second piece are that piece's own only if the first was not given them too
+    short = mi.set_routes(moe, 1, routes[:3])
+
+    def run_inside(value: Tensor, hook: Any) -> None:
+        if not moe.span(1).depth:
+            moe.bridge(ONE[:, :3])
+
+    inner = (moe.hook_name("expert_indices", 1), run_inside)
+    cache = DynamicCache(config=moe.bridge.original_model.config)
+    with torch.no_grad(), moe.bridge.hooks(fwd_hooks=[*short, inner]):
+        moe.bridge.original_model(ONE[:, :3], past_key_values=cache)
+        with pytest.raises(RouteError, match="for a pass of 2 x 3 tokens after 3 in the cache"):
+            moe.bridge.original_model(ONE[:, 3:6], past_key_values=cache)
+
+
+@pytest.mark.parametrize("positions", [None, "new", [0, -1, 6]])
+def test_threads_that_generate_touch_their_own_tokens(positions: Any) -> None:
+    moe = attach_to("olmoe")
+    prompts, touched = (ONE[:, :4], ONE), threading.local()
+    record = (moe.hook_name("expert_indices", 1), lambda value, hook: touched.found.append((value >= 0).sum(-1) == 3))
+
+    def run(tokens: Tensor, of_bridge: bool) -> list[str]:
+        touched.found = []
+        if of_bridge:
+            options: Any = {"stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+            moe.bridge.generate(tokens, max_new_tokens=4, do_sample=False, **options)
+        else:
+            generated(moe, tokens)
+        return ["".join(".x"[hit] for hit in row) for row in torch.cat(touched.found, dim=1).int().tolist()]
+
+    meet = (moe.hook_name("router_in", 1), meeting(2))
+    hooks = [*mi.force_experts(moe, 1, [1, 2, 7], positions=positions), record]
+    for of_bridge in (False, True):
+        with moe.bridge.hooks(fwd_hooks=hooks):
+            alone = [run(tokens, of_bridge) for tokens in prompts]
+        for name, function in [meet, *hooks]:
+            moe.bridge.add_hook(name, function)
+        assert at_once(*(lambda t=t, b=of_bridge: run(t, b) for t in prompts)) == alone
+        moe.bridge.reset_hooks()
+    new = len(alone[0][0]) - 4
+    expected = {None: "xxxx" + "." * new, "new": "...." + "x" * new}
+    assert positions not in (None, "new") or alone[0] == [expected[positions]] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*use_cache.*")
+def test_a_thread_of_autograd_that_computes_layers_again_knows_their_pass() -> None:
+    """As on a GPU, where the backward pass has a thread of its own: positions are still those of padded sequences."""
+    moe = attach_to("olmoe")
+    model: Any = moe.bridge.original_model
+    mask = torch.ones_like(ONE)
+    mask[0, :3] = 0
+    model.train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+    def gradient(backward: Callable[[Tensor], None]) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with moe.bridge.hooks(fwd_hooks=mi.force_experts(moe, 1, [1, 2], positions=[0, 2])):
+            backward(model(ONE, attention_mask=mask, use_cache=False).logits.square().mean())
+        return moe.spec(1).experts.down_proj.grad.clone()
+
+    def elsewhere(loss: Tensor) -> None:
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+
+    assert torch.equal(gradient(elsewhere), gradient(lambda loss: loss.backward()))
 
 
 def test_a_pass_inside_of_a_hook_is_a_pass_of_its_own(family: str) -> None:
