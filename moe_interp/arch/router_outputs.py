@@ -2,7 +2,8 @@
 
 ``read`` gives ``(logits, indices, weights)``: raw logits ``[*token, expert]``, the native route ``[*token, slot]``.
 Where the return value does not hold the raw logits, they are heard while the router runs.
-``write`` gives the router's own return value for another route, so that the family's own code goes on from it.
+``write`` gives the router's own return value for another route, so that the family's own code goes on from it; or for
+the same choice of experts (``same_route``) with other tensors of logits and weights.
 """
 
 from __future__ import annotations
@@ -43,29 +44,36 @@ class RouterLayout(Protocol):
 
     Attributes:
         hears_logits: Whether ``read`` needs the logits heard during the router's call; else it calls it once more.
+        choice: Which part of the return value says what experts are chosen.
     """
 
     hears_logits: bool
+    choice: int
 
     def read(
         self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any: ...
+    def write(
+        self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
+    ) -> Any: ...
 
 
 class Triple:
     """``(logits, weights, indices)``: nearly every family."""
 
     hears_logits = False
+    choice = 2
 
     def read(
         self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, indices = unpacked(router, out, choice=2)
+        logits, weights, indices = unpacked(router, out, self.choice)
         return logits, indices, weights
 
-    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+    def write(
+        self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
+    ) -> Any:
         indices, weights = route
         return logits, weights, indices
 
@@ -78,11 +86,13 @@ class CappedTriple(Triple):
     def read(
         self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _, weights, indices = unpacked(router, out, choice=2)
+        _, weights, indices = unpacked(router, out, self.choice)
         raw = _hear(router, rule, x) if heard is None else heard
         return raw.float(), indices, weights * _block_scale(rule)
 
-    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+    def write(
+        self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
+    ) -> Any:
         assert isinstance(rule, SigmoidTopK)
         indices, weights = route
         return rule.capped(logits), weights / _block_scale(rule), indices
@@ -106,10 +116,12 @@ class ScoresTriple(Triple):
     def read(
         self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _, weights, indices = unpacked(router, out, choice=2)
+        _, weights, indices = unpacked(router, out, self.choice)
         return (_hear(router, rule, x) if heard is None else heard), indices, weights
 
-    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+    def write(
+        self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
+    ) -> Any:
         indices, weights = route
         return (rule.scores(logits) if scores is None else scores), weights, indices
 
@@ -118,6 +130,7 @@ class DenseScores:
     """Llama 4: ``(weights at full width, logits)``, zero where an expert is not chosen."""
 
     hears_logits = False
+    choice = 0
 
     def read(
         self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
@@ -125,7 +138,9 @@ class DenseScores:
         logits = out[1]
         return logits, *rule.route(logits)
 
-    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+    def write(
+        self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
+    ) -> Any:
         indices, weights = route
         dense = torch.zeros_like(logits).scatter_add(-1, indices.clamp(min=0), weights.to(logits.dtype))
         return dense, logits
@@ -143,13 +158,16 @@ class OneHot:
     """Switch Transformers: ``(one-hot choice, weight of the choice, logits)``, all over ``[batch, pos]``."""
 
     hears_logits = False
+    choice = 0
 
     def read(
         self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return unpacked(router, out, choice=0)[2], *self.handed_on(out)
+        return unpacked(router, out, self.choice)[2], *self.handed_on(out)
 
-    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+    def write(
+        self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
+    ) -> Any:
         indices, weights = route
         chosen = torch.zeros_like(logits, dtype=torch.int64)
         chosen = chosen.scatter(-1, indices[..., :1].clamp(min=0), (indices[..., :1] >= 0).long())
@@ -166,6 +184,7 @@ class SortedPairs:
     """JetMoE: (token, slot) pairs sorted by expert: ``(order, tokens, weights, sizes, logits)``."""
 
     hears_logits = False
+    choice = 0
 
     def read(
         self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
@@ -173,8 +192,13 @@ class SortedPairs:
         logits = out[-1]
         return logits, *rule.route(logits)
 
-    def write(self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any) -> Any:
+    def write(
+        self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
+    ) -> Any:
         indices, weights = route
+        if same_route:
+            order, tokens, _, sizes, _ = out
+            return order, tokens, weights.reshape(-1)[order], sizes, logits
         experts = indices.reshape(-1)
         order = experts.sort(0).indices[(experts < 0).sum() :]
         sizes = torch.bincount(experts[experts >= 0], minlength=rule.n_experts).tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ class RoutingRule(ABC):
         n_experts: Number of routed experts.
         top_k: Experts per token.
         dtype: Number format the family casts its weights to; None leaves them as computed.
+        has_capacity: Whether its own routes may have empty slots.
     """
+
+    has_capacity: ClassVar[bool] = False
 
     n_experts: int
     top_k: int

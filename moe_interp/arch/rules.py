@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -297,6 +298,8 @@ class SwitchTop1(RoutingRule):
         capacity: Tokens per expert and sequence.
         router_dtype: Number format of the softmax.
     """
+
+    has_capacity: ClassVar[bool] = True
 
     capacity: int
     router_dtype: torch.dtype = torch.float32

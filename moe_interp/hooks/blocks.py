@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moe_interp.arch.router_outputs import DenseScores, OneHot
 from moe_interp.errors import HookError
+from moe_interp.hooks.edits import is_edited
 from moe_interp.hooks.experts import EXPERT_HOOKS, finish, mix
-from moe_interp.hooks.layer import Opened, OpenLayer, Pass, is_edited
+from moe_interp.hooks.layer import Opened, OpenLayer, Pass
 
 
 class OpenedBlock(Opened):
@@ -65,29 +66,48 @@ def _llama4(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor
     block: Any = layer.spec.container
     x = hidden.reshape(-1, hidden.shape[-1])
     out = block.router(x)
-    _follow(layer, run, out)
-    routed = finish(layer, run, mix(layer, run, x))
-    return block.shared_expert(x) + routed, out[1]
+    if layer.is_hooked(*EXPERT_HOOKS):
+        _follow(layer, run, out)
+        routed = mix(layer, run, x)
+    else:
+        # shape: (expert * token, d_model), every token by every expert, most of them scaled to 0
+        scaled = x.repeat(out[0].shape[1], 1) * out[0].transpose(0, 1).reshape(-1, 1)
+        routed = block.experts(scaled).reshape(out[0].shape[1], *x.shape).sum(dim=0)
+    return block.shared_expert(x) + finish(layer, run, routed), out[1]
 
 
 def _jetmoe(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
     block: Any = layer.spec.container
     x = hidden.reshape(-1, hidden.shape[-1])
-    block.router(x)
-    return finish(layer, run, mix(layer, run, x)).view(hidden.shape) + block.bias
+    _, tokens, weights, sizes, _ = block.router(x)
+    if layer.is_hooked(*EXPERT_HOOKS):
+        routed = mix(layer, run, x)
+    else:
+        gate, up = block.input_linear(x[tokens], sizes).chunk(2, dim=-1)
+        out = block.output_linear(block.activation(gate) * up, sizes) * weights.unsqueeze(-1)
+        routed = out.new_zeros(x.shape).index_add(0, tokens, out)
+    return finish(layer, run, routed).view(hidden.shape) + block.bias
 
 
 def _switch(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
     block: Any = layer.spec.container
-    _follow(layer, run, block.router(hidden))
-    return finish(layer, run, mix(layer, run, hidden.reshape(-1, hidden.shape[-1]))).view(hidden.shape)
+    x, out = hidden.reshape(-1, hidden.shape[-1]), block.router(hidden)
+    _follow(layer, run, out)
+    assert run.indices is not None
+    if layer.is_hooked(*EXPERT_HOOKS) or run.indices.shape[-1] > 1:
+        routed = mix(layer, run, x)
+    else:
+        chosen, weights, _ = out
+        routed = block.experts(x, chosen.view(len(x), 1, -1), weights.view(-1, 1))
+    return finish(layer, run, routed).view(hidden.shape)
 
 
 def _follow(layer: OpenLayer, run: Pass, out: Any) -> None:
     """Where a hook of TransformerLens edited the choice that the router returned, go on with the edited one."""
-    layout = layer.spec.family.layout
+    layout, handed = layer.spec.family.layout, run.handed_on
     assert isinstance(layout, DenseScores | OneHot)
-    if is_edited(out[0], run.handed_on[0]):
+    assert handed is not None
+    if not handed.is_back(out[0]) and (out[0] is handed.tensor or is_edited(out[0], handed.tensor)):
         indices, weights = layout.handed_on(out)
         run.indices, run.weights = run.fold(indices), run.fold(weights)
 

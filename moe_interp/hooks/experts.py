@@ -10,7 +10,8 @@ from torch import Tensor
 from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows
 from moe_interp.arch.grouped_products import sort_by_expert
 from moe_interp.errors import HookError
-from moe_interp.hooks.layer import Opened, OpenLayer, Pass, carries_gradient, is_edited
+from moe_interp.hooks.edits import carries_gradient
+from moe_interp.hooks.layer import Opened, OpenLayer, Pass
 from moe_interp.hooks.router import choose, with_gradient
 
 EXPERT_HOOKS = ("expert_post", "expert_out")
@@ -38,16 +39,17 @@ class OpenedExperts(Opened):
         layer = self.layer
         scale = layer.spec.block_scale
         shown = run.fold(weights) if scale == 1.0 else run.fold(weights) * scale
+        run.has_empty = _may_be_empty(run, indices) and bool((indices < 0).any())
         new_indices, new_weights, changed = choose(layer, run, run.fold(indices), shown)
-        has_empty = bool((new_indices < 0).any())
-        if layer.is_hooked(*EXPERT_HOOKS) or (has_empty and layer.spec.unreadable is None):
+        if layer.is_hooked(*EXPERT_HOOKS) or (run.has_empty and layer.spec.unreadable is None):
             routed = mix(layer, run, hidden)
             run.is_projected = layer.spec.family.latent is not None
         else:
             if changed:
                 slots = new_indices.shape[-1]
-                # an empty slot has weight 0, whatever expert is named in it
-                indices = new_indices.reshape(-1, slots).clamp(min=0) if has_empty else new_indices.reshape(-1, slots)
+                indices = new_indices.reshape(-1, slots)
+                if run.has_empty:  # an empty slot has weight 0, whatever expert is named in it
+                    indices = indices.clamp(min=0)
                 written = _unscale(new_weights, scale).reshape(-1, slots)
                 weights = written if run.is_edited else with_gradient(weights, written)
             routed = self.native_forward(hidden, indices, weights)
@@ -94,11 +96,17 @@ def finish(layer: OpenLayer, run: Pass, routed: Tensor) -> Tensor:
     run.routed_is_done = True
     if run.shared_out is not None:
         shared = run.fold(_gated(layer, run))
-        new = layer.fire("shared_out", shared)
-        if is_edited(new, shared) or carries_gradient(new):
+        new, edited = layer.offer("shared_out", shared)
+        if edited or carries_gradient(new):
             # the block adds its own shared output to this; only the edit is missing
             routed = routed + (new - shared)
     return routed.reshape(shape)
+
+
+def _may_be_empty(run: Pass, indices: Tensor) -> bool:
+    """Whether a slot may be empty before any hook of ours: by a capacity, or by a hook of TransformerLens' own."""
+    is_routers = run.handed_on is not None and run.handed_on.is_back(indices)
+    return not is_routers or run.rule is None or run.rule.has_capacity
 
 
 def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import HookError, RouteError
+from moe_interp.hooks.edits import Handed, Watched, carries_gradient, counting_copy, is_edited
 from moe_interp.hooks.thread_ownership import PerThread
 
 
@@ -30,7 +31,8 @@ class Pass:
     indices: Tensor | None = None  # [batch, pos, slot], as edited
     weights: Tensor | None = None
     is_edited: bool = False  # whether a hook changed the route, rather than only read what it is made of
-    handed_on: Any = None  # what the opened router returned, before TransformerLens' own hooks on it
+    has_empty: bool = False  # whether the route of a family that hands it to its experts has empty slots
+    handed_on: Handed | None = None  # the choice that the router returned, before TransformerLens' own hooks on it
     writer: Tensor | None = None  # [batch, pos], the intervention that wrote a token's route last
     shared_in: Tensor | None = None  # set where the block calls its shared experts before the routed ones
     shared_out: Tensor | None = None
@@ -98,29 +100,61 @@ class OpenLayer:
         return any(_has_hook(point) for point in points)
 
     def fire(self, name: str, value: Tensor, *, owned: bool = False) -> Tensor:
-        """Run one hook point; the hook may return a tensor, or edit in place and return None.
+        """Run one hook point: the activation as the hooks leave it.
+
+        A hook may return a tensor, or edit in place and return None; ``hooks/edits.py`` says what counts as an edit.
+        Shape and dtype are checked always, values only where something may have been written, so that hooks that only
+        read make the host wait for nothing.
 
         Args:
             name: The bare hook name.
             value: The activation, ``[batch, pos, ...]``.
             owned: Nobody else holds this tensor, so a hook may write into it.
+
+        Raises:
+            HookError: a hook returned something else, or another shape.
+            RouteError: a hook wrote values that cannot be: NaN, or a route that is none.
         """
+        return self._run_hooks(name, value, owned)[0]
+
+    def offer(self, name: str, value: Tensor) -> tuple[Tensor, bool]:
+        """As :meth:`fire`, and whether a hook edited the activation."""
+        result, is_written = self._run_hooks(name, value, owned=False)
+        return result, is_written and is_edited(result, value)
+
+    def _run_hooks(self, name: str, value: Tensor, owned: bool) -> tuple[Tensor, bool]:
+        """The activation after the hooks, and whether they may have written to it."""
         point = self.points.get(name)
         if point is None or not _has_hook(point):
-            return value
+            return value, False
         # an edit in place must reach neither the model's own buffers nor the value it is compared with
-        result = point(value if owned and not torch.is_grad_enabled() else value.clone())
-        if not isinstance(result, Tensor):
-            raise self._edit_error(name, f"a {type(result).__name__}", f"a tensor like {_like(value)}")
+        given = value if owned and not torch.is_grad_enabled() else counting_copy(value)
+        with Watched(given) as watch:
+            result = point(given)
+        self._check_form(name, result, value)
+        if watch.is_unedited(result):
+            has_gradient = carries_gradient(result) or carries_gradient(value)
+            return (result if has_gradient else value), False
+        result = result.to(value.dtype)
         if name == "expert_indices":
-            return self._check_indices(result, value)
-        if result.shape != value.shape:
-            raise self._edit_error(name, f"shape {tuple(result.shape)}", f"shape {tuple(value.shape)}")
-        if result.dtype != value.dtype:
-            result = result.to(value.dtype)
-        if name in ("router_logits", "router_probs", "expert_weights"):
+            check_route(result, self.spec.n_experts, f"{self.points[name].name}")
+        elif name in ("router_logits", "router_probs", "expert_weights"):
             self._check_values(name, result, value)
-        return result
+        return result, True
+
+    def _check_form(self, name: str, result: Any, before: Tensor) -> None:
+        """Refuse what is not a tensor like the activation; the number of slots may change."""
+        if not isinstance(result, Tensor):
+            raise self._edit_error(name, f"a {type(result).__name__}", f"a tensor like {_like(before)}")
+        if name != "expert_indices":
+            if result.shape != before.shape:
+                raise self._edit_error(name, f"shape {tuple(result.shape)}", f"shape {tuple(before.shape)}")
+            return
+        if result.ndim != 3 or result.shape[:2] != before.shape[:2] or result.shape[2] == 0:
+            expected = f"[{before.shape[0]}, {before.shape[1]}, slots] with at least one slot"
+            raise self._edit_error(name, f"shape {tuple(result.shape)}", expected)
+        if result.dtype.is_floating_point or result.dtype == torch.bool:
+            raise self._edit_error(name, f"dtype {result.dtype}", "integer expert ids")
 
     def _check_values(self, name: str, result: Tensor, before: Tensor) -> None:
         bad = torch.isnan(result) & ~torch.isnan(before)
@@ -133,16 +167,6 @@ class OpenLayer:
                 "finite values" if name == "expert_weights" else "numbers (-inf gives an expert the score 0)",
                 "Mend the hook; the model was left as it was.",
             )
-
-    def _check_indices(self, result: Tensor, before: Tensor) -> Tensor:
-        if result.ndim != 3 or result.shape[:2] != before.shape[:2] or result.shape[2] == 0:
-            expected = f"[{before.shape[0]}, {before.shape[1]}, slots] with at least one slot"
-            raise self._edit_error("expert_indices", f"shape {tuple(result.shape)}", expected)
-        if result.dtype.is_floating_point or result.dtype == torch.bool:
-            raise self._edit_error("expert_indices", f"dtype {result.dtype}", "integer expert ids")
-        result = result.to(before.dtype)
-        check_route(result, self.spec.n_experts, f"{self.points['expert_indices'].name}")
-        return result
 
     def _edit_error(self, name: str, given: str, expected: str) -> HookError:
         return HookError(
@@ -236,15 +260,6 @@ def pack_left(indices: Tensor) -> Tensor:
         indices = indices.gather(-1, empty.to(torch.int8).sort(dim=-1, stable=True).indices)
     widest = int((~empty).sum(dim=-1).max()) if indices.numel() else 1
     return indices[..., : max(widest, 1)]
-
-
-def is_edited(after: Tensor, before: Tensor) -> bool:
-    """Whether a hook changed an activation, judged by value."""
-    return after is not before and not (after.shape == before.shape and torch.equal(after, before))
-
-
-def carries_gradient(value: Tensor) -> bool:
-    return torch.is_grad_enabled() and value.requires_grad
 
 
 def _has_hook(point: HookPoint) -> bool:

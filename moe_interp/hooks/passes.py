@@ -235,9 +235,10 @@ def _stack_module(model: nn.Module, container: nn.Module) -> nn.Module:
 
 def _n_past(inputs: dict[str, Any]) -> int:
     count = getattr(inputs.get("past_key_values"), "get_seq_length", None)
+    if count is not None:
+        return int(count())
     position = inputs.get("cache_position")
-    first = 0 if position is None else int(position[0])
-    return first if count is None else int(count())
+    return 0 if position is None else int(position[0])
 
 
 def _width(inputs: dict[str, Any]) -> int:

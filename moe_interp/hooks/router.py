@@ -10,7 +10,8 @@ from torch import Tensor
 from moe_interp.arch.captured_logits import HeardLogits
 from moe_interp.arch.rules import HashTable, RoutingRule, SparseMixer
 from moe_interp.errors import RouteError
-from moe_interp.hooks.layer import Opened, OpenLayer, Pass, carries_gradient, is_edited
+from moe_interp.hooks.edits import Handed, carries_gradient, counting_copy
+from moe_interp.hooks.layer import Opened, OpenLayer, Pass
 
 
 class OpenedRouter(Opened):
@@ -21,11 +22,11 @@ class OpenedRouter(Opened):
         if run is None:
             return self.native_forward(hidden, *args, **kwargs)
         read = self._hooked_input(run, hidden)
-        jitters = read is not hidden and self.module.training
-        state = _random_state(hidden.device) if jitters else None
+        may_jitter = read is not hidden and self.module.training
+        state, given = (_random_state(hidden.device), Handed(read)) if may_jitter else (None, None)
         run.rule, layout = spec.rule_for(hidden.dtype), spec.family.layout
         out, heard = self._native(read, args, kwargs, run.rule.n_experts if layout.hears_logits else None)
-        if state is not None:
+        if state is not None and given is not None and not given.is_back(read):
             self._jitter(hidden, state, args, kwargs)
         flat_logits, *route = layout.read(self.module, run.rule, read, out, heard)
         leading = flat_logits.shape[:-1]
@@ -38,9 +39,10 @@ class OpenedRouter(Opened):
             assert run.logits is not None
             scores = None if run.scores is None else run.scores.reshape(*leading, -1)
             flat = (indices.reshape(*leading, -1), weights.reshape(*leading, -1))
-            written = layout.write(run.rule, run.logits.reshape(*leading, -1), scores, flat, out)
+            flat_logits = run.logits.reshape(*leading, -1)
+            written = layout.write(run.rule, flat_logits, scores, flat, out, same_route=not run.is_edited)
             out = written if run.is_edited else _as_returned(out, written)
-        run.handed_on = out
+        run.handed_on = Handed(out[layout.choice])
         return out
 
     def _native(
@@ -57,21 +59,19 @@ class OpenedRouter(Opened):
         """What the router reads: the block's own tensor, unless a hook edited it or its gradient must arrive."""
         if not self.layer.is_hooked("router_in"):
             return hidden
-        folded = run.fold(hidden)
-        new = self.layer.fire("router_in", folded)
-        if not (is_edited(new, folded) or carries_gradient(new)):
+        new, edited = self.layer.offer("router_in", run.fold(hidden))
+        if not (edited or carries_gradient(new)):
             return hidden
         # in training some routers write their jitter into their input, and the hook's tensor is not theirs to write to
-        return new.reshape(hidden.shape).clone() if self.module.training else new.reshape(hidden.shape)
+        new = new.reshape(hidden.shape)
+        return counting_copy(new) if self.module.training else new
 
     def _jitter(self, hidden: Tensor, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the router write the jitter of the hook's tensor into the block's as well, where the experts read.
+        """Let a router that writes its jitter into its input write it into the block's as well, where experts read.
 
         The same random numbers are drawn twice, and the generator is left as one call leaves it.
         """
         after = _random_state(hidden.device)
-        if torch.equal(after, state):
-            return
         _set_random_state(hidden.device, state)
         self.native_forward(hidden, *args, **kwargs)
         _set_random_state(hidden.device, after)
@@ -80,23 +80,23 @@ class OpenedRouter(Opened):
         self, run: Pass, rule: RoutingRule, logits: Tensor, indices: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, bool]:
         """Fire the hooks before selection; select anew where they edited, carry a gradient where one must arrive."""
-        run.logits = self.layer.fire("router_logits", logits)
+        run.logits, edited = self.layer.offer("router_logits", logits)
         changed = self._differentiates(rule, run.logits, "router_logits")
-        if is_edited(run.logits, logits):
+        if edited:
             indices, weights = _route(rule, run.logits, indices)
             run.is_edited = True
         elif changed:
-            weights = with_gradient(weights, rule.weights(run.logits, indices))
+            weights = with_gradient(weights, rule.weights(run.logits, indices, are_valid=True))
         if self.layer.is_hooked("router_probs"):
             scores = rule.scores(run.logits)
             assert scores is not None
-            new = self.layer.fire("router_probs", scores)
-            if is_edited(new, scores):
+            new, edited = self.layer.offer("router_probs", scores)
+            if edited:
                 run.scores, run.is_edited = new, True
                 indices, weights = _route_scores(rule, new, indices)
             elif self._differentiates(rule, new, "router_probs"):
                 run.scores, changed = new, True
-                weights = with_gradient(weights, rule.weights_from_scores(new, indices))
+                weights = with_gradient(weights, rule.weights_from_scores(new, indices, are_valid=True))
         if run.is_edited:
             check_weights(weights, self.layer)
         return indices, weights, changed or run.is_edited
@@ -131,15 +131,15 @@ def _as_returned(out: tuple[Any, ...], written: tuple[Any, ...]) -> tuple[Any, .
 
 def choose(layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Fire ``expert_indices`` and ``expert_weights``: the route that runs, and whether a hook had a part in it."""
-    new_indices = layer.fire("expert_indices", indices)
-    changed = is_edited(new_indices, indices)
+    new_indices, changed = layer.offer("expert_indices", indices)
     if changed:
         weights = _reweigh(layer, run, indices, weights, new_indices)
-    run.indices, run.is_edited = new_indices, run.is_edited or changed
-    new_weights = layer.fire("expert_weights", weights)
+        run.has_empty = bool((new_indices < 0).any())
+    run.indices = new_indices
+    new_weights, edited = layer.offer("expert_weights", weights)
+    changed = changed or edited
+    run.is_edited = run.is_edited or changed
     if new_weights is not weights:
-        changed = changed or is_edited(new_weights, weights)
-        run.is_edited = run.is_edited or changed
         changed = changed or carries_gradient(new_weights)
         new_weights = new_weights.masked_fill(new_indices < 0, 0.0)
     run.weights = new_weights

@@ -11,7 +11,8 @@ from torch import Tensor, tensor
 from transformer_lens.hook_points import HookPoint
 
 from moe_interp.errors import HookError, RouteError
-from moe_interp.hooks.layer import OpenLayer, Pass, check_route, is_edited
+from moe_interp.hooks.edits import is_edited
+from moe_interp.hooks.layer import OpenLayer, Pass, check_route
 
 
 def layer_with(name: str, hook: Any = None, direction: str = "fwd") -> OpenLayer:
