@@ -15,11 +15,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError, ConfigError, HookError
-from moe_interp.hooks.find_layers import close_layer, describe_layer, find_layers, open_layer
+from moe_interp.hooks.find_layers import close_layer, describe_layer, find_layers, find_place, open_layer
 from moe_interp.hooks.layer import OpenLayer, Pass, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
 from moe_interp.hooks.passes import Passes, Span
-from moe_interp.hooks.places import find_place
 from moe_interp.hooks.thread_ownership import LayerHookPoint, Turns
 from moe_interp.types import Layer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -57,6 +58,41 @@ def find_layers(bridge: TransformerBridge) -> dict[Layer, tuple[str, MoESpec]]:
         "a Mixture-of-Experts model",
         "See moe_interp.support_table() for the families.",
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A path in a model, at which a layer was found: to notice when something else is put there.
+
+    Attributes:
+        model: The transformers model.
+        path: Of the layer, inside of any wrappers; empty where it was not found.
+        inside: Of the block of experts within the layer, when it was found.
+    """
+
+    model: nn.Module
+    path: str
+    inside: str
+
+    def still_holds(self, container: nn.Module) -> bool:
+        """Whether the layer that is there now holds the block, wherever in it."""
+        try:
+            layer = self.model.get_submodule(self.path)
+        except AttributeError:
+            return False
+        try:
+            if layer.get_submodule(self.inside) is container:
+                return True
+        except AttributeError:  # something was put around it
+            pass
+        return any(module is container for module in layer.modules())
+
+
+def find_place(model: nn.Module, spec: MoESpec) -> Place:
+    """Where a spec's layer is, as the model calls it."""
+    path = next((name for name, module in model.named_modules() if unwrap(module) is spec.hf_layer), "")
+    layer = model.get_submodule(path)
+    return Place(model, path, next((name for name, module in layer.named_modules() if module is spec.container), ""))
 
 
 def describe_layer(bridge: TransformerBridge, layer: Any) -> str:
