@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +98,29 @@ def test_scopes_of_the_auxiliary_loss_by_hand():
     assert auxiliary("z_loss", {0: uneven}) == pytest.approx(1e-3 * squares, rel=1e-6)
     both = auxiliary("micro_batch", {0: uneven}) + auxiliary("z_loss", {0: uneven})
     assert auxiliary("micro_batch+z_loss", {0: uneven}) == pytest.approx(both, rel=1e-6)
+
+
+def test_the_reference_loss_is_that_of_each_domain_in_its_own_block():
+    sizes = TINY.model.model_copy(update={"n_experts": 8})
+    config = TINY.model_copy(update={"domains": ("a", "b", "c"), "balance": 1.0, "model": sizes})
+    spec = SimpleNamespace(n_experts=8, top_k=2)
+    moe = SimpleNamespace(spec=lambda layer: spec, layers=(0,))
+    strategy = make_strategy("reference", Setting(moe, config, ("a", "b", "c")))
+    generator = torch.Generator().manual_seed(0)
+    domain = torch.tensor([[0, 0, 2, 2, 2], [0, 2, 2, 0, 0]])  # nothing of b
+    logits = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    blocks = reference_blocks(("a", "b", "c"), 8, 2)
+    chosen = logits.masked_fill(~blocks[domain], -1e9).topk(2, dim=-1).indices
+    chosen[0, 1, 1] = -1
+    expected = 0.0
+    for d in (0, 2):
+        here, block = domain == d, blocks[d].nonzero()[:, 0]
+        taken = torch.tensor([float((chosen[here] == e).sum()) for e in block])
+        probs = logits[here][:, block].softmax(-1)
+        expected += here.double().mean() * balance_loss(probs, taken.double() / taken.sum())
+    batch = Batch(torch.zeros(2, 5).long(), domain, 0, True)
+    found = strategy.auxiliary_loss({0: RouterRecord(logits, chosen, chosen)}, batch, None)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_running_load_moves_towards_each_steps_load():
