@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,10 +20,8 @@ from moe_interp.hooks.layer import OpenLayer, Pass, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
 from moe_interp.hooks.passes import Passes, Span
 from moe_interp.hooks.thread_ownership import LayerHookPoint, Turns
+from moe_interp.hooks.verification_table import Verification
 from moe_interp.types import Layer
-
-if TYPE_CHECKING:
-    from moe_interp.verification.verify import Verification
 
 _MARK = "_moe_interp_hooks"
 _VERIFY = "moe_interp.verification.verify:verify"  # of a floor above: found when it is asked for
@@ -190,7 +188,7 @@ class MoEHooks:
 
     def verify(self, tokens: Tensor | str | None = None, layers: Sequence[Layer] | None = None) -> Verification:
         """Check every hook by cause on this very model: see :func:`moe_interp.verification.verify.verify`."""
-        verify = resolve_name(_VERIFY)
+        verify: Callable[..., Verification] = resolve_name(_VERIFY)
         return verify(self, tokens, None if layers is None else [self.layer_label(label) for label in layers])
 
     @contextmanager

@@ -51,8 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assets": BASE,
 }
 EVERYTHING = {"cli", "__init__"}
-# the public table, by which results find what loads and shows them; the type of what MoEHooks.verify returns
-UPWARD = {("results", "__init__"), ("hooks", "verification")}
+# the public table, by which results find what loads and shows them
+UPWARD = {("results", "__init__")}
 IMPORTS = (ast.Import, ast.ImportFrom)
 
 

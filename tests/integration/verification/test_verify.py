@@ -16,7 +16,7 @@ from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.names import HOOK_NAMES
 from moe_interp.hooks.transformer_lens_hooks import THEIR_HOOKS
-from moe_interp.verification.verify import COLUMNS, Verification
+from moe_interp.hooks.verification_table import COLUMNS, Verification
 from tests import tiny
 
 # (family of the table, hook) -> why a check has no meaning there, in tests' tiny models
