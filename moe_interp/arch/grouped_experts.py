@@ -9,11 +9,10 @@ from torch import Tensor
 
 from moe_interp.arch.expert_functions import ExpertFunctions, StackedFunctions
 from moe_interp.arch.grouped_products import RowGroups, can_be_grouped
-from moe_interp.arch.products import HAS_WIDE_PRODUCTS
 
-# rows an expert: with fewer, grouped products are up to 1.6 times as fast; with more the loop up to 1.25 times, as it
+# rows an expert: with fewer, grouped products are up to 1.6 times as fast; with many the loop up to 1.25 times, as it
 # keeps an expert's rows in the processor's cache (measured at widths from 64 to 2048)
-LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 64
+LOOP_FROM_ROWS = 16
 
 
 def hidden_of_rows(experts: ExpertFunctions, rows: Tensor, groups: RowGroups, grouped: bool | None = None) -> Tensor:

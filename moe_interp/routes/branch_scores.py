@@ -306,29 +306,28 @@ def _expert_outputs(base: RecordedPass, layer: int, tokens: Tensor, needed: Tens
     outputs = x.new_zeros(spec.n_experts, len(tokens), spec.d_model)
     flat = outputs.view(-1, spec.d_model)
     place = needed.t().flatten().nonzero().flatten()  # of ``flat``: sorted by expert
+    token = place % len(tokens)
     groups = RowGroups.of_sorted(place // len(tokens), spec.n_experts)
 
     def read(some: slice) -> Tensor:
-        token = place[some] % len(tokens)
-        return x[token] if scale is None else x[token] * scale[token, groups.experts[some], None].to(x.dtype)
+        rows = x.index_select(0, token[some])
+        return rows if scale is None else rows * scale[token[some], groups.experts[some], None].to(x.dtype)
+
+    def put(some: slice, found: Tensor) -> None:
+        flat.index_copy_(0, place[some], (found if project is None else project(found)).to(x.dtype))
 
     with spec.reading_experts():
-        experts, project = spec.expert_functions, spec.project or _unchanged
+        experts, project = spec.expert_functions, spec.project
         if takes_grouped_products(experts, x, len(place)):
             # what a part of the rows takes on its way is no larger than the outputs
             row = 2 * x.shape[-1] + 3 * experts.d_expert + spec.d_model
             for some, part in groups.parts(max(1, outputs.numel() // row)):
                 neurons = hidden_of_rows(experts, read(some), part, grouped=True)
-                out = output_of_rows(experts, neurons, part, x.shape[-1], grouped=True)
-                flat[place[some]] = project(out).to(x.dtype)
+                put(some, output_of_rows(experts, neurons, part, x.shape[-1], grouped=True))
         else:
             for some, expert in groups.each():
-                flat[place[some]] = project(experts.output(experts.hidden(read(some), expert), expert)).to(x.dtype)
+                put(some, experts.output(experts.hidden(read(some), expert), expert))
     return outputs
-
-
-def _unchanged(values: Tensor) -> Tensor:
-    return values
 
 
 def _input_weights(base: RecordedPass, layer: int, tokens: Tensor) -> Tensor:
