@@ -61,6 +61,7 @@ class ExpertChoice(Strategy):
     """
 
     name = "expert_choice"
+    has_varying_width = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

@@ -109,10 +109,12 @@ class Strategy:
 
     ``needs_step_load``: the loop measures the load of the whole optimiser step, over all processes and micro-batches,
     in a pass without gradient beforehand, and hands it to :meth:`auxiliary_loss`.
+    ``has_varying_width``: routes are wider at one step than at another, so that nothing is compiled for their shape.
     """
 
     name = "none"
     needs_step_load = False
+    has_varying_width = False
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

@@ -37,6 +37,7 @@ class Joined(Strategy):
         super().__init__(setting)
         self.parts = parts
         self.needs_step_load = any(part.needs_step_load for part in parts)
+        self.has_varying_width = any(part.has_varying_width for part in parts)
 
     def rebind(self, moe: MoEHooks) -> None:
         super().rebind(moe)

@@ -94,8 +94,12 @@ def compile_or_warn(
         for parameter in model.parameters():
             parameter.grad = None
     if failure is not None:
-        message = f"torch.compile with {backend!r} failed, so the run goes on without it: {_reason(failure)}"
-        warnings.warn(message, NotCompiledWarning, stacklevel=2)
+        say_not_compiled(f"torch.compile with {backend!r} failed, {_reason(failure)}")
+
+
+def say_not_compiled(why: str) -> None:
+    """Warn that a run that was to be compiled is not."""
+    warnings.warn(f"The run goes on without torch.compile: {why}", NotCompiledWarning, stacklevel=3)
 
 
 def _reason(error: Exception) -> str:

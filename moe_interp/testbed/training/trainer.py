@@ -28,7 +28,13 @@ from moe_interp.testbed.evaluate import Evaluation, evaluate, token_losses
 from moe_interp.testbed.model import bridge_model, build_model, model_tensors, train_tokenizer
 from moe_interp.testbed.strategies.strategy import Batch, Hook, Loads, Records, Setting, recorded
 from moe_interp.testbed.strategies.table import make_strategy
-from moe_interp.testbed.training.compilation import Compile, check_compile, chosen_backend, compile_or_warn
+from moe_interp.testbed.training.compilation import (
+    Compile,
+    check_compile,
+    chosen_backend,
+    compile_or_warn,
+    say_not_compiled,
+)
 from moe_interp.testbed.training.optimizers import make_optimizers, skip_steps
 from moe_interp.testbed.training.step_numbers import StepNumbers
 from moe_interp.testbed.training.training_model import TrainingModel, router_hooks, twin
@@ -99,6 +105,10 @@ class Trainer:
         self.bridge.train()
         self.network.train()
         self.backend = chosen_backend(compile, config, self.device)
+        if self.backend is not None and self.strategy.has_varying_width:
+            self.backend = None
+            if compile is not None:
+                say_not_compiled(f"routes of {config.strategy} are wider at one step than at another")
         self.step, self.history = 0, list[dict[str, Any]]()
         self.saved: Path | None = None
         self._unchecked: list[tuple[int, Tensor]] = []

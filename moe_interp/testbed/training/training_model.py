@@ -106,7 +106,7 @@ class TrainingModel(nn.Module):
         for layer in moe.layers:
             block = layers[layer].mlp
             block.gate = self.routers[layer] = TrainingRouter(block.gate, moe.spec(layer))
-            block.experts = self._experts[layer] = TrainingExperts(block.experts)
+            block.experts = self._experts[layer] = TrainingExperts(block.experts, moe.spec(layer).top_k)
         self._compiled: list[Callable[..., Any]] | None = None
 
     @property
@@ -237,9 +237,10 @@ def _padded(values: Tensor, slots: int, fill: float) -> Tensor:
 class TrainingExperts(nn.Module):
     """The family's own experts, in autocast's format: torch's grouped products are not among what autocast casts."""
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: nn.Module, top_k: int) -> None:
         super().__init__()
         self.experts: Any = experts
+        self.top_k = top_k
         self._empty_slots = False
 
     def set_empty_slots(self, possible: bool) -> None:
@@ -261,8 +262,20 @@ class TrainingExperts(nn.Module):
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         if self._empty_slots:
             indices = indices.masked_fill(indices < 0, self.experts.num_experts)
+            if hidden.device.type == "cpu" and indices.shape[-1] > self.top_k:
+                return self._one_by_one(hidden, indices, weights)
         if not torch.is_autocast_enabled(hidden.device.type):
             return self.experts(hidden, indices, weights)
         dtype = torch.get_autocast_dtype(hidden.device.type)
         cast = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}
         return torch.func.functional_call(self.experts, cast, (hidden.to(dtype), indices, weights))
+
+    @torch.compiler.disable
+    def _one_by_one(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Wide routes are mostly empty: a processor's grouped product would walk through their empty slots as well."""
+        config = self.experts.config
+        before, config._experts_implementation = config._experts_implementation, "eager"
+        try:
+            return self.experts(hidden, indices, weights)
+        finally:
+            config._experts_implementation = before

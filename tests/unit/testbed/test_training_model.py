@@ -216,9 +216,11 @@ def test_a_step_of_training_does_not_wait_for_the_device(family: str, strategy: 
     trainer.train_step()
     with HostWaits() as waits:
         made = trainer.train_step()
-    # how wide the widest token's route is: its tensor must be as wide
-    widths = TINY.micro_batches * TINY.model.n_layers if strategy == "expert_choice" else 0
-    assert waits.found.total() == widths, waits.found
+    if strategy == "expert_choice":
+        # how wide the widest token's route is: its tensor must be as wide; a GPU runs no experts one by one
+        assert waits.found["aten::_local_scalar_dense"] >= TINY.micro_batches * TINY.model.n_layers
+    else:
+        assert not waits.found
     with HostWaits() as waits:
         assert made["loss"] > 0
     assert waits.found == {"tolist": 2}  # of all steps that nobody has looked at, and of this one
@@ -332,10 +334,19 @@ def test_where_compilation_fails_a_run_says_so_once_and_goes_on(monkeypatch) -> 
     assert len(warned) == 1
     said = str(warned[0].message)
     assert "torch.compile with 'broken_for_a_test' failed" in said
+    assert "The run goes on without torch.compile" in said
     assert "no compiler here" in said
     assert "and more" not in said
     plain = train(TINY, domains=DOMAINS, progress=False)
     assert [record["loss"] for record in run.history] == [record["loss"] for record in plain.history]
+
+
+def test_routes_that_change_their_width_are_not_compiled() -> None:
+    config = TINY.model_copy(update={"strategy": "expert_choice"})
+    with pytest.warns(NotCompiledWarning, match="routes of expert_choice are wider at one step"):
+        trainer = Trainer(config, DOMAINS, Accelerator(), compile="eager")
+    assert trainer.train_step()["loss"] > 0
+    assert not trainer.network.is_compiled
 
 
 def test_a_run_is_compiled_where_it_pays_or_is_asked_for() -> None:
