@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from gpu_model import build, free
+from gpu_model import build
 from gpu_parts import EXPERT_OUT, ROUTER_HOOKS, Bench, random_routes, readers
 from gpu_shapes import SHAPES, Sizes
 from gpu_timing import Limit, repeated, seconds_of
@@ -18,10 +19,12 @@ from moe_interp.experiments.counterfactual.experiment import counterfactual_rout
 from moe_interp.hooks.attach import attach
 from moe_interp.testbed.domains.registry import load_domains
 from moe_interp.testbed.presets import PAPER, SMOKE
+from moe_interp.testbed.training.compilation import DEFAULT_BACKEND, NotCompiledWarning
 from moe_interp.testbed.training.trainer import Trainer
 
 BOUND = 2e-5  # nats, between branches and full passes in float32
-STEPS = 5
+STEPS = 4
+COMPILING = 75.0  # seconds, on a GPU: the compiler, and some steps
 
 
 @torch.no_grad()
@@ -92,21 +95,39 @@ def measure_experiment(bench: Bench, cells: dict[str, str]) -> None:
     cells["experiment"] = f"{seconds:.1f} s for {n_routes:,} routes, {n_routes / seconds:,.0f} a second{said}"
 
 
-def measure_paper(device: torch.device, limit: Limit, cells: dict[str, str], *, tiny: bool) -> None:
-    """Steps of the testbed on a small part of its data: the same model, tokens a step and strategy."""
-    size = {"steps": STEPS + 1, "data_scale": 0.05, "validation_sequences": 8, "strategy": "micro_batch"}
+def measure_paper(
+    device: torch.device, limit: Limit, cells: dict[str, str], say: Callable[[str], None], *, tiny: bool
+) -> None:
+    """Steps of the testbed on a small part of its data, the same model, tokens a step and strategy; then compiled.
+
+    A run of the preset's length is compiled on a GPU, one of a few steps is not unless that is asked for.
+    """
+    n_steps = 2 * STEPS + 3  # a warm-up each, and the one that compiles
+    size = {"steps": n_steps, "data_scale": 0.05, "validation_sequences": 8, "strategy": "micro_batch"}
     small = {"micro_batch": 4, "domains": ("facts", "puzzles"), "data_scale": 0.01}
     config = SMOKE.model_copy(update=size | small) if tiny else PAPER.model_copy(update=size)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    trainer = Trainer(config, load_domains(config), Accelerator(cpu=not on_gpu), "bf16" if on_gpu else "no")
+    accelerator, precision = Accelerator(cpu=not on_gpu), "bf16" if on_gpu else "no"
+    trainer = Trainer(config, load_domains(config), accelerator, precision, device, compile=False)
     millions = sum(p.numel() for p in trainer.bridge.original_model.parameters()) / 1e6
-    times = repeated(trainer.train_step, device, limit.left(), STEPS)
     tokens = config.length * config.micro_batch * config.micro_batches
-    seconds = statistics.median(times)
-    peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.0f} GiB" if on_gpu else ""
-    said = f"{tokens:,} tokens in {seconds:.2f} s, {millions:.3g}M parameters{peak}"
-    cells["paper"] = f"{tokens / seconds:,.0f} tokens a second ({said})"
-    del trainer
-    free(device)
+
+    def steps(row: str, before: float) -> None:
+        seconds = statistics.median(repeated(trainer.train_step, device, limit.left(), STEPS))
+        trainer.check()
+        peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.0f} GiB" if on_gpu else ""
+        said = f"{tokens:,} tokens in {seconds:.2f} s, {millions:.3g}M parameters{peak}"
+        compiled = f", {before:.0f} s to compile" if before else ""
+        cells[row] = f"{tokens / seconds:,.0f} tokens a second ({said}{compiled})"
+
+    steps("paper", 0.0)
+    if limit.left() < COMPILING * on_gpu:
+        say(f"compiled steps skipped: about {COMPILING:.0f} s needed, {max(limit.left(), 0.0):.1f} s left")
+        return
+    trainer.backend = DEFAULT_BACKEND if on_gpu else "eager"  # the processor's compiler is not what is measured
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotCompiledWarning)
+        first = seconds_of(trainer.train_step, device)
+    steps("paper_compiled", first)

@@ -12,7 +12,7 @@ from gpu_model import build, free, implementations
 from gpu_parts import PARTS, Bench
 from gpu_runs import measure_exactness, measure_experiment, measure_gemm, measure_paper
 from gpu_shapes import REAL_SIZES, SHAPES, TINY_SIZES
-from gpu_table import machine, markdown, model_rows, run_rows
+from gpu_table import NOT_MEASURED, machine, markdown, model_rows, run_rows
 from gpu_timing import Limit, LimitReached
 
 RESERVE = 0.1  # of the limit, and two seconds at most: for what runs at its end, and the table
@@ -74,8 +74,8 @@ class Session:
             self.attempt(self.title(name), (), partial(self.model, name, limit))
             free(self.device)
         if self.fits("testbed", 0.0 if self.tiny else PREPARATION, self.limit):
-            paper = self.limit.share(0.9)
-            self.attempt("testbed", ("paper",), lambda: measure_paper(self.device, paper, self.cells, tiny=self.tiny))
+            self.attempt("testbed", ("paper", "paper_compiled"), self.testbed)
+            free(self.device)
 
     def fits(self, name: str, seconds: float, limit: Limit) -> bool:
         if seconds <= limit.left():
@@ -94,7 +94,7 @@ class Session:
                 self.cells.setdefault(row, f"failed ({type(error).__name__})")
         else:
             if rows:
-                self.say(f"{name}: " + "; ".join(self.cells[row] for row in rows))
+                self.say(f"{name}: " + "; ".join(self.cells.get(row, NOT_MEASURED) for row in rows))
 
     def exactness(self) -> None:
         self.failed |= not measure_exactness(self.sizes, self.device, self.cells, tiny=self.tiny)
@@ -103,6 +103,9 @@ class Session:
     def product(self) -> None:
         self.gemm = measure_gemm(self.sizes, self.device, self.dtype, self.cells)
         free(self.device)
+
+    def testbed(self) -> None:
+        measure_paper(self.device, self.limit.share(0.9), self.cells, self.say, tiny=self.tiny)
 
     def model(self, name: str, limit: Limit) -> None:
         """One model's column."""

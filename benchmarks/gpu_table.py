@@ -49,6 +49,7 @@ def run_rows(sizes: Sizes) -> dict[str, str]:
         "gemm": f"matrix product, {sizes.gemm} cubed",
         "experiment": f"`counterfactual_routes`, OLMoE's shape, {whole}, controls",
         "paper": "a `paper` step of the testbed, `micro_batch`",
+        "paper_compiled": "the same compiled, as a run of the preset's length is",
     }
 
 
