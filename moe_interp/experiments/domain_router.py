@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.engine import threads_asleep
+from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import tokens_per_pass
 from moe_interp.engine.rerun import PrefixRunner
 from moe_interp.errors import DataError
@@ -33,7 +34,6 @@ from moe_interp.experiments.isolation.data import pooled_name
 from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.experiments.isolation.scoring import by_item
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.interventions import set_routes
 from moe_interp.interventions.positions import Positions
 from moe_interp.progress import Report, reporting

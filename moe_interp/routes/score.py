@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moe_interp.engine import threads_asleep
+from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes.branch_scores import LayerRoutes, RouteScores, branch_scores
 from moe_interp.routes.inputs import Tokens, by_label, check_budget, check_routes, check_tokens, decoder_layer, scorable

@@ -23,10 +23,10 @@ from torch import Tensor
 from moe_interp.checks import as_whole, check_seed
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.branches import BranchRunner
+from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch_scores import LayerRoutes, block_outputs
 from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layers, scorable

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from moe_interp.hooks.eval_mode import eval_mode
+from moe_interp.engine.eval_mode import eval_mode
 from moe_interp.tokenization import bos_first
 
 

@@ -13,9 +13,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.offload import device_of
+from moe_interp.engine.eval_mode import eval_mode
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.eval_mode import eval_mode
 from moe_interp.tokenization import TextReader
 from moe_interp.types import Layer
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import moe_interp as mi
+from moe_interp.engine.eval_mode import eval_mode
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.hooks.eval_mode import eval_mode
 from moe_interp.testbed.generate import complete
 from tests import tiny
 from tests.integration.routes.helpers import random_routes

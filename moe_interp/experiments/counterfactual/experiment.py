@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_interp.arch.offload import device_of
 from moe_interp.checks import as_whole
 from moe_interp.engine import threads_asleep
+from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import tokens_per_pass
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError
@@ -27,7 +28,6 @@ from moe_interp.experiments.identity.naming import model_name
 from moe_interp.experiments.inputs.repeats import distinct_sequences
 from moe_interp.experiments.inputs.sequences import ScoredSequence, SequenceBatch, batches_of_sequences, read_sequences
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum

@@ -17,6 +17,7 @@ import torch
 from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.engine import threads_asleep
+from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import tokens_per_pass
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.identity.model import model_identity, weights_of
@@ -37,7 +38,6 @@ from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.experiments.isolation.scoring import NaiveScorer, PrefixScorer, by_item, rounding
 from moe_interp.experiments.isolation.variants import ExpertSet, Mode, expert_sets
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.hooks.eval_mode import in_eval_mode
 from moe_interp.interventions.force import Mass, check_mass
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from moe_interp.arch.routing_rule import at_least_float
+from moe_interp.engine.eval_mode import eval_mode
 from moe_interp.errors import ConfigError, MoEInterpError, ResultError, TrainingError
 from moe_interp.hooks.attach import attach
-from moe_interp.hooks.eval_mode import eval_mode
 from moe_interp.results.files import replacing
 from moe_interp.results.seals import read_sealed, sealed_zip
 from moe_interp.testbed.config import TestbedConfig
