@@ -14,28 +14,32 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineMod
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizerFast
+from transformer_lens.utilities.devices import get_device
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from moe_interp.cli.options import DEMO, check_dtype, check_model
+from moe_interp.cli.options import AUTO, DEMO, DTYPES, check_dtype, check_model
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.testbed.demo import load_demo_assets
 
 
-def load_bridge(model: str, device: str | None = None, dtype: str = "float32", **options: Any) -> TransformerBridge:
+def load_bridge(
+    model: str, device: str | None = None, dtype: str = "float32", device_map: Any = None, **options: Any
+) -> TransformerBridge:
     """A bridge in eval mode; without a tokenizer where a folder holds none.
 
     Args:
         model: "demo", a folder with a transformers checkpoint, or a hub name. ``HF_HUB_OFFLINE=1`` is honoured: then
             only what is already in the cache is found.
         device: A torch device; TransformerLens' own choice by default.
-        dtype: A name of ``options.DTYPES``.
+        dtype: A name of ``options.DTYPES``, or "auto": the checkpoint's own on a GPU, float32 on a CPU.
+        device_map: How accelerate spreads the model over devices ("auto", or a mapping); then without ``device``.
         options: Handed on to ``TransformerBridge.boot_transformers``.
 
     Raises:
-        ConfigError: an unknown number format or device, a folder that is not there, a name that is not on the hub or
-            cannot be reached, or a model that TransformerLens does not bridge.
+        ConfigError: an unknown number format or device, a quantised checkpoint, a folder that is not there, a name that
+            is not on the hub or cannot be reached, or a model that TransformerLens does not bridge.
     """
     check_dtype(dtype)
     source = _source(model)
@@ -45,9 +49,13 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
     has_text = not Path(source).is_dir() or _has_tokenizer(Path(source))
     if not has_text:
         options = {"tokenizer": _stand_in(), **options}
+    place = {"device": _device(device)} if device_map is None else {"device_map": device_map}
+    config = _config(source)
+    if unpacked := _unpacked(model, config):
+        options = {"hf_config_overrides": unpacked, **options}
     try:
         bridge = TransformerBridge.boot_transformers(
-            source, device=_device(device), dtype=getattr(torch, dtype), **options
+            source, **place, dtype=_dtype(dtype, device or ("cpu" if _is_without_gpu() else "cuda"), config), **options
         )
     except Exception as error:  # damaged weights raise errors of any class
         if "allocate" in str(error):  # out of memory
@@ -60,14 +68,14 @@ def load_bridge(model: str, device: str | None = None, dtype: str = "float32", *
     return bridge
 
 
-def load_hooks(model: str, device: str | None = None, dtype: str = "float32") -> MoEHooks:
+def load_hooks(model: str, device: str | None = None, dtype: str = "float32", device_map: Any = None) -> MoEHooks:
     """The same, attached.
 
     Raises:
         ConfigError: as for :func:`load_bridge`.
         AttachError: a model without MoE layers, or of an unknown family.
     """
-    return attach(load_bridge(model, device, dtype))
+    return attach(load_bridge(model, device, dtype, device_map))
 
 
 def _source(model: str) -> str:
@@ -100,6 +108,47 @@ def _device(device: str | None) -> str | None:
             f"--device {device} ({str(error).splitlines()[0]})", "a device that this machine has", "Try --device cpu."
         ) from error
     return device
+
+
+def _is_without_gpu() -> bool:
+    return get_device() == "cpu"
+
+
+def _config(source: str) -> dict[str, Any]:
+    """A checkpoint's configuration as it is written; empty where it cannot be read, which loading explains."""
+    try:
+        return dict(PretrainedConfig.get_config_dict(source)[0])
+    except Exception:  # the network's, the hub's and the file's, all of which loading meets again
+        return {}
+
+
+def _dtype(name: str, device: str, config: dict[str, Any]) -> torch.dtype:
+    if name != AUTO:
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    text = config.get("text_config") or {}
+    own = next((c[key] for c in (config, text) for key in ("dtype", "torch_dtype") if c.get(key)), "float32")
+    own = str(own).removeprefix("torch.")
+    return torch.float32 if device == "cpu" or own not in DTYPES else getattr(torch, own)
+
+
+def _unpacked(model: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a quantised checkpoint's configuration must say so that its weights are unpacked in loading.
+
+    Packed weights cannot be read expert by expert.
+
+    Raises:
+        ConfigError: weights that transformers does not unpack.
+    """
+    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if not quantised:
+        return {}
+    if quantised.get("quant_method") == "mxfp4":
+        return {"quantization_config": {**quantised, "dequantize": True}}
+    raise ConfigError(
+        f"{model}, a checkpoint quantised by {quantised.get('quant_method', 'an unknown method')}",
+        f"weights in {', '.join(DTYPES)}",
+        "Give a checkpoint that is not quantised, or dequantise it with transformers and save it.",
+    )
 
 
 def _explained(model: str, error: Exception) -> ConfigError:

@@ -20,6 +20,8 @@ from moe_interp.errors import ConfigError, DataError, ResultError
 DEMO = "demo"
 # What the library accepts, in words: the modules that say so load torch. A test compares them.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+AUTO = "auto"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 MODES = ("force", "ablate")
 METHODS = ("auto", "branch", "naive")
 SAMPLERS = ("gumbel", "uniform", "one-swap", "all")
@@ -52,7 +54,20 @@ def completes(known: Collection[str]) -> Callable[[str], list[str]]:
 Model = Annotated[str, typer.Option("--model", "-m", help="A hub name, a local folder, or 'demo'.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result, the figures and the page.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default the best there is.")]
-Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.", autocompletion=completes(DTYPES))]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help=f"{', '.join(DTYPES)}, or auto: the checkpoint's own on a GPU, float32 on a CPU.",
+        autocompletion=completes((AUTO, *DTYPES)),
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the model over several devices and, if need be, the CPU: auto, or another of accelerate's ways.",
+        autocompletion=completes(DEVICE_MAPS),
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 First = Annotated[int | None, typer.Option(help="Use the first N of each domain, or of each file without domains.")]
 PromptField = Annotated[str, typer.Option(help="The field of the files that holds the prompt.", metavar="NAME")]
@@ -62,7 +77,9 @@ AnswerField = Annotated[
 Layers = Annotated[
     list[str] | None, typer.Option(help="MoE layers, e.g. 0,3,-1 or encoder.1; all by default.", metavar="LAYERS")
 ]
-Memory = Annotated[float | None, typer.Option(help="Memory a pass may use, in GiB; by default half of what is free.")]
+Memory = Annotated[
+    float | None, typer.Option(help="Memory a pass may use, in GiB; by default what is free (on a CPU half of it).")
+]
 Resume = Annotated[bool, typer.Option(help="Go on with the finished cells in --out.")]
 
 
@@ -136,7 +153,20 @@ def check_dtype(dtype: str) -> None:
     Raises:
         ConfigError: it is.
     """
-    check_one_of("--dtype", dtype, DTYPES, "a number format")
+    check_one_of("--dtype", dtype, (*DTYPES, AUTO), "a number format")
+
+
+def check_device_map(device_map: str | None, device: str | None) -> None:
+    """Refuse an unknown way of spreading a model, and one beside a single device.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if device_map is None:
+        return
+    check_one_of("--device-map", device_map, DEVICE_MAPS, "a way of spreading")
+    if device is not None:
+        raise ConfigError(f"both --device {device} and --device-map {device_map}", "at most one", "Leave one out.")
 
 
 def check_common(model: str, device: str | None, dtype: str, seed: int, out: Path | None = None) -> None:

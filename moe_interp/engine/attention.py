@@ -7,25 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from moe_interp.arch.modules import unwrap
+from moe_interp.engine.policy import policy_of
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.hooks.attach import MoEHooks
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # nats, between fused and hookable attention
 
 
 def can_fuse(moe: MoEHooks) -> bool:
     """Whether the model knows fused attention and no hook point inside any attention is in use."""
     model: Any = moe.bridge.original_model
     attentions = _attentions(moe)
-    dtype = next(model.parameters()).dtype
     hooked = any(m.has_hooks() for a in attentions for m in a.modules() if isinstance(m, HookPoint))
-    return bool(attentions) and dtype in TOLERANCE and bool(getattr(model, "_supports_sdpa", False)) and not hooked
+    is_known = policy_of(moe).fused_tolerance is not None and bool(getattr(model, "_supports_sdpa", False))
+    return bool(attentions) and is_known and not hooked
 
 
 @contextmanager

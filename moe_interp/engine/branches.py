@@ -29,12 +29,13 @@ from moe_interp.engine import branch_attention
 from moe_interp.engine.attention import attention_function
 from moe_interp.engine.branch_attention import Rows
 from moe_interp.engine.cached_keys import BranchCache, SharedCache
+from moe_interp.engine.memory import Memory
+from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.types import Hooks
 
 _TRIED = 16  # branches
-_TRIAL_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest logit; some families cast to float32
 
 
 def can_share_keys(base: RecordedPass) -> bool:
@@ -51,7 +52,8 @@ def can_share_keys(base: RecordedPass) -> bool:
 
 def _shares_keys(base: RecordedPass) -> bool:
     layer = min((layer for layer in base.layers if base.refusal(layer) is None), default=None)
-    if layer is None or base.logits.dtype not in _TRIAL_TOLERANCE:
+    tolerance = policy_of(base.moe).shared_keys_tolerance(base.logits.dtype)
+    if layer is None or tolerance is None:
         return False
     sequence, position = base.is_real.nonzero().unbind(-1)
     some = torch.linspace(0, len(sequence) - 1, _TRIED, device=sequence.device).long()
@@ -60,13 +62,17 @@ def _shares_keys(base: RecordedPass) -> bool:
     plain = base.logits.flatten(0, 1)[token[:, 0]]
     try:
         with torch.no_grad(), BranchRunner(base, layer, shares_keys=True) as run:
-            found = run.logits(run(sequence, position, base.block_out(layer)[token])[:, 0])
+            block_out = base.block_out(layer)[token]
+            parts = Memory(base.moe).in_parts(
+                lambda part: run.logits(run(sequence[part], position[part], block_out[part])[:, 0]), _TRIED, "tried"
+            )
+            found = torch.cat(parts)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a model that reads the mask or the keys in a way of its own, whatever it then says
         return False
     # a near-tie of a later router fails the trial too: copies are exact as well
-    return float((found - plain).abs().max()) <= _TRIAL_TOLERANCE[plain.dtype] * float(plain.abs().max())
+    return float((found - plain).abs().max()) <= tolerance * float(plain.abs().max())
 
 
 class _Running(threading.local):

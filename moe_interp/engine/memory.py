@@ -1,18 +1,136 @@
-"""How many tokens a forward pass may hold."""
+"""What is free, what a pass holds, and what to do when it does not fit."""
 
 from __future__ import annotations
 
 import math
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
-from moe_interp.arch.offload import device_of
 from moe_interp.arch.products import without_compiled
-from moe_interp.errors import ConfigError
+from moe_interp.engine.policy import MOST_TOKENS, Policy, policy_of
+from moe_interp.errors import ConfigError, DataError, warn
 from moe_interp.hooks.attach import MoEHooks
 
-CPU_TOKENS = 2048  # larger passes fall out of a CPU's caches
+CPU_TOKENS = MOST_TOKENS["cpu"]
+_TOO_LARGE = object()
+
+Result = TypeVar("Result")
+
+
+class HalvedBatchWarning(UserWarning):
+    """A pass did not fit into memory, and was run in parts."""
+
+
+class Memory:
+    """The memory of one run: how much it may use, and what it learned where that was too much.
+
+    Args:
+        moe: Attached hooks.
+        budget: Bytes; by default what is free, whenever it is asked.
+    """
+
+    def __init__(self, moe: MoEHooks, budget: int | None = None) -> None:
+        self.policy, self.budget = policy_of(moe), budget
+        self._most: dict[str, int] = {}  # by what is split, as many as fit once more did not
+        self._unsaid: str | None = None
+        self._is_said = False
+
+    @classmethod
+    def of(cls, moe: MoEHooks, given: int | Memory | None) -> Memory:
+        """A budget's memory; a run's own as it is."""
+        return given if isinstance(given, Memory) else cls(moe, given)
+
+    @property
+    def bytes(self) -> int:
+        """What a pass may hold now."""
+        return free_bytes(self.policy) if self.budget is None else self.budget
+
+    def in_parts(self, work: Callable[[slice], Result], n: int, what: str) -> list[Result]:
+        """The results of ``work`` on slices of ``range(n)``: one, or more where one does not fit into memory.
+
+        Where memory runs out, half as many are taken from there on, and in later calls.
+
+        Args:
+            work: May be called again for what it has begun.
+            n: How many there are.
+            what: They are, in the plural: what a warning says, and by which later calls know them.
+
+        Raises:
+            torch.OutOfMemoryError: not even one fits; see :func:`out_of_memory_in_words`.
+        """
+        found: list[Result] = []
+        start = 0
+        while start < n:
+            count = min(n - start, self._most.get(what, n))
+            result = _tried(work, slice(start, start + count), is_last=count == 1)
+            if result is _TOO_LARGE:
+                self.halved(count, what)
+            else:
+                found.append(result)
+                start += count
+        return found
+
+    def has_room(self, count: int, what: str) -> bool:
+        """Whether so many have not been too many before."""
+        return count <= self._most.get(what, count)
+
+    def halved(self, count: int, what: str) -> None:
+        """So many did not fit: what torch keeps for later is given back, and half as many are taken from now on."""
+        self._most[what] = min(self._most.get(what, count), (count + 1) // 2)
+        self._unsaid = f"{count} {what} at once do not fit into memory"
+        if not self.policy.is_processor and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # its gaps may be what was missing
+
+    def say(self) -> None:
+        """Warn, once a run, that something was halved; to be called where the user's line can be found."""
+        if self._unsaid is not None and not self._is_said:
+            self._is_said = True
+            text = f"{self._unsaid}: fewer are taken, with the same results. A lower memory_budget spares the attempts."
+            warn(text, HalvedBatchWarning)
+
+
+def free_bytes(policy: Policy) -> int:
+    """What a run may use on a device, by default: see :meth:`Policy.usable`."""
+    if policy.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(policy.device)
+        # blocks that torch keeps without a tensor in them serve as well
+        kept = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+        return policy.usable(int(free) + kept, int(total))
+    memory = psutil.virtual_memory()
+    return policy.usable(int(memory.available), int(memory.total))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # torch has no class of its own for it on a processor
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def out_of_memory_in_words() -> Iterator[None]:
+    """An error for memory that ran out becomes one in words. Also a decorator.
+
+    Raises:
+        DataError: in its place.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold what did not fit
+        raise DataError(
+            f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})",
+            "room for the model and one sequence",
+            "Take shorter sequences, a lower precision, or a device with more memory.",
+        ) from error
 
 
 def tokens_per_pass(
@@ -29,7 +147,7 @@ def tokens_per_pass(
     Args:
         moe: Attached hooks.
         width: Longest sequence.
-        memory_budget: Bytes; half of what is free by default.
+        memory_budget: Bytes; by default what is free, see :func:`free_bytes`.
         kept_layers: Layers whose prefixes are kept beside the pass.
         kept_tokens: Tokens that there are at most to keep them of.
         reads_per_token: Predictions read for each token of a pass, at most.
@@ -37,8 +155,8 @@ def tokens_per_pass(
     Raises:
         ConfigError: a budget in which not even one sequence fits.
     """
-    parameter, device = next(moe.bridge.original_model.parameters()), device_of(moe.bridge.original_model)
-    budget = memory_budget if memory_budget is not None else _free_bytes(device) // 2
+    policy, parameter = policy_of(moe), next(moe.bridge.original_model.parameters())
+    budget = memory_budget if memory_budget is not None else free_bytes(policy)
     spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
     heads = int(getattr(cfg, "n_heads", 0) or 0)
     mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))
@@ -59,11 +177,14 @@ def tokens_per_pass(
             "Raise memory_budget, or leave the longest items out.",
         )
     tokens = max(fitting(without_compiled(budget, parameter)), width)
-    limit = CPU_TOKENS if device.type == "cpu" else 256 * CPU_TOKENS
-    return int(min(tokens, max(limit, width)))
+    return int(min(tokens, max(policy.most_tokens, width)))
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def _tried(work: Callable[[slice], Any], part: slice, is_last: bool) -> Any:
+    """What the work gives, or that it is too large; nothing that it held is left then."""
+    try:
+        return work(part)
+    except Exception as error:
+        if is_last or not is_out_of_memory(error):
+            raise
+    return _TOO_LARGE

@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from moe_interp.arch.offload import device_of
+from moe_interp.engine.policy import policy_of
 from moe_interp.hooks.attach import MoEHooks
 
-_MOST = 4  # Python runs one thread at a time
 _HOOKS_THAT_SHARE = ("transformer_lens", "moe_interp")
 
 Item = TypeVar("Item")
@@ -30,20 +29,20 @@ def n_workers(moe: MoEHooks) -> int:
     input keep a running pass there) and weights that accelerate moves in and out. And what torch sets for one thread
     only (autocast, modes that see every operation) would not reach the others.
     """
-    if torch.get_num_threads() == 1:
+    most = policy_of(moe).most_workers
+    if most == 1:
         return 1
     model: Any = moe.bridge.original_model
     forks = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
     alone = (
-        device_of(model).type != "cpu"
-        or torch.is_autocast_enabled("cpu")
+        torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
         or any(getattr(moe.bridge.cfg, fork, False) for fork in forks)
         or any(_is_watched(module) for module in model.modules())
         or any(point.has_hooks() for point in moe.bridge.hook_dict.values())
     )
-    return 1 if alone else min(torch.get_num_threads(), _MOST)
+    return 1 if alone else most
 
 
 def side_by_side(work: Callable[[Item], None], items: Iterable[Item], workers: int) -> None:

@@ -16,7 +16,7 @@ from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
-from moe_interp.engine.memory import tokens_per_pass
+from moe_interp.engine.memory import Memory, out_of_memory_in_words, tokens_per_pass
 from moe_interp.engine.rerun import PrefixRunner
 from moe_interp.errors import DataError
 from moe_interp.experiments.best_experts import best_experts, split_items
@@ -145,6 +145,7 @@ class DomainRouterResult(Result, kind="domain_router"):
         return "\n  ".join(self.headlines())
 
 
+@out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
 def score_domain_router(
@@ -197,16 +198,21 @@ def score_domain_router(
     width, reads = max(len(item) for item in tokenized), reads_per_token(tokenized)
     tokens = tokens_per_pass(moe, width, memory_budget, reads_per_token=reads)
     batches = batches_of_like_length(tokenized, tokens)
-    runner, device = PrefixRunner(moe), device_of(moe.bridge.original_model)
+    runner, device, memory = PrefixRunner(moe), device_of(moe.bridge.original_model), Memory(moe, memory_budget)
+
+    def score(index: list[int]) -> None:
+        batch = ItemBatch.build(index, tokenized, device)
+        for name, variants in routers.items():
+            found = [runner.base(batch.tokens, batch.reads, [], variant(index))[0] for variant in variants]
+            scores[name][:, index] = np.mean([by_item(f, batch.reads, len(index)) for f in found], axis=0)
+        if reference is not None:
+            scores["reference"][:, index] = _by_domain(runner, batch, [checked[i].domain for i in index], reference)
+
     with reporting("scoring routers", progress) as report, torch.no_grad():
         for number, index in enumerate(batches):
             report(number, len(batches))
-            batch = ItemBatch.build(index, tokenized, device)
-            for name, variants in routers.items():
-                found = [runner.base(batch.tokens, batch.reads, [], variant(index))[0] for variant in variants]
-                scores[name][:, index] = np.mean([by_item(f, batch.reads, len(index)) for f in found], axis=0)
-            if reference is not None:
-                scores["reference"][:, index] = _by_domain(runner, batch, [checked[i].domain for i in index], reference)
+            memory.in_parts(lambda part, index=index: score(index[part]), len(index), "items")  # type: ignore[misc]
+            memory.say()
         report(len(batches), len(batches))
     stacked = np.stack(list(scores.values()), axis=1)
     data = xr.Dataset(

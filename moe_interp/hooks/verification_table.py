@@ -11,7 +11,8 @@ class Verification(pd.DataFrame):
     """One row a check, layer and hook: ``check, layer, hook, figure, relation, bound, passed, note``.
 
     ``passed`` says whether ``figure relation bound`` holds. A check that has no meaning on a layer passes with the
-    figure NaN, and its note says "excepted" and why. Printed, it is summed up over the layers.
+    figure NaN, and its note says "excepted" and why. Printed, it is summed up over the layers, and its last line says
+    which ways of the engine serve the model on its device (``attrs["policy"]``).
     """
 
     @property
@@ -51,4 +52,5 @@ class Verification(pd.DataFrame):
         table["passed"] = ["yes" if x else "NO" for x in table["passed"]]
         left = {name: "{:<" + str(max(map(len, [*table[name], name]))) + "}" for name in ("check", "hook", "note")}
         text = table.to_string(index=False, formatters={name: f.format for name, f in left.items()})
-        return f"{text}\n{int(self['passed'].sum())} of {len(self)} checks passed"
+        verdict = f"{int(self['passed'].sum())} of {len(self)} checks passed"
+        return "\n".join(filter(None, [text, verdict, self.attrs.get("policy")]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows, takes_grouped_products
 from moe_interp.arch.grouped_products import RowGroups
 from moe_interp.engine.branches import BranchRunner, can_share_keys
+from moe_interp.engine.memory import Memory
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.routes.low_rank_unembed import spanned_logits
@@ -94,7 +95,7 @@ def branch_scores(
     routes: Mapping[int, LayerRoutes],
     wanted: Tensor,
     targets: Tensor,
-    memory_budget: int | None = None,
+    memory: Memory,
     averaged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score routes by branches; routes at several layers are taken jointly, route r of one with route r of the others.
@@ -104,7 +105,7 @@ def branch_scores(
         routes: By layer.
         wanted: ``[batch, pos]`` bool, the tokens to score.
         targets: ``[batch, pos, target]`` token ids.
-        memory_budget: Bytes that the branches may take at a time, besides the base pass; by default 1 GiB.
+        memory: What the branches may take at a time, besides the base pass.
         averaged: ``[batch, pos, route]`` bool, the routes of a token whose predictions are averaged; none by default.
 
     Returns:
@@ -121,17 +122,22 @@ def branch_scores(
     if averaged is not None:
         is_averaged[:, :, 1:] = averaged & present[:, :, 1:]
     n_averaged = int(is_averaged.sum(dim=-1).max())
-    plan = Plan(base, first, with_null[first].indices.shape[2], memory_budget, workers, shares_keys, n_averaged)
+    plan = Plan(base, first, with_null[first].indices.shape[2], memory.bytes, workers, shares_keys, n_averaged)
     at_once = min(plan.rows_at_once * plan.row_length, n_branches)
     upper = _UpperRoutes(base, {layer: given for layer, given in with_null.items() if layer != first})
     runner = BranchRunner(base, first, upper.hooks, at_once, shares_keys, plan.scores_at_once)
     with torch.inference_mode(False), torch.no_grad(), runner as run:
-        scorer = _Scorer(base, plan, upper, run, is_averaged, targets)
-        for tokens in plan.chunks(present.any(dim=-1)):
+        scorer = _Scorer(base, plan, upper, run, is_averaged, targets, memory)
+
+        def score(tokens: Tensor) -> None:
             of_chunk, route = present.flatten(0, 1)[tokens].nonzero().unbind(-1)
             block_out = block_outputs(base, first, with_null[first], tokens)
             branches = _Branches(tokens[of_chunk], route, of_chunk, block_out)
             scorer.score_by_span(branches, tokens) if plan.rank else scorer.score(branches, tokens)
+
+        for chunk in plan.chunks(present.any(dim=-1)):
+            memory.in_parts(lambda part, chunk=chunk: score(chunk[part]), len(chunk), "tokens with their routes")  # type: ignore[misc]
+    memory.say()
     return scorer.logp[:, :, 1:], scorer.logp[:, :, 0], scorer.entropy
 
 
@@ -176,9 +182,16 @@ class _Scorer:
     ``[batch, pos]`` of the mean prediction of those that are averaged."""
 
     def __init__(
-        self, base: RecordedPass, plan: Plan, upper: _UpperRoutes, run: BranchRunner, averaged: Tensor, targets: Tensor
+        self,
+        base: RecordedPass,
+        plan: Plan,
+        upper: _UpperRoutes,
+        run: BranchRunner,
+        averaged: Tensor,
+        targets: Tensor,
+        memory: Memory,
     ) -> None:
-        self.base, self.plan, self.upper, self.run = base, plan, upper, run
+        self.base, self.plan, self.upper, self.run, self.memory = base, plan, upper, run, memory
         self.targets, self.averaged = targets.flatten(0, 1), averaged.flatten(0, 1)
         shape = (*averaged.shape, targets.shape[-1])
         self.logp = base.logits.new_full(shape, float("nan"), dtype=score_dtype(base.logits))
@@ -188,18 +201,34 @@ class _Scorer:
     def score(self, branches: _Branches, tokens: Tensor) -> None:
         kept = _Kept.empty(self.base, self.averaged[tokens], branches.block_out)
 
-        def score_group(group: tuple[Tensor, Tensor]) -> None:
-            is_bad = ~self._score_rows(branches, *group, kept)
+        def score_rows(sequence: Tensor, chosen: Tensor) -> None:
+            is_bad = ~self._score_rows(branches, sequence, chosen, kept)
             if bool(is_bad.any()):  # a branch that overflows spoils its row, although no other branch reads it
-                for alone in group[1][is_bad].unsqueeze(1).split(self.plan.rows_at_once):
+                for alone in chosen[is_bad].unsqueeze(1).split(self.plan.rows_at_once):
                     self._score_rows(branches, branches.token[alone[:, 0]] // self.plan.n_pos, alone, kept)
 
-        side_by_side(score_group, self.plan.rows(branches.token), self.plan.workers)
+        side_by_side(
+            lambda group: self._in_parts(score_rows, *group), self.plan.rows(branches.token), self.plan.workers
+        )
         if kept.n_slots:
             parts = torch.arange(len(tokens), device=tokens.device).split(
                 max(1, self.plan.logits_at_once // kept.n_slots)
             )
             side_by_side(lambda part: self._average(kept, tokens, part), iter(parts), self.plan.workers)
+
+    def _in_parts(self, work: Callable[[Tensor, Tensor], None], sequence: Tensor, chosen: Tensor) -> None:
+        """Work on rows of branches: fewer at a time where memory runs out, at last parts of a row."""
+
+        def some(rows: slice) -> None:
+            here = sequence[rows], chosen[rows]
+            if len(here[0]) > 1:
+                work(*here)
+            else:
+                self.memory.in_parts(
+                    lambda part: work(here[0], here[1][:, part]), chosen.shape[1], "branches of a sequence"
+                )
+
+        self.memory.in_parts(some, len(sequence), "rows of branches")
 
     def _average(self, kept: _Kept, tokens: Tensor, part: Tensor) -> None:
         """Score a few tokens' averaged branches, all of a token's together, which no order of the branches changes."""
@@ -213,8 +242,12 @@ class _Scorer:
     def score_by_span(self, branches: _Branches, tokens: Tensor) -> None:
         """At the last layer, with many routes: one unembedding a direction instead of one a route."""
         states = branches.block_out.new_zeros(branches.block_out.shape)
-        for sequence, chosen in self.plan.rows(branches.token):
+
+        def fill(sequence: Tensor, chosen: Tensor) -> None:
             states[branches.of_chunk[chosen], branches.route[chosen]] = self._states(branches, sequence, chosen)
+
+        for group in self.plan.rows(branches.token):
+            self._in_parts(fill, *group)
         is_present = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
         is_present[branches.of_chunk, branches.route] = True
         for part in torch.arange(len(tokens), device=tokens.device).split(self.plan.spans_at_once):

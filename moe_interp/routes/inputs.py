@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.engine.memory import Memory
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
@@ -213,6 +214,15 @@ def check_budget(memory_budget: Any) -> int | None:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # nan and inf among them
         given = f"memory_budget={memory_budget!r}"
         raise ConfigError(given, "a number of bytes", "Pass such as 2**30 for one GiB.") from None
+
+
+def check_memory(moe: MoEHooks, memory_budget: Any) -> Memory:
+    """The memory of a run, of a budget in bytes, or of None for the default; a run's own memory as it is.
+
+    Raises:
+        ConfigError: no finite number.
+    """
+    return Memory.of(moe, memory_budget if isinstance(memory_budget, Memory) else check_budget(memory_budget))
 
 
 def decoder_layer(moe: MoEHooks, layer: Layer) -> int:

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_interp.arch.products import without_compiled
 from moe_interp.engine.branches import can_share_keys
+from moe_interp.engine.memory import free_bytes
+from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.errors import DataError
 from moe_interp.routes.low_rank_unembed import pays
 
 ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
-_DEFAULT_BUDGET = 2**30
 _WORKER_BYTES = 2**25
 _SCORE_PARTS = 3  # an attention score, what it is made of, and its share
-
-
-class _AtOnce(NamedTuple):
-    """As much as keeps a device busy; more would only leave the processor's caches."""
-
-    branches: int
-    logits_bytes: int
-    scores: int
-
-
-_AT_ONCE = {"cpu": _AtOnce(4608, 3 * 2**24, 2**18), "cuda": _AtOnce(16384, 2**29, 2**26)}
 
 
 class Plan:
@@ -44,7 +34,7 @@ class Plan:
 
     Args:
         base, layer, n_routes: What is scored.
-        memory_budget: In bytes.
+        memory_budget: In bytes; by default what is free.
         workers: Groups that may run side by side.
         shares_keys: Whether the branches will read their keys without copies; by default where that is exact.
         n_averaged: How many of a token's branches are averaged at most: what they give is held until all are there.
@@ -65,7 +55,8 @@ class Plan:
     ) -> None:
         self.n_pos = base.tokens.shape[1]
         self.shares_keys = can_share_keys(base) if shares_keys is None else shares_keys
-        budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
+        policy = policy_of(base.moe)
+        budget = free_bytes(policy) if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
         token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
         token += n_averaged * (base.moe.spec(layer).d_model * base.logits.element_size())
@@ -81,8 +72,8 @@ class Plan:
                 f"at least {least} bytes for this model and sequences of {self.n_pos} tokens",
                 "Raise memory_budget, or score shorter sequences.",
             )
-        at_once = _AT_ONCE.get(base.tokens.device.type, _AT_ONCE["cpu"])
-        self.tokens_at_once = budget // 4 // token
+        at_once = policy.at_once
+        self.tokens_at_once = min(budget // 4 // token, max(1, at_once.tokens_bytes // token))
         weight = next(base.moe.bridge.original_model.parameters())
         budget = max(without_compiled(budget, weight), least)
         # a thread also keeps what it has freed: little ones would together exceed the budget
@@ -92,7 +83,6 @@ class Plan:
         share = budget // self.workers
         self.scores_at_once = max(one_row, min(at_once.scores, share // 8 // max(score, 1)))
         rows = (share // 2 - score * self.scores_at_once) // row
-        # copies of keys leave the caches sooner
         branches = at_once.branches if self.shares_keys else at_once.branches // 3
         self.rows_at_once = max(1, min(rows, branches // self.row_length))
         self.logits_at_once = min(share // 4 // logits, max(at_once.logits_bytes // logits, 64))

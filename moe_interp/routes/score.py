@@ -12,12 +12,13 @@ from torch import Tensor
 
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
+from moe_interp.engine.memory import Memory, out_of_memory_in_words
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes.branch_scores import LayerRoutes, RouteScores, branch_scores
-from moe_interp.routes.inputs import Tokens, by_label, check_budget, check_routes, check_tokens, decoder_layer, scorable
+from moe_interp.routes.inputs import Tokens, by_label, check_memory, check_routes, check_tokens, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
 from moe_interp.routes.predictions import log_probs, mean_entropy
 from moe_interp.types import EMPTY, Layer
@@ -33,6 +34,7 @@ class SlowRoutesWarning(UserWarning):
 _said: WeakKeyDictionary[MoEHooks, set[str]] = WeakKeyDictionary()
 
 
+@out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
 def score_routes(
@@ -63,7 +65,8 @@ def score_routes(
         attention_mask: ``[batch, pos]``, 0 at padding, on either side.
         method: "branch" is exact and hundreds of times faster; "naive" runs one ``run_with_hooks`` a route and is the
             reference; "auto" takes "branch" where it is exact on this model and says once where it is not.
-        memory_budget: Bytes that branches may take at a time, besides the plain forward; by default 1 GiB.
+        memory_budget: Bytes that branches may take at a time, besides the plain forward; by default what is
+            free (on a processor half of it). Where it does not do all the same, fewer are taken, with a warning.
 
     Returns:
         ``[batch, pos, route]`` in nats, float32 (float64 for a float64 model); NaN at the last position, before and at
@@ -86,6 +89,7 @@ def score_routes(
     ).logp
 
 
+@out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
 def score_joint_routes(
@@ -125,7 +129,7 @@ def score_from_base(
     positions: Sequence[int] | Tensor | None = None,
     targets: Tensor | None = None,
     method: Method = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | Memory | None = None,
     names: Sequence[str] | None = None,
     averaged: Tensor | None = None,
 ) -> RouteScores:
@@ -137,17 +141,18 @@ def score_from_base(
         positions: See :func:`score_routes`.
         targets: ``[batch, pos, target]`` token ids to score instead of the realized next token, such as draws from the
             model's own prediction; the last axis then stays.
-        method, memory_budget: See :func:`score_routes`.
+        method: See :func:`score_routes`.
+        memory_budget: Likewise, or the memory of a longer run.
         names: What errors call the sequences; their number in the batch by default.
         averaged: ``[batch, pos, route]`` bool, the routes of a token whose predictions are averaged, for
             ``mean_entropy``.
     """
-    wanted, memory_budget = scorable(base, positions), check_budget(memory_budget)
+    wanted, memory = scorable(base, positions), check_memory(base.moe, memory_budget)
     ids = base.tokens.roll(-1, dims=1).unsqueeze(-1) if targets is None else targets
     standard = log_probs(base.logits, ids).masked_fill(~wanted.unsqueeze(-1), float("nan"))
     chosen = _method(base, routes, method)
     if chosen == "branch":
-        logp, null, entropy = branch_scores(base, routes, wanted, ids, memory_budget, averaged)
+        logp, null, entropy = branch_scores(base, routes, wanted, ids, memory, averaged)
         if method == "auto" and _is_off(null, standard, wanted, base.logits.dtype):
             chosen = _slowly(base, min(routes), "the standard route does not come out as in the plain forward")
     if chosen == "naive":

@@ -24,12 +24,13 @@ from moe_interp.checks import as_whole, check_seed
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.branches import BranchRunner
 from moe_interp.engine.eval_mode import in_eval_mode
+from moe_interp.engine.memory import Memory, out_of_memory_in_words
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch_scores import LayerRoutes, block_outputs
-from moe_interp.routes.inputs import by_label, check_routes, check_tokens, decoder_layers, scorable
+from moe_interp.routes.inputs import by_label, check_memory, check_routes, check_tokens, decoder_layers, scorable
 from moe_interp.routes.plan import Plan
 from moe_interp.routes.predictions import log_probs
 from moe_interp.routes.score import score_from_base
@@ -56,6 +57,7 @@ class ScreenedRoutes:
     audit: ScreenAudit
 
 
+@out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
 def screen_routes(
@@ -118,10 +120,10 @@ def screen_from_base(
 ) -> dict[int, ScreenedRoutes]:
     """As :func:`screen_routes`, on the sequences of a base pass; layers are screened one by one, not jointly."""
     keep, audit, seed = _check_counts(keep, audit, seed)
-    wanted = scorable(base, positions)
-    credits = route_credits(base, routes, wanted, memory_budget)
+    wanted, memory = scorable(base, positions), check_memory(base.moe, memory_budget)
+    credits = route_credits(base, routes, wanted, memory)
     return {
-        layer: _screen(base, layer, given, credits[layer], wanted, keep, _sample(wanted, audit, seed), memory_budget)
+        layer: _screen(base, layer, given, credits[layer], wanted, keep, _sample(wanted, audit, seed), memory)
         for layer, given in routes.items()
     }
 
@@ -134,21 +136,20 @@ def _check_counts(keep: int, audit: int, seed: int) -> tuple[int, int, int]:
 
 
 def route_credits(
-    base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, memory_budget: int | None = None
+    base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, memory_budget: int | Memory | None = None
 ) -> dict[int, Tensor]:
     """By layer, each route's first-order advantage over the standard one, ``[batch, pos, route]`` in nats.
 
     NaN at tokens that are not ``wanted`` ``[batch, pos]``, and at absent routes.
     """
-    gradients = own_gradients(base, tuple(routes), wanted, memory_budget)
-    return {
-        layer: _credit(base, layer, given, gradients[layer], wanted, memory_budget) for layer, given in routes.items()
-    }
+    memory = check_memory(base.moe, memory_budget)
+    gradients = own_gradients(base, tuple(routes), wanted, memory)
+    return {layer: _credit(base, layer, given, gradients[layer], wanted, memory) for layer, given in routes.items()}
 
 
 @torch.inference_mode(False)
 def own_gradients(
-    base: RecordedPass, layers: Sequence[int], wanted: Tensor, memory_budget: int | None = None
+    base: RecordedPass, layers: Sequence[int], wanted: Tensor, memory_budget: int | Memory | None = None
 ) -> dict[int, Tensor]:
     """By layer, ``d log p(own next token) / d (output of the experts' block)``, ``[batch, pos, d_model]``.
 
@@ -168,19 +169,29 @@ def own_gradients(
     gradients = {layer: torch.zeros_like(block_out, dtype=_at_least_float(block_out)) for layer in layers}
     targets = base.tokens.roll(-1, dims=1).reshape(-1)
     # with copies of the keys, whose attention can be differentiated
-    plan = Plan(base, first, 1, memory_budget, shares_keys=False)
+    memory = check_memory(base.moe, memory_budget)
+    plan = Plan(base, first, 1, memory.bytes, shares_keys=False)
     with (
         torch.enable_grad(),
         BranchRunner(base, first, shares_keys=False) as run,
         _Recorder(base, above) as recorded,
     ):
-        for sequence, token in _rows(plan, wanted, len(base.blocks) - first):
+
+        def differentiate(sequence: Tensor, token: Tensor) -> None:
             leaf = block_out[token].detach().requires_grad_()
             states = run(sequence, token % plan.n_pos, leaf)
             outputs = [leaf, *(recorded.values[layer] for layer in above)]
             found = torch.autograd.grad(states, outputs, _unembedding_gradient(run, states, targets[token], plan))
             for layer, gradient in zip([first, *above], found):
                 gradients[layer][token] = gradient.reshape(leaf.shape).to(gradients[layer].dtype)
+
+        for sequences, tokens in _rows(plan, wanted, len(base.blocks) - first):
+
+            def some(part: slice, sequences: Tensor = sequences, tokens: Tensor = tokens) -> None:
+                differentiate(sequences[part], tokens[part])
+
+            memory.in_parts(some, len(sequences), "rows of tokens")
+    memory.say()
     return {layer: gradient.view(*base.tokens.shape, -1) for layer, gradient in gradients.items()}
 
 
@@ -230,16 +241,20 @@ def _unembedding_gradient(run: BranchRunner, states: Tensor, targets: Tensor, pl
 
 @torch.no_grad()
 def _credit(
-    base: RecordedPass, layer: int, routes: LayerRoutes, gradient: Tensor, wanted: Tensor, memory_budget: int | None
+    base: RecordedPass, layer: int, routes: LayerRoutes, gradient: Tensor, wanted: Tensor, memory: Memory
 ) -> Tensor:
     with_standard, flat = routes.with_standard(base, layer), gradient.flatten(0, 1)
-    plan = Plan(base, layer, with_standard.indices.shape[2], memory_budget)
+    plan = Plan(base, layer, with_standard.indices.shape[2], memory.bytes)
     credit = gradient.new_full((len(flat), routes.indices.shape[2]), float("nan"))
-    for tokens in plan.chunks(wanted):
+
+    def fill(tokens: Tensor) -> None:
         outputs = block_outputs(base, layer, with_standard, tokens)
         difference = outputs[:, 1:] - outputs[:, :1]
         # shape: (token, route, d_model) . (token, d_model, 1) -> (token, route)
         credit[tokens] = torch.bmm(difference.to(flat.dtype), flat[tokens].unsqueeze(-1)).squeeze(-1)
+
+    for chunk in plan.chunks(wanted):
+        memory.in_parts(lambda part, chunk=chunk: fill(chunk[part]), len(chunk), "tokens with their routes")  # type: ignore[misc]
     return credit.view(routes.indices.shape[:3]).masked_fill(~routes.present, float("nan"))
 
 
@@ -251,15 +266,15 @@ def _screen(
     wanted: Tensor,
     keep: int,
     audited: Tensor,
-    memory_budget: int | None,
+    memory: Memory,
 ) -> ScreenedRoutes:
     ranked = credit.nan_to_num(nan=float("-inf"))
     order = ranked.topk(min(keep, ranked.shape[-1]), dim=-1).indices
     slots = order.unsqueeze(-1).expand(-1, -1, -1, routes.indices.shape[-1])
     kept = LayerRoutes(routes.indices.gather(2, slots), routes.weights.gather(2, slots), routes.has_own_weights)
-    scores = score_from_base(base, {layer: kept}, wanted, None, "branch", memory_budget)
+    scores = score_from_base(base, {layer: kept}, wanted, None, "branch", memory)
     logp = torch.full_like(credit, float("nan"), dtype=scores.logp.dtype).scatter(2, order, scores.logp)
-    whole = score_from_base(base, {layer: routes}, audited, None, "branch", memory_budget)
+    whole = score_from_base(base, {layer: routes}, audited, None, "branch", memory)
     is_kept = torch.zeros_like(routes.present).scatter(2, order, True) & routes.present & wanted.unsqueeze(-1)
     return ScreenedRoutes(
         credit, logp, scores.logp_standard, scores.logp_null, is_kept, _audit(whole.logp, whole.logp_standard, is_kept)

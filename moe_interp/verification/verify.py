@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from moe_interp.engine import threads_asleep
+from moe_interp.engine.policy import policy_of
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.verification_table import COLUMNS, Verification
@@ -96,7 +97,9 @@ def verify(
         trial = Trial(moe, ids, chosen)
         findings = [finding for check in checks for finding in _guarded(check, trial)]
     rows = [{name: getattr(finding, name) for name in COLUMNS} for finding in findings]
-    return Verification(rows, columns=COLUMNS)
+    table = Verification(rows, columns=COLUMNS)
+    table.attrs["policy"] = str(policy_of(moe))
+    return table
 
 
 def _guarded(check: Check, trial: Trial) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from moe_interp.cli import console, options
 from moe_interp.cli.options import (
     AnswerField,
     Device,
+    DeviceMap,
     Dtype,
     First,
     Layers,
@@ -48,7 +49,8 @@ def counterfactual(
     method: Annotated[str, typer.Option(help="auto, branch or naive (one full forward a route).")] = "auto",
     memory: Memory = None,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     seed: Seed = 0,
     resume: Resume = True,
 ) -> None:
@@ -67,6 +69,7 @@ def counterfactual(
     options.check_one_of("--method", method, options.METHODS)
     _check_sampler(sampler, tau, pool)
     options.check_common(model, device, dtype, seed, out)
+    options.check_device_map(device_map, device)
     budget, layer_names = options.memory_bytes(memory), options.layer_names(layers)
     files = options.inputs("--sequences", sequences, model, "id and text, tokens, messages, or prompt and answer")
     names = options.field_names(files, prompt_field=prompt_field, answer_field=answer_field)
@@ -79,7 +82,7 @@ def counterfactual(
     from moe_interp.report import counterfactual_page, write_page
 
     chosen = read_sequence_files(files, first, **names)
-    moe = load_hooks(model, device, dtype)
+    moe = load_hooks(model, device, dtype, device_map)
     labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
     read = announced_sequences(moe, chosen, len(set(labels or moe.layers)), routes)
     work_begins()

@@ -10,6 +10,7 @@ from moe_interp.cli import console, options
 from moe_interp.cli.options import (
     AnswerField,
     Device,
+    DeviceMap,
     Dtype,
     First,
     Layers,
@@ -43,7 +44,8 @@ def isolate(
     random_draws: Annotated[int, typer.Option(help="Experts drawn for the random baseline.")] = 8,
     memory: Memory = None,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     seed: Seed = 0,
     resume: Resume = True,
 ) -> None:
@@ -57,6 +59,7 @@ def isolate(
     options.check_number("--first", first)
     options.check_number("--random-draws", random_draws)
     options.check_common(model, device, dtype, seed, out)
+    options.check_device_map(device_map, device)
     budget = options.memory_bytes(memory)
     layer_names, sets = options.layer_names(layers), options.expert_sets(experts)
     wanted = options.names_of("--domains", domains, "math,science")
@@ -71,7 +74,7 @@ def isolate(
     from moe_interp.report import isolation_page, write_page
 
     chosen = read_items(files, wanted, first, **names)
-    moe = load_hooks(model, device, dtype)
+    moe = load_hooks(model, device, dtype, device_map)
     labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
     announce_items(chosen, len(set(labels or moe.layers)), len(sets or range(moe.spec(moe.layers[0]).n_experts)))
     work_begins()

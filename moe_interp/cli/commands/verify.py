@@ -7,14 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from moe_interp.cli import console, options
-from moe_interp.cli.options import Device, Dtype, Layers, Model, Seed
+from moe_interp.cli.options import Device, DeviceMap, Dtype, Layers, Model, Seed
 from moe_interp.errors import ConfigError
 
 
 def verify_model(
     model: Model,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     text: Annotated[str | None, typer.Option(help="Text to run on, instead of random tokens.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids to run on, such as 12,7,99.")] = None,
     layers: Layers = None,
@@ -26,6 +27,7 @@ def verify_model(
     Exit code 1 if a check fails.
     """
     options.check_common(model, device, dtype, seed)
+    options.check_device_map(device_map, device)
     layer_names, ids = options.layer_names(layers), _ids(tokens, text)
 
     import torch
@@ -33,7 +35,7 @@ def verify_model(
     from moe_interp.cli.load import load_hooks
     from moe_interp.verification.model_under_test import as_tokens
 
-    moe = load_hooks(model, device, dtype)
+    moe = load_hooks(model, device, dtype, device_map)
     labels = None if layer_names is None else [moe.layer_label(name) for name in layer_names]
     if ids is not None:
         given: Any = torch.tensor([ids])
@@ -78,6 +80,7 @@ def _print(table: Any, full: bool) -> None:
     failed = int((~table["passed"]).sum())
     verdict = "[green]all passed[/]" if not failed else f"[bold red]{failed} failed[/]"
     console.out.print(f"{len(table)} checks, {verdict}")
+    console.out.print(table.attrs.get("policy", ""), markup=False)
 
 
 def _closeness(line: dict[str, Any]) -> tuple[bool, float, float]:

@@ -14,16 +14,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.arch.expert_functions import StackedExperts
 from moe_interp.arch.modules import is_watched
-from moe_interp.arch.offload import device_of
-from moe_interp.arch.products import HAS_WIDE_PRODUCTS, linear, padded
+from moe_interp.arch.products import linear, padded
 from moe_interp.engine.cpu.rms_norm import rms_norm
+from moe_interp.engine.policy import policy_of
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.hooks.attach import MoEHooks
 
 LOOP = "moe_interp_loop"
-# from how many rows an expert, and multiplications, a processor's loop over experts is faster than its grouped product
-LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 48
-LOOP_FROM_WORK = 2**23
 
 
 class LeanPasses:
@@ -38,9 +35,8 @@ class LeanPasses:
         model: nn.Module = moe.bridge.original_model
         self._norms: list[Any] = [m for m in moe.bridge.modules() if _is_native(m)]
         self._linears = [m for m in model.modules() if type(m) is nn.Linear]
-        # at lower precision the loop rounds its sum over slots more often than the grouped product
-        weight = next(model.parameters())
-        is_apt = weight.dtype == torch.float32 and device_of(model).type == "cpu"
+        self._policy = policy_of(moe)
+        is_apt = self._policy.shortens_modules
         self._short = {id(m): rms_norm(m.original_component) for m in self._norms} if is_apt else {}
         readable = [spec.experts for spec in specs if spec.unreadable is None]
         stacked = [experts for experts in readable if not getattr(experts, "_is_expert_parallel", False)]
@@ -79,7 +75,7 @@ class LeanPasses:
             n_tokens: How many a pass reads.
         """
         rows = n_tokens * self._rows_a_token
-        loops = rows >= LOOP_FROM_ROWS and rows * self._work_a_row >= LOOP_FROM_WORK
+        loops = self._policy.loops_experts(rows, self._work_a_row)
         chosen = [c for c in self._configs.values() if loops and c._experts_implementation == "grouped_mm"]
         try:
             for config in chosen:

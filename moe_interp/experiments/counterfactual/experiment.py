@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from moe_interp.arch.offload import device_of
 from moe_interp.checks import as_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
-from moe_interp.engine.memory import tokens_per_pass
+from moe_interp.engine.memory import Memory, is_out_of_memory, out_of_memory_in_words, tokens_per_pass
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual.data import CounterfactualPlan, counterfactual_dataset, stored_plan
@@ -49,6 +50,7 @@ from moe_interp.types import EMPTY
 SECOND = 16  # routes of the second draw that are scored besides the main draw's: they class tokens
 
 
+@out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
 def counterfactual_routes(
@@ -84,7 +86,8 @@ def counterfactual_routes(
             as routes, and a next token drawn from the model's own prediction. They cost about 1.5 times as much again,
             and most tables need them.
         method: See :func:`moe_interp.score_routes`.
-        memory_budget: Bytes for a forward pass, and for the branches.
+        memory_budget: Bytes for a forward pass, and for the branches; by default what is free (on a processor half of
+            it). Where it does not do all the same, fewer branches and sequences are taken at a time, with a warning.
         store: Folder for finished cells (layer x batch of sequences): an interrupted run goes on from there. Cells of
             another model or state of it (see :func:`moe_interp.experiments.identity.model.model_identity`), of other
             sequences or options are refused.
@@ -118,13 +121,13 @@ def counterfactual_routes(
         n_random=n_routes if controls else 0,
         seed=seed,
         method=method,
-        batches=_batches(moe, read, memory_budget, store),
+        batches=_batches(moe, read, chosen, memory_budget, store),
     )
     cells = None
     if store is not None:
         identity["sampler"] = value_identity(sampler, "sampler")
         cells = CellStore(store, stored_plan(plan, len(read), identity))
-    run = _Run(moe, plan, sampler, read, cells, memory_budget)
+    run = _Run(moe, plan, sampler, read, cells, Memory(moe, memory_budget))
     finished: dict[tuple[int, Any], Arrays] = {}
     with reporting("scoring routes", progress) as report, torch.no_grad():
         total = len(plan.batches) * len(plan.layers)
@@ -152,28 +155,52 @@ class _Run:
         sampler: RouteSampler,
         sequences: list[ScoredSequence],
         cells: CellStore | None,
-        memory_budget: int | None,
+        memory: Memory,
     ) -> None:
         self.moe, self.plan, self.sampler, self.sequences = moe, plan, sampler, sequences
-        self.cells, self.memory_budget = cells, memory_budget
+        self.cells, self.memory = cells, memory
 
     def cells_of(self, number: int) -> Iterator[tuple[Any, Arrays]]:
         """What the batch's tokens have in common, then its layers; finished cells come from the store."""
         keys: list[Any] = [TOKENS, *self.plan.layers]
         stored = {key: None if self.cells is None else self.cells.load(number, key) for key in keys}
         todo = [key for key in keys if stored[key] is None]
-        if todo:
-            rows = [self.sequences[i] for i in self.plan.batches[number]]
-            batch = SequenceBatch.build(rows, device_of(self.moe.bridge.original_model))
-            base = record_pass(self.moe, batch.tokens, [key for key in todo if key != TOKENS], batch.mask)
-            targets, in_common = self._targets(base, batch)
+        scored = self._scored([self.sequences[i] for i in self.plan.batches[number]], todo)
         for key in keys:
             cell = stored[key]
             if cell is None:
-                cell = in_common if key == TOKENS else self._layer(base, batch, targets, key)
+                _, cell = next(scored)
                 if self.cells is not None:
                     self.cells.save(cell, number, key)
             yield key, cell
+
+    def _scored(self, rows: list[ScoredSequence], keys: list[Any]) -> Iterator[tuple[Any, Arrays]]:
+        """Some sequences' cells, one after the other; where they do not fit into memory together, in two halves."""
+        n_done = 0
+        if self.memory.has_room(len(rows), "sequences"):
+            try:
+                for key, cell in self._together(rows, keys):
+                    yield key, cell
+                    n_done += 1
+                return
+            except Exception as error:
+                if not is_out_of_memory(error) or len(rows) == 1:
+                    raise
+            self.memory.halved(len(rows), "sequences")
+        left, middle = keys[n_done:], (len(rows) + 1) // 2
+        halves = [dict(self._scored(half, left)) for half in (rows[:middle], rows[middle:])]
+        self.memory.say()
+        for key in left:
+            yield key, _joined([half[key] for half in halves])
+
+    def _together(self, rows: list[ScoredSequence], keys: list[Any]) -> Iterator[tuple[Any, Arrays]]:
+        if not keys:
+            return
+        batch = SequenceBatch.build(rows, device_of(self.moe.bridge.original_model))
+        base = record_pass(self.moe, batch.tokens, [key for key in keys if key != TOKENS], batch.mask)
+        targets, in_common = self._targets(base, batch)
+        for key in keys:
+            yield key, in_common if key == TOKENS else self._layer(base, batch, targets, key)
 
     def _targets(self, base: RecordedPass, batch: SequenceBatch) -> tuple[Tensor, Arrays]:
         """``[row, pos, target]`` ids: the realized next token and one drawn from the prediction."""
@@ -216,7 +243,7 @@ class _Run:
         kept = targets if plan.n_second else targets[..., :1]
         given = {layer: check_routes(base, layer, routes)}
         averaged = _averaged(wanted, drawn.shape[1], plan) if plan.n_second else None
-        scores = score_from_base(base, given, wanted, kept, plan.method, self.memory_budget, batch.names, averaged)
+        scores = score_from_base(base, given, wanted, kept, plan.method, self.memory, batch.names, averaged)
         logp, policy, n = scores.logp[wanted], scores.router_logp[wanted], plan.n_routes
         standard = check_routes(base, layer, base.indices[layer].unsqueeze(2))
         cell = {
@@ -247,6 +274,15 @@ class _Run:
         keys = TokenKeys(self.plan.stream(stream), layer, batch.keys[row], pos)
         ranking = self.moe.spec(layer).rule.choice_logits(base.router_logits[layer])[batch.wanted]
         return sampler.sample(ranking, base.indices[layer][batch.wanted], n_routes, keys)
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    """The cell of all sequences, from those of some each: tokens are on the first axis, where there are any."""
+    joined: Arrays = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        joined[name] = np.asarray(np.any(values)) if name == "is_slow" else np.concatenate(values)
+    return joined
 
 
 def matches(routes: Tensor, known: Tensor) -> Tensor:
@@ -311,21 +347,33 @@ def _check_pool(moe: MoEHooks, layers: Sequence[int], sampler: RouteSampler) -> 
 
 
 def _batches(
-    moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None, store: str | os.PathLike[str] | None
+    moe: MoEHooks,
+    sequences: list[ScoredSequence],
+    layers: Sequence[int],
+    memory_budget: int | None,
+    store: str | os.PathLike[str] | None,
 ) -> tuple[tuple[int, ...], ...]:
     """Sequences that run together; without a budget as in the store."""
     kept = CellStore.batches_of(store, len(sequences)) if store is not None and memory_budget is None else None
     if kept is None:
-        kept = batches_of_sequences(sequences, _tokens_per_batch(moe, sequences, memory_budget))
+        kept = batches_of_sequences(sequences, _tokens_per_batch(moe, sequences, layers, memory_budget))
     return tuple(map(tuple, kept))
 
 
-def _tokens_per_batch(moe: MoEHooks, sequences: list[ScoredSequence], memory_budget: int | None) -> int:
-    """As many tokens as a forward pass may have, of which a third for logits at the widest."""
-    width = max(len(sequence) for sequence in sequences)
-    tokens = tokens_per_pass(moe, width, memory_budget)
+def _tokens_per_batch(
+    moe: MoEHooks, sequences: list[ScoredSequence], layers: Sequence[int], memory_budget: int | None
+) -> int:
+    """As many tokens as a forward pass may have, of which a third for logits at the widest.
+
+    By default half of what is free is left to the branches.
+    """
+    budget = Memory(moe).bytes // 2 if memory_budget is None else memory_budget
+    lengths = [len(sequence) for sequence in sequences]
+    # a base pass keeps each layer's input, keys and values, and of a layer to score what its modules answered
+    kept = {"kept_layers": len(moe.bridge.blocks) + len(layers), "kept_tokens": sum(lengths)}
+    tokens = tokens_per_pass(moe, max(lengths), budget, **kept)
     vocabulary = int(getattr(moe.bridge.cfg, "d_vocab", 0) or 1)
-    return max(width, min(tokens, (memory_budget or 2**31) // (12 * vocabulary)))
+    return max(max(lengths), min(tokens, budget // (12 * vocabulary)))
 
 
 def _refuse_non_finite(logp: Tensor, batch: SequenceBatch, row: Tensor, pos: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
-from moe_interp.engine.memory import tokens_per_pass
+from moe_interp.engine.memory import Memory, is_out_of_memory, out_of_memory_in_words, tokens_per_pass
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.identity.model import model_identity, weights_of
 from moe_interp.experiments.identity.naming import model_name
@@ -45,6 +45,7 @@ from moe_interp.results.cells import Arrays, CellStore
 from moe_interp.stats import derive_rng
 
 
+@out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
 def isolate_experts(
@@ -81,7 +82,8 @@ def isolate_experts(
         mass: The forced experts' total weight: 1, or the token's own natural sum of weights. Uniform routing likewise.
             Several experts share it in proportion to the family's weights for the set (derived).
         random_draws: Experts drawn for the random baseline, without replacement while there are enough.
-        memory_budget: Bytes a forward pass may use; half of the free memory by default.
+        memory_budget: Bytes a forward pass may use; by default what is free (on a processor half of it). Where it does
+            not do all the same, fewer sets and items are taken at a time, with a warning.
         seed: Seed of the random baseline.
         method: "prefix" computes a layer's prefix once; "naive" runs ``run_with_hooks`` one item and set at a time.
         store: Folder for finished cells (layer x batch of items): an interrupted run goes on from there. Cells of
@@ -117,12 +119,14 @@ def isolate_experts(
     batches = _batches(tokenized, tokens, memory_budget, store)
     options = {"random_draws": random_draws, "seed": int(seed), "method": method}
     cells = None if store is None else CellStore(store, stored_plan(plan, tokenized, identity, options, batches))
-    scorer = NaiveScorer(moe, mode) if method == "naive" else PrefixScorer(moe, mode, tokens)
+    memory = Memory(moe, memory_budget)
+    scorer = NaiveScorer(moe, mode) if method == "naive" else PrefixScorer(moe, mode, tokens, memory)
+    run = _Run(moe, plan, scorer, tokenized, memory)
     finished: dict[tuple[int, int], Arrays] = {}
     with reporting("isolating experts", progress) as report, torch.no_grad():
         report(0, len(batches) * len(plan.layers))
         for number, index in enumerate(batches):
-            for layer, cell in _run_batch(moe, plan, scorer, tokenized, index, number, cells):
+            for layer, cell in _of_batch(run, index, number, cells):
                 finished[number, layer] = cell
                 report(len(finished), len(batches) * len(plan.layers))
     data = isolation_dataset(moe, plan, tokenized, batches, finished)
@@ -197,36 +201,78 @@ def _draw(seed: int, layer: int, n_experts: int, size: int, draws: int) -> tuple
     return tuple(tuple(int(e) for e in rng.choice(n_experts, size, replace=False)) for _ in range(draws))
 
 
-def _run_batch(
-    moe: MoEHooks,
-    plan: IsolationPlan,
-    scorer: PrefixScorer | NaiveScorer,
-    items: list[TokenizedItem],
-    index: list[int],
-    number: int,
-    cells: CellStore | None,
-) -> Iterator[tuple[int, Arrays]]:
+def _of_batch(run: _Run, index: list[int], number: int, cells: CellStore | None) -> Iterator[tuple[int, Arrays]]:
     """The cells of one batch of items, layer after layer; finished ones come from the store."""
-    stored = {layer: None if cells is None else cells.load(number, layer) for layer in plan.layers}
-    todo = [layer for layer, cell in stored.items() if cell is None]
-    if todo:
-        batch = ItemBatch.build(index, items, device_of(moe.bridge.original_model))
-        stats = RoutingStats(moe, batch, todo)
-        natural = scorer.begin(batch, todo, stats.hooks())
-    for layer in plan.layers:
-        cell = stored[layer]
+    stored = {layer: None if cells is None else cells.load(number, layer) for layer in run.plan.layers}
+    scored = run.cells_of(index, [layer for layer, cell in stored.items() if cell is None])
+    for layer, known in stored.items():
+        cell = known
         if cell is None:
+            _, cell = next(scored)
+            if cells is not None:
+                cells.save(cell, number, layer)
+        yield layer, cell
+
+
+@dataclass
+class _Run:
+    """One run's cells, batch by batch."""
+
+    moe: MoEHooks
+    plan: IsolationPlan
+    scorer: PrefixScorer | NaiveScorer
+    items: list[TokenizedItem]
+    memory: Memory
+
+    def cells_of(self, index: list[int], layers: list[int]) -> Iterator[tuple[int, Arrays]]:
+        """Some items' cells, layer after layer; where they do not fit into memory together, in two halves."""
+        n_done = 0
+        if self.memory.has_room(len(index), "items"):
+            try:
+                for layer, cell in self._together(index, layers):
+                    yield layer, cell
+                    n_done += 1
+                return
+            except Exception as error:
+                if not is_out_of_memory(error) or len(index) == 1:
+                    raise
+            self.memory.halved(len(index), "items")
+        left, middle = layers[n_done:], (len(index) + 1) // 2
+        halves = [dict(self.cells_of(half, left)) for half in (index[:middle], index[middle:])]
+        for layer in left:
+            yield layer, _joined([half[layer] for half in halves])
+
+    def _together(self, index: list[int], layers: list[int]) -> Iterator[tuple[int, Arrays]]:
+        if not layers:
+            return
+        plan, scorer = self.plan, self.scorer
+        batch = ItemBatch.build(index, self.items, device_of(self.moe.bridge.original_model))
+        stats = RoutingStats(self.moe, batch, layers)
+        natural = scorer.begin(batch, layers, stats.hooks())
+        for layer in layers:
             cell = {"natural": by_item(natural, batch.reads, len(index)), **stats.arrays(layer)}
             scores = [scorer.sets(layer, plan.to_score(layer), m, stats.natural_mass(layer)) for m in plan.mass]
             cell["sets"] = np.stack([by_item(s, batch.reads, len(index)) for s in scores], axis=1)
             if plan.mode == "ablate":
-                _spare_out_of_reach(cell, plan.to_score(layer), rounding(moe))
+                _spare_out_of_reach(cell, plan.to_score(layer), rounding(self.moe))
             if "uniform" in plan.baselines:
                 even = [scorer.uniform(layer, m) for m in plan.mass]
                 cell["uniform"] = np.stack([by_item(s, batch.reads, len(index)) for s in even], axis=1)
-            if cells is not None:
-                cells.save(cell, number, layer)
-        yield layer, cell
+            self.memory.say()
+            yield layer, cell
+
+
+# which axis of a cell's arrays the items are on; a margin is the smallest of all
+_ITEM_AXIS = {"natural": 1, "routing": 1, "share": 1, "uses": 0, "reaches": 0, "sets": 2, "uniform": 2}
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    """The cell of all items, from those of some each."""
+    joined: Arrays = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        joined[name] = np.asarray(np.min(values)) if name == "margin" else np.concatenate(values, axis=_ITEM_AXIS[name])
+    return joined
 
 
 def _spare_out_of_reach(cell: Arrays, sets: list[ExpertSet], tolerance: float) -> None:

@@ -11,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_interp.engine.attention import TOLERANCE, can_fuse
+from moe_interp.engine.attention import can_fuse
+from moe_interp.engine.memory import Memory
+from moe_interp.engine.policy import policy_of
+from moe_interp.engine.recorded_pass import RecordedLayer
 from moe_interp.engine.rerun import PrefixRunner, Reads
 from moe_interp.experiments.inputs.items import ItemBatch
 from moe_interp.experiments.isolation.variants import ExpertSet, Mode, ablated_rows, forced_rows
@@ -38,10 +41,13 @@ class PrefixScorer:
         moe: Attached hooks.
         mode: Whether sets of experts are forced or ablated.
         tokens: Tokens in one pass.
+        memory: Of the run; where a pass does not fit, fewer sets are taken at a time.
     """
 
-    def __init__(self, moe: MoEHooks, mode: Mode, tokens: int) -> None:
+    def __init__(self, moe: MoEHooks, mode: Mode, tokens: int, memory: Memory | None = None) -> None:
         self.moe, self.mode, self.tokens = moe, mode, tokens
+        self.memory = Memory(moe) if memory is None else memory
+        self.prefixes: dict[int, RecordedLayer] = {}
         self.runner = PrefixRunner(moe)
         self.null_difference: float | None = None
         self.resumes = True
@@ -49,7 +55,7 @@ class PrefixScorer:
 
     def begin(self, batch: ItemBatch, layers: Sequence[int], hooks: Hooks) -> Tensor:
         """The natural pass: ``[read]`` log-probabilities."""
-        self.batch = batch
+        self.batch, self.prefixes = batch, {}
         natural, self.prefixes = self.runner.base(batch.tokens, batch.reads, layers, hooks)
         if self.null_difference is None:
             self._check(natural, layers)
@@ -58,14 +64,19 @@ class PrefixScorer:
     def sets(self, layer: int, sets: Sequence[ExpertSet], mass: Mass, natural_mass: Tensor) -> Tensor:
         """``[read, set]``: the answers' log-probabilities with each set of experts."""
         rows, per_pass = self.batch.tokens.shape[0], self._per_pass()
-        columns: list[Tensor] = []
-        for start in range(0, len(sets), per_pass):
-            chunk = sets[start : start + per_pass]
+
+        def score(chunk: Sequence[ExpertSet]) -> Sequence[Tensor]:
             each = [chosen for chosen in chunk for _ in range(rows)]
             total = 1.0 if mass == "one" else natural_mass.repeat(len(chunk), 1, 1)
             force = self.mode == "force"
             hooks = forced_rows(self.moe, layer, each, total) if force else ablated_rows(self.moe, layer, each)
-            columns += self._run(layer, len(chunk), hooks).chunk(len(chunk))
+            return self._run(layer, len(chunk), hooks).chunk(len(chunk))
+
+        columns: list[Tensor] = []
+        for start in range(0, len(sets), per_pass):
+            chunk = sets[start : start + per_pass]
+            parts = self.memory.in_parts(lambda part, chunk=chunk: score(chunk[part]), len(chunk), "sets of experts")  # type: ignore[misc]
+            columns += [column for part in parts for column in part]
         return torch.stack(columns, dim=-1)
 
     def uniform(self, layer: int, mass: Mass) -> Tensor:
@@ -84,10 +95,11 @@ class PrefixScorer:
 
     def _check(self, natural: Tensor, layers: Sequence[int]) -> None:
         dtype = next(self.moe.bridge.original_model.parameters()).dtype
-        if can_fuse(self.moe):
+        tolerance = policy_of(self.moe).fused_tolerance
+        if tolerance is not None and can_fuse(self.moe):
             self.runner.fuses_attention = True
             self.null_difference = self._distance(natural, layers)
-            if self.null_difference <= TOLERANCE[dtype]:
+            if self.null_difference <= tolerance:
                 return
             self.runner.fuses_attention = False
         self.null_difference = self._distance(natural, layers)

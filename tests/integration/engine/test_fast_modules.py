@@ -10,11 +10,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moe_interp as mi
 from moe_interp.arch.modules import unwrap
+from moe_interp.engine import policy
 from moe_interp.engine.attention import fused_attention, queried_only_at
 from moe_interp.engine.cpu import expert_loop as lean_passes
 from moe_interp.engine.cpu.expert_loop import LOOP, LeanPasses
+from moe_interp.engine.recorded_pass import RecordedLayer
 from moe_interp.engine.replaced_forward import swapped_forward
-from moe_interp.engine.rerun import Prefix
 from moe_interp.experiments.inputs.items import ItemBatch, check_items, tokenize_items
 from moe_interp.experiments.isolation.scoring import PrefixScorer
 from tests import tiny
@@ -96,11 +97,11 @@ def test_a_linear_map_with_a_forward_of_its_own_keeps_it() -> None:
 def test_experts_loop_only_where_it_pays_and_nobody_chose_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = attached("olmoe", "grouped_mm")
     spec = moe.spec(moe.layers[0])
-    n_tokens = -(-lean_passes.LOOP_FROM_ROWS * spec.n_experts // spec.top_k)
+    n_tokens = -(-policy.LOOP_FROM_ROWS * spec.n_experts // spec.top_k)
     config, lean = spec.experts.config, LeanPasses(moe)
     with lean.experts(n_tokens):  # so narrow a model computes too little
         assert config._experts_implementation == "grouped_mm"
-    monkeypatch.setattr(lean_passes, "LOOP_FROM_WORK", 0)
+    monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
     with lean.experts(n_tokens - 1):
         assert config._experts_implementation == "grouped_mm"
     with lean.experts(n_tokens):
@@ -116,7 +117,7 @@ def test_experts_loop_only_where_it_pays_and_nobody_chose_otherwise(monkeypatch:
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3", "gemma4_text"])
 def test_looped_experts_agree_with_grouped_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moe, tokens = attached(name, "grouped_mm"), tiny.random_tokens(4, 150)
-    monkeypatch.setattr(lean_passes, "LOOP_FROM_WORK", 0)
+    monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
     loop, calls = lean_passes.looped_experts, []
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, LOOP, lambda *args: calls.append(len(args)) or loop(*args))
     before = logits(moe, tokens)
@@ -182,13 +183,13 @@ def test_low_precision_keeps_its_own_sum_over_slots(monkeypatch: pytest.MonkeyPa
     bridge = tiny.build_bridge(tiny.build_hf("olmoe", dtype=torch.bfloat16), "olmoe")
     tiny.set_experts_implementation(bridge, "grouped_mm")
     moe = mi.attach(bridge)
-    monkeypatch.setattr(lean_passes, "LOOP_FROM_WORK", 0)
+    monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
     with LeanPasses(moe).experts(1600):
         assert moe.spec(0).experts.config._experts_implementation == "grouped_mm"
 
 
 def test_a_prefix_keeps_what_has_positions_and_stacks_it() -> None:
-    prefix = Prefix(torch.zeros(2, 3, 4), {})
+    prefix = RecordedLayer(torch.zeros(2, 3, 4), {})
     by_row, flat, pattern = torch.arange(12.0).view(2, 3, 2), torch.arange(6), torch.zeros(2, 5, 3, 3)
     prefix.keep("attn", (by_row, pattern, "kind"))
     prefix.keep("attn", flat)

@@ -179,7 +179,7 @@ def test_batching_order_and_names_change_nothing(moe: MoEHooks, monkeypatch: pyt
     given = sequences()
     together = run(moe, given).data
     free = "moe_interp.experiments.counterfactual.experiment.tokens_per_pass"
-    monkeypatch.setattr(free, lambda moe, width, budget: width)
+    monkeypatch.setattr(free, lambda moe, width, budget, **kept: width)
     alone = run(moe, given)
     assert len(alone.manifest.config["batches"]) == 4
     assert_equal(alone.data, together)
@@ -209,7 +209,7 @@ def test_an_interrupted_run_goes_on_and_keeps_what_was_finished(
     moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = "moe_interp.experiments.counterfactual.experiment.tokens_per_pass"
-    monkeypatch.setattr(free, lambda moe, width, budget: 14)
+    monkeypatch.setattr(free, lambda moe, width, budget, **kept: 14)
     given, store = sequences(), tmp_path / "cells"
     whole = run(moe, given).data
 
@@ -234,10 +234,10 @@ def test_a_run_goes_on_with_other_memory_free_but_not_with_other_weights(
     moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = "moe_interp.experiments.counterfactual.experiment.tokens_per_pass"
-    monkeypatch.setattr(free, lambda moe, width, budget: 14)
+    monkeypatch.setattr(free, lambda moe, width, budget, **kept: 14)
     store = tmp_path / "cells"
     first = run(moe, sequences(), store=store).data
-    monkeypatch.setattr(free, lambda moe, width, budget: 1000)
+    monkeypatch.setattr(free, lambda moe, width, budget, **kept: 1000)
     monkeypatch.setattr("moe_interp.experiments.counterfactual.experiment.record_pass", lambda *args: 1 / 0)
     assert_equal(run(moe, sequences(), store=store).data, first, 0.0)  # nothing is computed again
     with pytest.raises(ResultError, match="memory_budget: other batches"):

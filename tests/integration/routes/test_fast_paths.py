@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_interp as mi
 from moe_interp.arch import products
-from moe_interp.engine.cpu import expert_loop
+from moe_interp.engine import policy
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
@@ -49,12 +49,12 @@ def default_threads() -> int:
 def forced(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> list[str]:
     """Many small groups, every product wide, every expert looped; gives the threads that ran groups."""
     monkeypatch.setattr(plan, "ROW_LENGTH", 4)
-    monkeypatch.setattr(plan, "_AT_ONCE", {"cpu": plan._AtOnce(4, 1, 1)})
+    monkeypatch.setattr(policy, "AT_ONCE", {"cpu": policy.AtOnce(4, 1, 1)})
     monkeypatch.setattr(products, "HAS_WIDE_PRODUCTS", products.CAN_BE_WIDE)
     monkeypatch.setattr(products, "_WORTH_IT", 0)
     monkeypatch.setattr(products, "_FEW_ROWS", 0)
-    monkeypatch.setattr(expert_loop, "LOOP_FROM_ROWS", 0)
-    monkeypatch.setattr(expert_loop, "LOOP_FROM_WORK", 0)
+    monkeypatch.setattr(policy, "LOOP_FROM_ROWS", 0)
+    monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
     return []
 
 
@@ -197,7 +197,7 @@ def test_workers_share_cores_and_the_default_stays(two_threads: None, caplog: py
 
 def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     moe, tokens = attached("olmoe"), tiny.random_tokens(1, 40)
-    monkeypatch.setattr(plan, "_AT_ONCE", {"cpu": plan._AtOnce(10**9, 10**9, 1)})
+    monkeypatch.setattr(policy, "AT_ONCE", {"cpu": policy.AtOnce(10**9, 10**9, 1)})
     monkeypatch.setattr(plan, "_WORKER_BYTES", 1)
     base = record_pass(moe, tokens, [0])
     alone, both = (plan.Plan(base, 0, 40, 2**25, workers) for workers in (1, 2))

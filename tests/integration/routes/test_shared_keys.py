@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from moe_interp.arch.modules import unwrap
-from moe_interp.engine import branch_attention
+from moe_interp.engine import branch_attention, policy
 from moe_interp.engine.branch_attention import NAME, UnknownAttention
 from moe_interp.engine.branches import BranchRunner, can_share_keys
 from moe_interp.engine.recorded_pass import record_pass
@@ -61,7 +61,7 @@ def test_pieces_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plan, "ROW_LENGTH", 4)
     with precision(torch.float64):
         for scores in (1, 500, 10**9):
-            monkeypatch.setattr(plan, "_AT_ONCE", {"cpu": plan._AtOnce(1536, 2**24, scores)})
+            monkeypatch.setattr(policy, "AT_ONCE", {"cpu": policy.AtOnce(1536, 2**24, scores)})
             found.append(scored(moe, moe.layers[0], routes).logp)
     assert largest_difference(found[0], found[2]) <= 1e-12
     assert largest_difference(found[1], found[2]) <= 1e-12
