@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 import moe_interp as mi
 from moe_interp.arch import products
+from moe_interp.engine import memory
 from moe_interp.engine.memory import CPU_TOKENS, tokens_per_pass
+from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.errors import ConfigError
+from moe_interp.routes.plan import Plan
 from tests import tiny
 
 
@@ -44,3 +49,18 @@ def test_a_budget_without_room_for_one_sequence_names_what_is_needed(moe: mi.MoE
 def test_a_budget_of_what_is_free_is_capped_on_a_processor(moe: mi.MoEHooks) -> None:
     assert tokens_per_pass(moe, 10) == CPU_TOKENS
     assert tokens_per_pass(moe, CPU_TOKENS + 1) == CPU_TOKENS + 1  # one sequence is always whole
+
+
+def test_tokens_and_branches_at_once_follow_what_is_free(moe: mi.MoEHooks, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = record_pass(moe, tiny.random_tokens(1, 12), [0])
+    found = []
+    for free in (2**21, 2**22, 2**40):
+        monkeypatch.setattr(
+            memory.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free, total=free)
+        )
+        packed, given = Plan(base, 0, 32, None), Plan(base, 0, 32, free // 2)
+        assert vars(packed) == vars(given)
+        found.append((tokens_per_pass(moe, 10), packed.tokens_at_once, packed.rows_at_once))
+        assert found[-1][0] == tokens_per_pass(moe, 10, free // 2)
+    assert found[0] < found[1] < found[2]
+    assert found[2][0] == CPU_TOKENS
