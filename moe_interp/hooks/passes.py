@@ -56,11 +56,17 @@ class Memory(PerThread):
 
 @dataclass
 class Generation:
-    """One running call of ``generate``; ``prompt`` is None until the first pass tells it."""
+    """One running call of ``generate``; ``prompt`` is None until the first pass tells it.
+
+    Attributes:
+        cached: Columns in the cache at its first pass.
+        depth: How many passes ran around it when it began: a pass that runs in a hook of one of its own is not its.
+    """
 
     prompt: int | None = None
     prompt_mask: Tensor | None = None
-    cached: int | None = None  # columns in the cache at its first pass
+    cached: int | None = None
+    depth: int = 0
 
 
 class _Now(PerThread):
@@ -76,6 +82,10 @@ class _Now(PerThread):
         self.generation: Generation | None = None
         self.spans: dict[str, list[Span]] = {}
         self.running: dict[str, int] = {}
+
+    @property
+    def depth(self) -> int:
+        return sum(self.running.values())
 
 
 class Passes:
@@ -119,9 +129,10 @@ class Passes:
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
-        """A call of ``generate``; one inside another adds what the outer did not know."""
+        """A call of ``generate``; one inside another adds what the outer did not know, unless a hook calls it."""
         outer = self._now.generation
-        if outer is None:
+        if outer is None or outer.depth < self._now.depth:
+            generation.depth = self._now.depth
             self._now.generation = generation
         elif outer.prompt is None and outer.cached is None:
             outer.prompt, outer.prompt_mask = generation.prompt, generation.prompt_mask
@@ -139,7 +150,7 @@ class Passes:
             "attention_mask": mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
         }
         generation = self._now.generation
-        if generation is not None and stack != "encoder":
+        if generation is not None and generation.depth == self._now.depth and stack != "encoder":
             if generation.cached is None:
                 generation.cached = n_past
                 if generation.prompt is None or generation.prompt <= n_past:

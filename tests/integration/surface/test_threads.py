@@ -333,3 +333,28 @@ def test_an_error_in_a_hook_leaves_no_pass_behind() -> None:
         (found,) = at_once(lambda: run_hooked(moe, "olmoe", edits(moe), ONE))
         assert torch.equal(found, run_hooked(moe, "olmoe", edits(moe), ONE))
         assert torch.equal(logits_of(moe.bridge, "olmoe", ONE), plain)
+
+
+@pytest.mark.parametrize("inner", ["a pass", "generate"])
+def test_what_a_hook_runs_inside_of_generate_has_a_prompt_of_its_own(inner: str) -> None:
+    moe = attach_to("olmoe")
+    touched: list[Tensor] = []
+    is_inside: list[bool] = []
+
+    def run_another(value: Tensor, hook: Any) -> None:
+        if is_inside:
+            touched.append((value >= 0).sum(-1) == 3)
+            return
+        is_inside.append(True)
+        moe.bridge(ONE[:, :5]) if inner == "a pass" else generated(moe, ONE[:, :5])
+        is_inside.clear()
+
+    hooks = [*mi.force_experts(moe, 1, [1, 2, 7]), (moe.hook_name("expert_indices", 1), run_another)]
+    with moe.bridge.hooks(fwd_hooks=hooks):
+        generated(moe, ONE[:, :3])
+    n = 3 if inner == "generate" else 1
+    for start in range(0, len(touched), n):
+        assert touched[start].shape[1] == 5
+        assert touched[start].all()  # all of its own prompt
+        assert not torch.cat([*touched[start + 1 : start + n], touched[start][:, :0]], dim=1).any()
+    assert len(touched) == 3 * n
