@@ -148,7 +148,7 @@ def test_an_error_breaks_between_words(monkeypatch: pytest.MonkeyPatch, capsys: 
         monkeypatch.setattr(console.err, "_width", width)
         assert run_app(monkeypatch, "verify", "--model", "demo", "--dtype", "int3") == 1
         lines = capsys.readouterr().err.splitlines()
-        expected = "one of float32, bfloat16, float16, float64. Choose a number format."
+        expected = "one of float32, bfloat16, float16, float64, auto. Choose a number format."
         message = f"ConfigError: --dtype int3. Expected: {expected}"
         assert " ".join(line.rstrip() for line in lines) == message
         assert max(map(len, lines)) <= width
