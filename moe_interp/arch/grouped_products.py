@@ -150,6 +150,6 @@ def _is_taken_as_it_is(tensor: Tensor) -> bool:
 
 
 def _is_aligned(stack: Tensor) -> bool:
-    d_1, d_2, size = *stack.shape[1:], stack.element_size()
-    strides: Any = (d_1 * size, d_2 * size)
+    size = stack.element_size()
+    strides: Any = [width * size for width in stack.shape[1:]]
     return stack.is_contiguous() and not any(n % _ALIGNMENT for n in (*strides, stack.data_ptr()))

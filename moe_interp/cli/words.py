@@ -17,7 +17,7 @@ OPTIONS = {
         name: f"--{name}"
         for name in (
             *("layers", "experts", "mode", "method", "seed", "sampler", "tau", "pool", "controls", "domains"),
-            *("dtype", "device", "tokens", "resume", "out", "steps", "strategies", "seeds"),
+            *("dtype", "device", "compile", "tokens", "resume", "out", "steps", "strategies", "seeds"),
         )
     },
 }

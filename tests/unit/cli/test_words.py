@@ -18,7 +18,7 @@ from moe_interp.testbed.training.train import train
 
 PACKAGE = Path(mi.__file__).parent
 # what the commands run on
-PARTS = ("experiments", "routes", "hooks", "arch", "testbed", "results")
+PARTS = ("experiments", "routes", "engine", "verification", "hooks", "arch", "testbed", "results")
 FILES = ("tokenization", "jsonlines", "checks")
 CALLED: tuple[Callable[..., Any], ...] = (
     *(mi.isolate_experts, mi.counterfactual_routes, mi.score_domain_router, mi.load_items, mi.load_sequences),
