@@ -37,7 +37,7 @@ def test_the_demos_own_trajectories_are_the_default(tmp_path: Path) -> None:
     given = ["counterfactual", "--model", "demo", "--first", "2", "-R", "4", "--out", str(tmp_path)]
     done = runner.invoke(cli, given)
     assert done.exit_code == 0, done.output
-    result = mi.load_result(tmp_path / "experiment.nc")
+    result = mi.load_result(tmp_path / "counterfactual.nc")
     assert isinstance(result, mi.CounterfactualResult)
     assert result.data.sizes["route"] == 4
     names = list(dict.fromkeys(result.data["sequence"].values.tolist()))
@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_and_another_plan_is_refused(
     assert kept.items() < after.items()  # nothing was computed again
     words = " ".join(done.output.split())
     assert "1 of 2 cells were finished before, in" in words
-    whole = mi.load_result(tmp_path / "out" / "experiment.nc")
+    whole = mi.load_result(tmp_path / "out" / "counterfactual.nc")
     runner.invoke(cli, arguments(tmp_path / "texts.jsonl", tmp_path / "once", "-R", "3", "--layers", "0,-1"))
     np.testing.assert_array_equal(whole.data["logp"], mi.load_result(tmp_path / "once").data["logp"])
     other = runner.invoke(cli, [*given, "--seed", "1"])
@@ -115,8 +115,8 @@ def test_fields_that_are_not_read_are_named_and_spaces_between_layers_pass(tmp_p
         "Not read: trajectory (of 2 sequences), scorefrom (of 1 sequence). The fields that are read: id, text" in words
     )
     assert f"Open {out / 'index.html'} in a browser." in done.stdout
-    assert f"The result is {out / 'experiment.nc'}." in done.stdout
-    assert (out / "experiment.nc").is_file()
+    assert f"The result is {out / 'counterfactual.nc'}." in done.stdout
+    assert (out / "counterfactual.nc").is_file()
     again = runner.invoke(cli, [*arguments(tmp_path / "texts.jsonl", out, "-R", "2"), "--layers", "0, 1"])
     assert "[red]out[/]" in str(again.exception)
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_is_refused(
     assert done.exit_code != 0
     assert isinstance(done.exception, MoEInterpError), done.output
     assert all(part in str(done.exception) for part in parts), str(done.exception)
-    assert not (tmp_path / "out" / "experiment.nc").exists()
+    assert not (tmp_path / "out" / "counterfactual.nc").exists()
 
 
 @pytest.mark.parametrize("first", ["0", "-1"])
@@ -210,7 +210,7 @@ def test_a_single_short_sequence_without_controls_says_what_it_cannot_show(tmp_p
     words = " ".join(done.output.split())
     assert "no interval" in words
     assert "no controls" in words
-    result = mi.load_result(tmp_path / "out" / "experiment.nc")
+    result = mi.load_result(tmp_path / "out" / "counterfactual.nc")
     assert int(result.data["logp"].notnull().sum("route").max()) == 119  # C(16, 2) - 1
     assert bool(result.data["exhausted"].all())
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
@@ -224,7 +224,7 @@ def test_a_named_field_is_scored(tmp_path: Path) -> None:
     done = runner.invoke(cli, arguments(path, out, *named))
     assert done.exit_code == 0, done.output
     assert "Not read: answer (of 1 sequence)" in " ".join(done.stderr.split())
-    data = mi.load_result(out / "experiment.nc").data
+    data = mi.load_result(out / "counterfactual.nc").data
     assert "".join(data["target_text"].values.tolist()) == "7+8=15\n30+20=50"
     wrong = runner.invoke(cli, arguments(path, out, "--answer-field", "solution"))
     said = "texts.jsonl, line 1 (sequence 'a'): no solution among its fields id, question, steps, answer"

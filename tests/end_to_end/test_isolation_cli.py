@@ -41,7 +41,7 @@ def test_demo_writes_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert 'src="http' not in page
     for name in (*FIGURES, *ROUTE_FIGURES):
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 1000
-    result = mi.load_result(tmp_path / "experiment.nc")
+    result = mi.load_result(tmp_path / "isolation.nc")
     assert isinstance(result, mi.IsolationResult)
     assert result.data.sizes["item"] == 32
     assert result.data.attrs["model"] == "demo"
@@ -73,7 +73,7 @@ def test_isolate_takes_paths_and_goes_on_after_an_interruption(tmp_path: Path, m
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").glob("*.npz")}
     assert len(kept) == 2
     assert cells.items() <= kept.items()  # the finished cell was not computed again
-    result = mi.load_result(tmp_path / "out" / "experiment.nc")
+    result = mi.load_result(tmp_path / "out" / "isolation.nc")
     assert list(result.data.expert.values) == ["0", "3", "2+5"]
     assert list(result.data.layer.values) == [0, 3]
     assert "smallest attainable p" in done.output  # said before the run
@@ -142,7 +142,7 @@ def test_a_full_disk_at_the_end_keeps_the_cells_and_the_earlier_result(
     arguments = ["isolate", "--model", "demo", "--items", str(items_file(tmp_path)), "--out", str(out)]
     arguments += ["--layers", "3", "--experts", "0,1,2", "--random-draws", "1"]
     assert runner.invoke(cli, arguments).exit_code == 0
-    earlier = (out / "experiment.nc").read_bytes()
+    earlier = (out / "isolation.nc").read_bytes()
     cells = {file: file.stat().st_mtime_ns for file in (out / "cells").glob("*.npz")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -152,7 +152,7 @@ def test_a_full_disk_at_the_end_keeps_the_cells_and_the_earlier_result(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert isinstance(done.exception, ResultError)
     assert "The earlier file of that name is unchanged" in str(done.exception)
-    assert (out / "experiment.nc").read_bytes() == earlier
+    assert (out / "isolation.nc").read_bytes() == earlier
     assert {file: file.stat().st_mtime_ns for file in (out / "cells").glob("*.npz")} == cells
     assert not list(out.glob(".*"))
 
@@ -179,5 +179,5 @@ def test_real_items_run_on_a_model_given_by_path(tmp_path: Path, shared_data: Pa
     arguments = ["isolate", "--model", str(load_demo_assets().model_path), "--items", str(path), "--layers", "3"]
     done = runner.invoke(cli, [*arguments, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    result = mi.load_result(tmp_path / "out" / "experiment.nc")
+    result = mi.load_result(tmp_path / "out" / "isolation.nc")
     assert set(result.data.domain.values) == {"math", "general_knowledge"}

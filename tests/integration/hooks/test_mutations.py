@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.arch.spec import MoESpec
 from moe_interp.hooks import blocks, experts, router
+from moe_interp.hooks import layer as layer_module
 from moe_interp.hooks.layer import OpenLayer, Pass
 from tests.integration.hooks import (
     test_gradients,
@@ -58,12 +59,12 @@ def patch_fire(
     monkeypatch: Patch, change: Callable[[OpenLayer, str, Tensor, Callable[[Tensor], Tensor]], Tensor]
 ) -> None:
     """Replace the firing of a hook by ``change(layer, name, value, native fire of a value)``."""
-    native = OpenLayer.fire
+    native = OpenLayer._run_hooks
 
-    def fire(self: OpenLayer, name: str, value: Tensor, *, owned: bool = False) -> Tensor:
-        return change(self, name, value, lambda v: native(self, name, v, owned=owned))
+    def run_hooks(self: OpenLayer, name: str, value: Tensor, owned: bool) -> tuple[Tensor, bool]:
+        return change(self, name, value, lambda v: native(self, name, v, owned)[0]), True
 
-    monkeypatch.setattr(OpenLayer, "fire", fire)
+    monkeypatch.setattr(OpenLayer, "_run_hooks", run_hooks)
 
 
 def patch_choose(monkeypatch: Patch, change: Callable[..., tuple[Tensor, Tensor, bool]]) -> None:
@@ -104,8 +105,7 @@ def logits_unread(monkeypatch: Patch) -> None:
 
 
 def edits_unseen(monkeypatch: Patch) -> None:
-    for module in (router, experts):
-        monkeypatch.setattr(module, "is_edited", lambda after, before: False)
+    monkeypatch.setattr(layer_module, "is_edited", lambda after, before: False)
 
 
 def weights_of_the_old_route(monkeypatch: Patch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_interp.arch.expert_functions import StackedExperts
 from moe_interp.arch.rules import RoutingRule, ScoreRule, SigmoidTopK, SoftmaxTopK, TopKSigmoid, TopKSoftmax
 from moe_interp.hooks import blocks, experts
+from moe_interp.hooks import layer as layer_module
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.layer import OpenLayer, Pass
 from moe_interp.hooks.passes import Span
@@ -254,14 +255,14 @@ def of_firing(change: Callable[[Tensor, Tensor], Tensor], *names: str) -> Mistak
     """``change(result, value)`` of what a hook returned, at some hooks or at all; others pass as they are."""
 
     def plant(moe: MoEHooks, monkeypatch: Patch) -> None:
-        native = OpenLayer.fire
+        native = OpenLayer._run_hooks
 
-        def fire(self: OpenLayer, name: str, value: Tensor, **kwargs: Any) -> Tensor:
-            result = native(self, name, value, **kwargs)
+        def run_hooks(self: OpenLayer, name: str, value: Tensor, owned: bool) -> tuple[Tensor, bool]:
+            result, is_written = native(self, name, value, owned)
             at = (not names or name in names) and name in self.points and self.is_hooked(name)
-            return change(result, value) if at else result
+            return (change(result, value), True) if at else (result, is_written)
 
-        monkeypatch.setattr(OpenLayer, "fire", fire)
+        monkeypatch.setattr(OpenLayer, "_run_hooks", run_hooks)
 
     return plant
 
@@ -299,7 +300,7 @@ def empty_slots_run(run: Pass) -> None:
 
 def shared_twice(moe: MoEHooks, monkeypatch: Patch) -> None:
     """The edited shared output is added to the block's own instead of replacing it."""
-    monkeypatch.setattr(experts, "is_edited", lambda new, old: True)
+    monkeypatch.setattr(layer_module, "is_edited", lambda new, old: True)
     native = experts.finish
 
     def finish(layer: OpenLayer, run: Pass, routed: Tensor) -> Tensor:
@@ -313,10 +314,10 @@ def shared_twice(moe: MoEHooks, monkeypatch: Patch) -> None:
 def aliased(moe: MoEHooks, monkeypatch: Patch) -> None:
     """Hooks are handed the model's own tensors: an edit in place reaches what else reads them."""
 
-    def fire(self: OpenLayer, name: str, value: Tensor, **kwargs: Any) -> Tensor:
-        return self.points[name](value) if name in self.points and self.is_hooked(name) else value
+    def run_hooks(self: OpenLayer, name: str, value: Tensor, owned: bool) -> tuple[Tensor, bool]:
+        return (self.points[name](value), True) if name in self.points and self.is_hooked(name) else (value, False)
 
-    monkeypatch.setattr(OpenLayer, "fire", fire)
+    monkeypatch.setattr(OpenLayer, "_run_hooks", run_hooks)
 
 
 def past_off_by_one(moe: MoEHooks, monkeypatch: Patch) -> None:
