@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +33,7 @@ class ExpertFunctions(Protocol):
     def output(self, hidden: Tensor, expert: int) -> Tensor: ...
 
 
-class StackedFunctions:
+class StackedFunctions(ABC):
     """Experts whose weights are stacks: the same functions of rows of all experts at once, by grouped products."""
 
     n_experts: int
@@ -48,11 +49,13 @@ class StackedFunctions:
         """Whether somebody looks at the calls in between, which a loop makes for one expert at a time."""
         return any(isinstance(part, nn.Module) and is_watched(part) for part in self.called)
 
+    @abstractmethod
     def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
-        raise NotImplementedError
+        """``[row, d_expert]``, the neurons of rows sorted by expert."""
 
+    @abstractmethod
     def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
-        raise NotImplementedError
+        """``[row, d_out]``, their outputs before a weight."""
 
 
 def unreadable(experts: nn.Module, *parts: nn.Module) -> str | None:

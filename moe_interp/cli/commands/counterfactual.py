@@ -7,28 +7,14 @@ from typing import Annotated
 import typer
 
 from moe_interp.cli import console, options
-from moe_interp.cli.options import (
-    AnswerField,
-    Device,
-    DeviceMap,
-    Dtype,
-    First,
-    Layers,
-    Memory,
-    Model,
-    Out,
-    PromptField,
-    Resume,
-    Seed,
-)
 from moe_interp.cli.startup import work_begins
 from moe_interp.errors import ConfigError
 
 
 def counterfactual(
     context: typer.Context,
-    model: Model,
-    out: Out,
+    model: options.Model,
+    out: options.Out,
     sequences: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,22 +23,22 @@ def counterfactual(
             metavar="FILE",
         ),
     ] = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    first: First = None,
-    layers: Layers = None,
+    prompt_field: options.PromptField = "prompt",
+    answer_field: options.AnswerField = "answer",
+    first: options.First = None,
+    layers: options.Layers = None,
     routes: Annotated[int, typer.Option("--routes", "-R", help="Distinct routes a token, besides its own.")] = 32,
     sampler: Annotated[str, typer.Option(help=f"Where routes come from: {', '.join(options.SAMPLERS)}.")] = "gumbel",
     tau: Annotated[float, typer.Option(help="Temperature of gumbel.")] = 1.0,
     pool: Annotated[int | None, typer.Option(help="gumbel draws among the N most likely experts only.")] = None,
     controls: Annotated[bool, typer.Option(help="Also score what tells regret from luck.")] = True,
     method: Annotated[str, typer.Option(help="auto, branch or naive (one full forward a route).")] = "auto",
-    memory: Memory = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    seed: Seed = 0,
-    resume: Resume = True,
+    memory: options.Memory = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    seed: options.Seed = 0,
+    resume: options.Resume = True,
 ) -> None:
     """Score other routes of equal compute for every token, layer by layer: is the router's choice the best, and does it
     know better routes where it is not?

@@ -7,47 +7,33 @@ from typing import Annotated
 import typer
 
 from moe_interp.cli import console, options
-from moe_interp.cli.options import (
-    AnswerField,
-    Device,
-    DeviceMap,
-    Dtype,
-    First,
-    Layers,
-    Memory,
-    Model,
-    Out,
-    PromptField,
-    Resume,
-    Seed,
-)
 from moe_interp.cli.startup import work_begins
 
 
 def isolate(
     context: typer.Context,
-    model: Model,
-    out: Out,
+    model: options.Model,
+    out: options.Out,
     items: Annotated[
         list[str] | None, typer.Option(help="JSON-lines files, or 'demo' for the bundled items.", metavar="FILE")
     ] = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
+    prompt_field: options.PromptField = "prompt",
+    answer_field: options.AnswerField = "answer",
     domain_field: Annotated[
         str, typer.Option(help="The field of the files that names the domain.", metavar="NAME")
     ] = "domain",
     domains: Annotated[str | None, typer.Option(help="Keep these domains only, e.g. math,science.")] = None,
-    first: First = None,
-    layers: Layers = None,
+    first: options.First = None,
+    layers: options.Layers = None,
     experts: Annotated[str | None, typer.Option(help="Experts, e.g. 0,1,2+5 (a set); all by default.")] = None,
     mode: Annotated[str, typer.Option(help="force (alone) or ablate (taken away).")] = "force",
     random_draws: Annotated[int, typer.Option(help="Experts drawn for the random baseline.")] = 8,
-    memory: Memory = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    seed: Seed = 0,
-    resume: Resume = True,
+    memory: options.Memory = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    seed: options.Seed = 0,
+    resume: options.Resume = True,
 ) -> None:
     """Send all tokens of a layer through one expert at a time: which experts are good for which domain, and does the
     router prefer them?
