@@ -159,29 +159,41 @@ class StackedExperts(StackedFunctions):
             out.copy_(self.output(hidden, expert)[: len(out)])
 
 
-class Llama4Experts(StackedFunctions):
-    """Llama 4: transposed stacks, no bias; the block scales the input of an expert, not its output."""
+class GatedStacks(StackedFunctions):
+    """Two stacks of maps without a bias, the first for gate and neurons side by side.
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.up, self.down = module, module.gate_up_proj, module.down_proj
-        self.stacks, self.called = (self.up, self.down), (module.act_fn,)
-        self.n_experts, self.d_expert = self.down.shape[:2]
+    Args:
+        up: ``[expert, 2 * d_expert, d_in]``; ``transposed`` ``[expert, d_in, 2 * d_expert]``.
+        down: ``[expert, d_out, d_expert]``; ``transposed`` ``[expert, d_expert, d_out]``.
+        activation: Of the gate.
+        transposed: Which of the two the stacks are.
+    """
+
+    def __init__(self, up: Tensor, down: Tensor, activation: Any, *, transposed: bool) -> None:
+        self.up, self.down, self.activation, self.transposed = up, down, activation, transposed
+        self.stacks, self.called = (up, down), (activation,)
+        self.n_experts, self.d_expert = down.shape[0], down.shape[1 if transposed else 2]
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        return self._activated(linear(rows, self.up[expert].t()))
+        return self._activated(_linear(rows, self.up[expert], None, self.transposed))
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
-        return linear(hidden, self.down[expert].t())
+        return _linear(hidden, self.down[expert], None, self.transposed)
 
     def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
-        return self._activated(grouped_linear(rows, groups, self.up, None, transposed=True))
+        return self._activated(grouped_linear(rows, groups, self.up, None, self.transposed))
 
     def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
-        return grouped_linear(hidden, groups, self.down, None, transposed=True)
+        return grouped_linear(hidden, groups, self.down, None, self.transposed)
 
     def _activated(self, projected: Tensor) -> Tensor:
         gate, up = projected.chunk(2, dim=-1)
-        return up * self.module.act_fn(gate)
+        return self.activation(gate) * up
+
+
+def llama4_experts(module: Any) -> GatedStacks:
+    """Llama 4: transposed stacks; the block scales the input of an expert, not its output."""
+    return GatedStacks(module.gate_up_proj, module.down_proj, module.act_fn, transposed=True)
 
 
 def llama4_sizes(module: Any) -> tuple[int, int]:
@@ -191,29 +203,9 @@ def llama4_sizes(module: Any) -> tuple[int, int]:
     return down.shape[0], down.shape[1]
 
 
-class JetMoeExperts(StackedFunctions):
-    """JetMoE: two stacks of linear maps that belong to the block."""
-
-    def __init__(self, block: Any) -> None:
-        self.block, self.up, self.down = block, block.input_linear.weight, block.output_linear.weight
-        self.stacks, self.called = (self.up, self.down), (block.activation,)
-        self.n_experts, self.d_expert = jetmoe_sizes(block)
-
-    def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        return self._activated(linear(rows, self.up[expert]))
-
-    def output(self, hidden: Tensor, expert: int) -> Tensor:
-        return linear(hidden, self.down[expert])
-
-    def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
-        return self._activated(grouped_linear(rows, groups, self.up, None, transposed=False))
-
-    def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
-        return grouped_linear(hidden, groups, self.down, None, transposed=False)
-
-    def _activated(self, projected: Tensor) -> Tensor:
-        gate, up = projected.chunk(2, dim=-1)
-        return self.block.activation(gate) * up
+def jetmoe_experts(block: Any) -> GatedStacks:
+    """JetMoE: the stacks belong to two linear maps of the block."""
+    return GatedStacks(block.input_linear.weight, block.output_linear.weight, block.activation, transposed=False)
 
 
 def jetmoe_sizes(block: Any) -> tuple[int, int]:

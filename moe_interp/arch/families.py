@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from moe_interp.arch.expert_functions import (
-    JetMoeExperts,
-    Llama4Experts,
     SwitchExperts,
+    jetmoe_experts,
     jetmoe_sizes,
+    llama4_experts,
     llama4_sizes,
     switch_sizes,
 )
@@ -281,7 +281,7 @@ FAMILIES: tuple[Family, ...] = (
         layout=SortedPairs(),
         router="router",
         experts_at="",
-        experts=JetMoeExperts,
+        experts=jetmoe_experts,
         sizes=jetmoe_sizes,
         weights_in=("input_linear", "output_linear"),
         own_block=True,
@@ -420,7 +420,7 @@ FAMILIES: tuple[Family, ...] = (
         layout=DenseScores(),
         router="router",
         shared="shared_expert",
-        experts=Llama4Experts,
+        experts=llama4_experts,
         sizes=llama4_sizes,
         own_block=True,
         weight_on_input=True,

@@ -90,7 +90,7 @@ class BranchRunner:
         base: The base pass.
         layer: The first layer at which the branches' routes differ.
         hooks: Further hooks for the layers above (routes of the branches there).
-        at_once: About how many branches a call will get: with many, experts run as :class:`LeanPasses` has them.
+        at_once: About how many branches a call will get: with many, experts run as :class:`FastModules` has them.
         shares_keys: Whether branches read their sequence's keys without a copy, which cannot be differentiated; by
             default where that is exact.
         scores_at_once: How many attention scores to hold together over shared keys; one row's at least.

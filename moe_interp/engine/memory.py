@@ -20,6 +20,9 @@ CPU_TOKENS = MOST_TOKENS["cpu"]
 _TOO_LARGE = object()
 
 Result = TypeVar("Result")
+Row = TypeVar("Row")
+Key = TypeVar("Key")
+Cell = TypeVar("Cell")
 
 
 class HalvedBatchWarning(UserWarning):
@@ -75,9 +78,43 @@ class Memory:
                 start += count
         return found
 
-    def has_room(self, count: int, what: str) -> bool:
-        """Whether so many have not been too many before."""
-        return count <= self._most.get(what, count)
+    def in_halves(
+        self,
+        rows: list[Row],
+        keys: list[Key],
+        what: str,
+        together: Callable[[list[Row], list[Key]], Iterator[tuple[Key, Cell]]],
+        joined: Callable[[list[Cell]], Cell],
+    ) -> Iterator[tuple[Key, Cell]]:
+        """Cells of some rows, one a key; where the rows do not fit into memory together, those of two halves, joined.
+
+        Args:
+            rows: What is cut in halves.
+            keys: Of the cells that are wanted, in the order in which they are made.
+            what: The rows are, in the plural.
+            together: Makes the cells of some rows, in the order of the keys.
+            joined: Makes a cell of all rows of the cells of some each.
+
+        Raises:
+            torch.OutOfMemoryError: not even one row fits.
+        """
+        n_done = 0
+        if len(rows) <= self._most.get(what, len(rows)):
+            try:
+                for key, cell in together(rows, keys):
+                    yield key, cell
+                    n_done += 1
+                return
+            except Exception as error:
+                if not is_out_of_memory(error) or len(rows) == 1:
+                    raise
+            self.halved(len(rows), what)
+        left, middle = keys[n_done:], (len(rows) + 1) // 2
+        parts = rows[:middle], rows[middle:]
+        halves = [dict(self.in_halves(part, left, what, together, joined)) for part in parts]
+        self.say()
+        for key in left:
+            yield key, joined([half[key] for half in halves])
 
     def halved(self, count: int, what: str) -> None:
         """So many did not fit: what torch keeps for later is given back, and half as many are taken from now on."""

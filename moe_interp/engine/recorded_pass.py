@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine.cached_keys import RecordingCache
-from moe_interp.engine.cpu.expert_loop import LeanPasses
+from moe_interp.engine.cpu.fast_modules import FastModules
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.types import Hooks
 
@@ -144,7 +144,7 @@ class RecordedPass:
     targets: dict[int, str]
     head: nn.Module
     cache: RecordingCache
-    fast: LeanPasses
+    fast: FastModules
     logits: Tensor
     ends_in_head: bool
     recording: Recording
@@ -205,7 +205,7 @@ def record_pass(
     targets = {layer: _target(blocks[layer], moe, layer) for layer in layers}
     model: Any = moe.bridge.original_model
     head, cache = model.get_output_embeddings(), RecordingCache(config=model.config)
-    fast = LeanPasses(moe)
+    fast = FastModules(moe)
     kept: dict[str, dict[int, Tensor]] = {"router_logits": {}, "expert_indices": {}, "expert_weights": {}}
     experts_in: dict[int, Tensor] = {}
     unembedded: list[tuple[Tensor, int]] = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine.attention import fused_attention, queried_only_at
-from moe_interp.engine.cpu.expert_loop import LeanPasses
+from moe_interp.engine.cpu.fast_modules import FastModules
 from moe_interp.engine.recorded_pass import RecordedLayer, recording
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.errors import AttachError
@@ -62,7 +62,7 @@ class PrefixRunner:
         self.layers: list[nn.Module] = [unwrap(block) for block in blocks]
         self.model: Any = moe.bridge.original_model
         self.fuses_attention = False
-        self._lean = LeanPasses(moe)
+        self._fast = FastModules(moe)
         self._gives_tuple: dict[int, bool] = {}
 
     def base(
@@ -106,7 +106,7 @@ class PrefixRunner:
         place = reads.row * tokens.shape[1] + reads.column
         head: Any = unwrap(self.model.get_output_embeddings())
         with ExitStack() as stack:
-            stack.enter_context(self._lean.modules())
+            stack.enter_context(self._fast.modules())
             native_head = head.forward
 
             def read_only(hidden: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class PrefixRunner:
             if trim_after is not None:
                 stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
-            stack.enter_context(self._lean.experts(tokens.numel()))
+            stack.enter_context(self._fast.experts(tokens.numel()))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.log_softmax(logits, dim=-1).gather(-1, reads.target.unsqueeze(-1)).squeeze(-1)

@@ -19,7 +19,7 @@ from moe_interp.arch.offload import device_of
 from moe_interp.checks import as_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
-from moe_interp.engine.memory import Memory, is_out_of_memory, out_of_memory_in_words, tokens_per_pass
+from moe_interp.engine.memory import Memory, out_of_memory_in_words, tokens_per_pass
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual.data import CounterfactualPlan, counterfactual_dataset, stored_plan
@@ -165,7 +165,8 @@ class _Run:
         keys: list[Any] = [TOKENS, *self.plan.layers]
         stored = {key: None if self.cells is None else self.cells.load(number, key) for key in keys}
         todo = [key for key in keys if stored[key] is None]
-        scored = self._scored([self.sequences[i] for i in self.plan.batches[number]], todo)
+        rows = [self.sequences[i] for i in self.plan.batches[number]]
+        scored = self.memory.in_halves(rows, todo, "sequences", self._together, _joined)
         for key in keys:
             cell = stored[key]
             if cell is None:
@@ -173,25 +174,6 @@ class _Run:
                 if self.cells is not None:
                     self.cells.save(cell, number, key)
             yield key, cell
-
-    def _scored(self, rows: list[ScoredSequence], keys: list[Any]) -> Iterator[tuple[Any, Arrays]]:
-        """Some sequences' cells, one after the other; where they do not fit into memory together, in two halves."""
-        n_done = 0
-        if self.memory.has_room(len(rows), "sequences"):
-            try:
-                for key, cell in self._together(rows, keys):
-                    yield key, cell
-                    n_done += 1
-                return
-            except Exception as error:
-                if not is_out_of_memory(error) or len(rows) == 1:
-                    raise
-            self.memory.halved(len(rows), "sequences")
-        left, middle = keys[n_done:], (len(rows) + 1) // 2
-        halves = [dict(self._scored(half, left)) for half in (rows[:middle], rows[middle:])]
-        self.memory.say()
-        for key in left:
-            yield key, _joined([half[key] for half in halves])
 
     def _together(self, rows: list[ScoredSequence], keys: list[Any]) -> Iterator[tuple[Any, Arrays]]:
         if not keys:

@@ -18,7 +18,7 @@ from moe_interp.arch.offload import device_of
 from moe_interp.checks import check_seed, check_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
-from moe_interp.engine.memory import Memory, is_out_of_memory, out_of_memory_in_words, tokens_per_pass
+from moe_interp.engine.memory import Memory, out_of_memory_in_words, tokens_per_pass
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.identity.model import model_identity, weights_of
 from moe_interp.experiments.identity.naming import model_name
@@ -225,22 +225,8 @@ class _Run:
     memory: Memory
 
     def cells_of(self, index: list[int], layers: list[int]) -> Iterator[tuple[int, Arrays]]:
-        """Some items' cells, layer after layer; where they do not fit into memory together, in two halves."""
-        n_done = 0
-        if self.memory.has_room(len(index), "items"):
-            try:
-                for layer, cell in self._together(index, layers):
-                    yield layer, cell
-                    n_done += 1
-                return
-            except Exception as error:
-                if not is_out_of_memory(error) or len(index) == 1:
-                    raise
-            self.memory.halved(len(index), "items")
-        left, middle = layers[n_done:], (len(index) + 1) // 2
-        halves = [dict(self.cells_of(half, left)) for half in (index[:middle], index[middle:])]
-        for layer in left:
-            yield layer, _joined([half[layer] for half in halves])
+        """Some items' cells, layer after layer."""
+        return self.memory.in_halves(index, layers, "items", self._together, _joined)
 
     def _together(self, index: list[int], layers: list[int]) -> Iterator[tuple[int, Arrays]]:
         if not layers:

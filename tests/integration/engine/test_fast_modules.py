@@ -12,8 +12,9 @@ import moe_interp as mi
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine import policy
 from moe_interp.engine.attention import fused_attention, queried_only_at
-from moe_interp.engine.cpu import expert_loop as lean_passes
-from moe_interp.engine.cpu.expert_loop import LOOP, LeanPasses
+from moe_interp.engine.cpu import fast_modules
+from moe_interp.engine.cpu.expert_loop import LOOP
+from moe_interp.engine.cpu.fast_modules import FastModules
 from moe_interp.engine.recorded_pass import RecordedLayer
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.experiments.inputs.items import ItemBatch, check_items, tokenize_items
@@ -39,22 +40,22 @@ def logits(moe: mi.MoEHooks, tokens: torch.Tensor) -> torch.Tensor:
 def test_norms_are_equal_and_are_taken_back(name: str, dtype: torch.dtype) -> None:
     moe, tokens = attached(name, dtype=dtype), tiny.random_tokens(2, 12)
     before = logits(moe, tokens)
-    lean = LeanPasses(moe)
-    with lean.modules():
+    fast = FastModules(moe)
+    with fast.modules():
         found = logits(moe, tokens)
     # float32 norms take fewer steps; products this small stay as they are
     assert float((found - before).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.0)
-    with pytest.raises(KeyboardInterrupt), lean.modules():
+    with pytest.raises(KeyboardInterrupt), fast.modules():
         raise KeyboardInterrupt
-    assert not any("forward" in module.__dict__ for module in [*lean._norms, *lean._linears])
+    assert not any("forward" in module.__dict__ for module in [*fast._norms, *fast._linears])
 
 
 def test_a_hooked_norm_still_fires() -> None:
     moe, tokens, seen = attached("olmoe"), tiny.random_tokens(2, 12), []
-    lean = LeanPasses(moe)
-    assert len(lean._norms) >= 2 * moe.bridge.cfg.n_layers
+    fast = FastModules(moe)
+    assert len(fast._norms) >= 2 * moe.bridge.cfg.n_layers
     hooks: Any = [("blocks.1.ln2.hook_scale", lambda value, hook: seen.append(value.shape))]
-    with moe.bridge.hooks(fwd_hooks=hooks), lean.modules():
+    with moe.bridge.hooks(fwd_hooks=hooks), fast.modules():
         logits(moe, tokens)
     assert seen == [(2, 12, 1)]
 
@@ -63,11 +64,11 @@ def test_a_norm_that_somebody_watches_is_called() -> None:
     """Neither does the trial of norms call it, nor is it computed around what watches it."""
     moe, tokens, seen = attached("olmoe"), tiny.random_tokens(2, 12), []
     native = unwrap(moe.bridge.blocks[1].ln2)
-    before = LeanPasses(moe)
+    before = FastModules(moe)
     handle = native.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
-    for lean in (before, LeanPasses(moe)):
+    for fast in (before, FastModules(moe)):
         assert not seen
-        with lean.modules():
+        with fast.modules():
             logits(moe, tokens)
         assert seen == [(2, 12, 32)]
         seen.clear()
@@ -89,7 +90,7 @@ def test_a_linear_map_with_a_forward_of_its_own_keeps_it() -> None:
     moe, tokens, asked = attached("olmoe"), tiny.random_tokens(2, 12), []
     query: Any = unwrap(moe.bridge.blocks[1].attn.q)
     native = query.forward
-    with swapped_forward(query, lambda x: asked.append(x.shape) or native(x)), LeanPasses(moe).modules():
+    with swapped_forward(query, lambda x: asked.append(x.shape) or native(x)), FastModules(moe).modules():
         logits(moe, tokens)
     assert len(asked) == 1
 
@@ -98,19 +99,19 @@ def test_experts_loop_only_where_it_pays_and_nobody_chose_otherwise(monkeypatch:
     moe = attached("olmoe", "grouped_mm")
     spec = moe.spec(moe.layers[0])
     n_tokens = -(-policy.LOOP_FROM_ROWS * spec.n_experts // spec.top_k)
-    config, lean = spec.experts.config, LeanPasses(moe)
-    with lean.experts(n_tokens):  # so narrow a model computes too little
+    config, fast = spec.experts.config, FastModules(moe)
+    with fast.experts(n_tokens):  # so narrow a model computes too little
         assert config._experts_implementation == "grouped_mm"
     monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
-    with lean.experts(n_tokens - 1):
+    with fast.experts(n_tokens - 1):
         assert config._experts_implementation == "grouped_mm"
-    with lean.experts(n_tokens):
+    with fast.experts(n_tokens):
         assert config._experts_implementation == LOOP
-    with pytest.raises(KeyboardInterrupt), lean.experts(n_tokens):
+    with pytest.raises(KeyboardInterrupt), fast.experts(n_tokens):
         raise KeyboardInterrupt
     assert config._experts_implementation == "grouped_mm"
     config._experts_implementation = "batched_mm"
-    with lean.experts(n_tokens):
+    with fast.experts(n_tokens):
         assert config._experts_implementation == "batched_mm"
 
 
@@ -118,10 +119,10 @@ def test_experts_loop_only_where_it_pays_and_nobody_chose_otherwise(monkeypatch:
 def test_looped_experts_agree_with_grouped_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moe, tokens = attached(name, "grouped_mm"), tiny.random_tokens(4, 150)
     monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
-    loop, calls = lean_passes.looped_experts, []
+    loop, calls = fast_modules.looped_experts, []
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, LOOP, lambda *args: calls.append(len(args)) or loop(*args))
     before = logits(moe, tokens)
-    with LeanPasses(moe).experts(tokens.numel()):
+    with FastModules(moe).experts(tokens.numel()):
         torch.testing.assert_close(logits(moe, tokens), before, atol=1e-5, rtol=0)
     assert len(calls) == len(moe.layers)
 
@@ -141,12 +142,12 @@ def test_queries_at_some_positions_give_what_a_whole_pass_gives_there(name: str)
 
 @pytest.fixture
 def entered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which lean parts are entered, in order."""
+    """Which fast parts are entered, in order."""
     found: list[str] = []
 
     def watch(name: str) -> None:
-        native = getattr(LeanPasses, name)
-        monkeypatch.setattr(LeanPasses, name, lambda self, *args: found.append(name) or native(self, *args))
+        native = getattr(FastModules, name)
+        monkeypatch.setattr(FastModules, name, lambda self, *args: found.append(name) or native(self, *args))
 
     watch("modules")
     watch("experts")
@@ -184,7 +185,7 @@ def test_low_precision_keeps_its_own_sum_over_slots(monkeypatch: pytest.MonkeyPa
     tiny.set_experts_implementation(bridge, "grouped_mm")
     moe = mi.attach(bridge)
     monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
-    with LeanPasses(moe).experts(1600):
+    with FastModules(moe).experts(1600):
         assert moe.spec(0).experts.config._experts_implementation == "grouped_mm"
 
 

@@ -7,12 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from moe_interp.hooks import blocks, experts
 from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.hooks.layer import OpenLayer, Pass
 from tests import tiny
 
 TOKENS = tiny.random_tokens(2, 6)
@@ -112,3 +115,15 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE, 
 
 def assert_moved(actual: Tensor, reference: Tensor, at_least: float = 1e-3, where: Any = "") -> None:
     assert biggest_difference(actual, reference) >= at_least, where
+
+
+def patch_mix(monkeypatch: pytest.MonkeyPatch, before: Callable[[Pass], None]) -> None:
+    """Calls ``before`` with the running pass where the experts' weighted sum begins."""
+    native = experts.mix
+
+    def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+        before(run)
+        return native(layer, run, hidden)
+
+    for module in (experts, blocks):
+        monkeypatch.setattr(module, "mix", mix)

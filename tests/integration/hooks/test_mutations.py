@@ -24,7 +24,7 @@ from tests.integration.hooks import (
     test_routes,
     test_sums,
 )
-from tests.integration.hooks.support import opened
+from tests.integration.hooks.support import opened, patch_mix
 from tests.unit.arch.test_rules_native import mutants
 
 Patch = pytest.MonkeyPatch
@@ -151,17 +151,6 @@ def written_scores_forgotten(monkeypatch: Patch) -> None:
         return native(layer, run, indices, weights)
 
     patch_choose(monkeypatch, change)
-
-
-def patch_mix(monkeypatch: Patch, before: Callable[[Pass], None]) -> None:
-    native = experts.mix
-
-    def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
-        before(run)
-        return native(layer, run, hidden)
-
-    for module in (experts, blocks):
-        monkeypatch.setattr(module, "mix", mix)
 
 
 def empty_slots_run_expert_zero(monkeypatch: Patch) -> None:

@@ -42,9 +42,8 @@ def test_every_experiment_runs_on_a_model_over_processor_and_disk(checkpoint: Pa
     np.testing.assert_allclose(scored[0].data["logp"], scored[1].data["logp"], atol=2e-5)
 
 
-def test_the_number_format_is_the_checkpoints_on_a_gpu_and_float32_on_a_processor(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def never_loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What TransformerLens was asked to load, which it then does not."""
     asked: list[dict[str, Any]] = []
 
     def boot(source: str, **given: Any) -> None:
@@ -52,6 +51,13 @@ def test_the_number_format_is_the_checkpoints_on_a_gpu_and_float32_on_a_processo
         raise ValueError("not loaded here")
 
     monkeypatch.setattr(load.TransformerBridge, "boot_transformers", boot)
+    return asked
+
+
+def test_the_number_format_is_the_checkpoints_on_a_gpu_and_float32_on_a_processor(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = never_loaded(monkeypatch)
     monkeypatch.setattr(load, "get_device", lambda: "cuda")
     for device, dtype, expected in (
         ("cpu", "auto", torch.float32),
@@ -70,13 +76,7 @@ def test_the_number_format_is_the_checkpoints_on_a_gpu_and_float32_on_a_processo
 def test_a_quantised_checkpoint_is_unpacked_or_refused_before_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def boot(source: str, **given: Any) -> None:
-        asked.append(given)
-        raise ValueError("not loaded here")
-
-    monkeypatch.setattr(load.TransformerBridge, "boot_transformers", boot)
+    asked = never_loaded(monkeypatch)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "olmoe", "quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(ConfigError, match=r"quantised by gptq.*Expected: weights in float32.*not quantised"):

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from moe_interp.arch.expert_functions import StackedExperts
 from moe_interp.arch.rules import RoutingRule, ScoreRule, SigmoidTopK, SoftmaxTopK, TopKSigmoid, TopKSoftmax
-from moe_interp.hooks import blocks, experts
+from moe_interp.hooks import experts
 from moe_interp.hooks import layer as layer_module
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.layer import OpenLayer, Pass
 from moe_interp.hooks.passes import Span
 from moe_interp.types import Layer
 from tests import tiny
+from tests.integration.hooks.support import patch_mix
 
 Patch = pytest.MonkeyPatch
 Mistake = Callable[[MoEHooks, Patch], None]
@@ -273,17 +274,7 @@ def where_edited(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor
 
 
 def in_mix(before: Callable[[Pass], None]) -> Mistake:
-    def plant(moe: MoEHooks, monkeypatch: Patch) -> None:
-        native = experts.mix
-
-        def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
-            before(run)
-            return native(layer, run, hidden)
-
-        for module in (experts, blocks):
-            monkeypatch.setattr(module, "mix", mix)
-
-    return plant
+    return lambda moe, monkeypatch: patch_mix(monkeypatch, before)
 
 
 def weights_twice(run: Pass) -> None:

@@ -11,38 +11,20 @@ import torch
 from accelerate import Accelerator
 
 from moe_interp.errors import ConfigError
-from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.evaluate import max_violation
 from moe_interp.testbed.metrics import routing_metrics
-from moe_interp.testbed.model import ModelConfig, model_tensors
+from moe_interp.testbed.model import model_tensors
 from moe_interp.testbed.strategies.balancing import balance_loss
 from moe_interp.testbed.strategies.reference import reference_blocks
 from moe_interp.testbed.strategies.rerouting import within_capacity
 from moe_interp.testbed.strategies.strategy import Batch, RouterRecord, Setting, by_score, recorded
 from moe_interp.testbed.strategies.table import STRATEGIES, check_strategy, make_strategy
 from moe_interp.testbed.training.trainer import Trainer
+from tests.unit.testbed.tiny_runs import TINY as BASE
+from tests.unit.testbed.tiny_runs import letters_and_numbers
 
-TINY = TestbedConfig(
-    model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),
-    vocab_size=280,
-    domains=("letters", "numbers"),
-    length=16,
-    micro_batch=4,
-    steps=8,
-    warmup_steps=2,
-    validation_sequences=3,
-    lr=3e-3,
-    capacity_factor=0.6,
-)
-PAIRS = [(i, j) for i in range(12) for j in range(12)]
-DOMAINS = tuple(
-    Domain(name, tuple(t for k, t in enumerate(texts) if k % 7), tuple(texts[::7]))
-    for name, texts in (
-        ("letters", [f"abc {'xy' * i} {'z' * j} cba" for i, j in PAIRS]),
-        ("numbers", [f"{i} + {j} = {i + j}" for i, j in PAIRS]),
-    )
-)
+TINY = BASE.model_copy(update={"capacity_factor": 0.6})
+DOMAINS = letters_and_numbers(12)
 
 
 def trainer_of(strategy: str, **changes) -> Trainer:

@@ -13,38 +13,28 @@ from accelerate import Accelerator
 
 from moe_interp.errors import ConfigError, ResultError, TrainingError
 from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains.domain import Domain
 from moe_interp.testbed.domains.packing import PackedSequences
 from moe_interp.testbed.domains.registry import load_domains
 from moe_interp.testbed.evaluate import token_losses, unigram_loss
-from moe_interp.testbed.model import ModelConfig, model_tensors
+from moe_interp.testbed.model import model_tensors
 from moe_interp.testbed.presets import PRESETS
 from moe_interp.testbed.training.optimizers import Muon, orthogonalise
 from moe_interp.testbed.training.train import train
 from moe_interp.testbed.training.trainer import Trainer
+from tests.unit.testbed.tiny_runs import TINY as BASE
+from tests.unit.testbed.tiny_runs import letters_and_numbers
 
-TINY = TestbedConfig(
-    model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),
-    vocab_size=280,
-    domains=("letters", "numbers"),
-    length=32,
-    micro_batch=4,
-    steps=6,
-    warmup_steps=2,
-    log_every=2,
-    validate_every=3,
-    checkpoint_every=2,
-    validation_sequences=3,
-    optimizer="muon",
-    lr=3e-3,
+TINY = BASE.model_copy(
+    update={
+        "length": 32,
+        "steps": 6,
+        "log_every": 2,
+        "validate_every": 3,
+        "checkpoint_every": 2,
+        "optimizer": "muon",
+    }
 )
-PAIRS = [(i, j) for i in range(20) for j in range(20)]
-LETTERS = [f"abc {'xy' * i} {'z' * j} cba" for i, j in PAIRS]
-NUMBERS = [f"{i} + {j} = {i + j}" for i, j in PAIRS]
-DOMAINS = tuple(
-    Domain(name, tuple(t for k, t in enumerate(texts) if k % 7), tuple(texts[::7]))
-    for name, texts in (("letters", LETTERS), ("numbers", NUMBERS))
-)
+DOMAINS = letters_and_numbers(20)
 
 
 def weights(run):

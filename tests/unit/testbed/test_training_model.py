@@ -16,40 +16,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_interp.errors import ConfigError, HookError, TrainingError
 from moe_interp.testbed.compare import compare
-from moe_interp.testbed.config import TestbedConfig
-from moe_interp.testbed.domains.domain import Domain
-from moe_interp.testbed.model import ModelConfig, build_model, model_tensors
+from moe_interp.testbed.model import build_model, model_tensors
 from moe_interp.testbed.presets import PRESETS
 from moe_interp.testbed.strategies.strategy import Strategy
 from moe_interp.testbed.strategies.table import STRATEGIES
 from moe_interp.testbed.training.compilation import NotCompiledWarning, chosen_backend
 from moe_interp.testbed.training.train import train
 from moe_interp.testbed.training.trainer import Trainer
+from tests.unit.testbed.tiny_runs import TINY as BASE
+from tests.unit.testbed.tiny_runs import letters_and_numbers
 
-TINY = TestbedConfig(
-    model=ModelConfig(n_layers=2, d_model=32, n_heads=2, n_experts=4, top_k=2, d_expert=16, max_length=64),
-    vocab_size=280,
-    domains=("letters", "numbers"),
-    length=16,
-    micro_batch=4,
-    micro_batches=2,
-    steps=6,
-    warmup_steps=2,
-    log_every=3,
-    validate_every=6,
-    checkpoint_every=6,
-    validation_sequences=3,
-    lr=3e-3,
-    capacity_factor=0.8,
+TINY = BASE.model_copy(
+    update={
+        "micro_batches": 2,
+        "steps": 6,
+        "log_every": 3,
+        "validate_every": 6,
+        "checkpoint_every": 6,
+        "capacity_factor": 0.8,
+    }
 )
-PAIRS = [(i, j) for i in range(12) for j in range(12)]
-DOMAINS = tuple(
-    Domain(name, tuple(t for k, t in enumerate(texts) if k % 7), tuple(texts[::7]))
-    for name, texts in (
-        ("letters", [f"abc {'xy' * i} {'z' * j} cba" for i, j in PAIRS]),
-        ("numbers", [f"{i} + {j} = {i + j}" for i, j in PAIRS]),
-    )
-)
+DOMAINS = letters_and_numbers(12)
 EVERY = [("olmoe", name) for name in (*STRATEGIES, "micro_batch+capacity", "loss_free+z_loss")]
 EVERY += [(family, name) for family in ("qwen3_moe", "deepseek_v3") for name in ("micro_batch", "capacity", "sigmoid")]
 EVERY += [("deepseek_v3", "loss_free"), ("deepseek_v3", "expert_choice"), ("qwen3_moe", "reference")]
