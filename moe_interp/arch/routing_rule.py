@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_interp.errors import RouteError
-from moe_interp.types import Indices, Logits, Weights
+from moe_interp.types import EMPTY, Indices, Logits, Weights
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -143,3 +143,21 @@ def blank(weights: Tensor, indices: Tensor) -> Tensor:
 
 def at_least_float(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def widen(values: Tensor, slots: int, fill: float) -> Tensor:
+    """``[..., slot]`` with ``fill`` in further slots, up to so many."""
+    return nn.functional.pad(values, (0, slots - values.shape[-1]), value=fill)
+
+
+def keep_unchanged(ruled: Tensor, weights: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """A rule's weights for written routes; routes that are as they were keep theirs bit for bit.
+
+    Args:
+        ruled: ``[..., slot]``, the rule's weights of the new routes.
+        weights: Those of the old ones.
+        old, new: The routes, of any number of slots.
+    """
+    slots = max(old.shape[-1], new.shape[-1])
+    same = (widen(old, slots, EMPTY) == widen(new, slots, EMPTY)).all(dim=-1, keepdim=True)
+    return torch.where(same, widen(weights, slots, 0.0)[..., : new.shape[-1]], ruled.to(weights.dtype))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.arch.captured_logits import HeardLogits
+from moe_interp.arch.routing_rule import keep_unchanged
 from moe_interp.arch.rules import HashTable, RoutingRule, SparseMixer
 from moe_interp.errors import RouteError
 from moe_interp.hooks.edits import Handed, carries_gradient, counting_copy
@@ -175,11 +176,4 @@ def _reweigh(layer: OpenLayer, run: Pass, old: Tensor, weights: Tensor, new: Ten
     """The rule's weights for edited routes; routes that are as they were keep theirs bit for bit."""
     ruled = run.family_weights(new)
     check_weights(ruled, layer)
-    slots = max(old.shape[-1], new.shape[-1])
-    same = (_widen(old, slots, -1) == _widen(new, slots, -1)).all(dim=-1, keepdim=True)
-    kept = _widen(weights, slots, 0.0)[..., : new.shape[-1]]
-    return torch.where(same, kept, ruled.to(weights.dtype))
-
-
-def _widen(values: Tensor, slots: int, fill: float) -> Tensor:
-    return torch.nn.functional.pad(values, (0, slots - values.shape[-1]), value=fill)
+    return keep_unchanged(ruled, weights, old, new)

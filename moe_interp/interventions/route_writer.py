@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from moe_interp.arch.routing_rule import widen
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.positions import Where, merge_slots, merge_weights
 from moe_interp.types import EMPTY, Hooks, Layer
@@ -67,5 +67,5 @@ class RouteWriter:
             return None
         assert run.indices is not None
         width = max(run.indices.shape[-1], written.shape[-1])
-        mine, final = (pad(route, (0, width - route.shape[-1]), value=EMPTY) for route in (written, run.indices))
+        mine, final = (widen(route, width, EMPTY) for route in (written, run.indices))
         return (run.writer == id(self)) & (mine == final).all(dim=-1)

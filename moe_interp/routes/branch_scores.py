@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows, takes_grouped_products
 from moe_interp.arch.grouped_products import RowGroups
+from moe_interp.arch.routing_rule import widen
 from moe_interp.engine.branches import BranchRunner, can_share_keys
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
@@ -72,8 +73,8 @@ class LayerRoutes:
         standard, weights = base.indices[layer].unsqueeze(2), base.weights[layer].unsqueeze(2)
         slots = max(standard.shape[-1], self.indices.shape[-1])
         return LayerRoutes(
-            torch.cat([_widen(standard, slots, EMPTY), _widen(self.indices, slots, EMPTY)], dim=2),
-            torch.cat([_widen(weights, slots, 0.0), _widen(self.weights.to(weights), slots, 0.0)], dim=2),
+            torch.cat([widen(standard, slots, EMPTY), widen(self.indices, slots, EMPTY)], dim=2),
+            torch.cat([widen(weights, slots, 0.0), widen(self.weights.to(weights), slots, 0.0)], dim=2),
             self.has_own_weights,
         )
 
@@ -368,7 +369,3 @@ def _input_weights(base: RecordedPass, layer: int, tokens: Tensor) -> Tensor:
     logits = base.router_logits[layer].flatten(0, 1)[tokens]
     everyone = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     return base.moe.spec(layer).rule.weights(logits, everyone)
-
-
-def _widen(values: Tensor, slots: int, fill: float) -> Tensor:
-    return torch.nn.functional.pad(values, (0, slots - values.shape[-1]), value=fill)

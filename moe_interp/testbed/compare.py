@@ -12,7 +12,7 @@ from moe_interp.errors import ConfigError
 from moe_interp.testbed.comparison import ComparisonResult, comparison
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains.domain import Domain
-from moe_interp.testbed.domains.registry import load_domains
+from moe_interp.testbed.domains.registry import has_text_files, load_domains
 from moe_interp.testbed.strategies.table import check_strategy
 from moe_interp.testbed.training.compilation import Compile, check_compile
 from moe_interp.testbed.training.run_folder import RunFolder
@@ -44,7 +44,8 @@ def compare(
     Raises:
         ConfigError: No strategy or seed, one given twice, a strategy that cannot be made, or a device that is not
             there.
-        ResultError: ``out`` holds runs of another configuration, or any and ``resume`` is False.
+        ResultError: ``out`` holds runs of another configuration or of text files that have changed since, or any and
+            ``resume`` is False.
         TrainingError: As for ``train``; finished runs are kept.
     """
     check_device(device)
@@ -62,11 +63,12 @@ def compare(
             cell = config.model_copy(update={"strategy": strategy, "seed": seed})
             folder = None if out is None else RunFolder(Path(out) / f"{strategy}-seed{seed}")
             if folder is not None:
-                beside = described_method(mixed_precision)
-                # data that the configuration names are checked when they are made; a finished run is not made again
-                if domains is not None:
-                    beside = described_run(domains, mixed_precision)
-                folder.check(cell, resume, beside)
+                known = domains
+                # other data that the configuration names are the same whenever they are made
+                if known is None and resume and folder.model.exists() and has_text_files(cell):
+                    known = load_domains(cell)
+                method = described_method(mixed_precision)
+                folder.check(cell, resume, method if known is None else described_run(known, mixed_precision))
             cells[strategy, seed] = cell, folder
     histories: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for seed in seeds:  # seed by seed, so that the strategies share the data, and an early stop leaves whole seeds

@@ -17,10 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import rel_entr
 
 from moe_interp.errors import DataError
+from moe_interp.stats.checks import FloatArray
 from moe_interp.traces.expert_use import entropy, load, ratio
 from moe_interp.traces.trace import RoutingTrace
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

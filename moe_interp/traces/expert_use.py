@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from moe_interp.errors import ConfigError, DataError
+from moe_interp.stats.checks import FloatArray
 from moe_interp.traces.trace import RoutingTrace
-
-FloatArray = NDArray[np.float64]
 
 
 def load(trace: RoutingTrace) -> xr.Dataset:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.routing_rule import widen
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import set_routes
-from moe_interp.types import Hooks, Layer
+from moe_interp.types import EMPTY, Hooks, Layer
 from moe_interp.verification.cache_checks import in_chunks, why_no_cache
 from moe_interp.verification.finding import Finding, excepted
 from moe_interp.verification.model_under_test import Trial
@@ -38,7 +39,7 @@ def edits_touch_their_token(trial: Trial) -> Iterator[Finding]:
         for position in sorted({n // 2, n - 1}):
             run = _routes(trial, layer, set_routes(moe, layer, other, positions=[position]))
             is_there = torch.arange(n, device=run.device).unsqueeze(-1) == position
-            expected = torch.where(is_there, _widened(other, natural.shape[-1]), natural)
+            expected = torch.where(is_there, widen(other, natural.shape[-1], EMPTY), natural)
             wrong += int((run != expected).any(dim=-1).sum())
         yield Finding(check=CHECK, layer=layer, hook=HOOK, figure=float(wrong))
 
@@ -53,8 +54,4 @@ def _routes(trial: Trial, layer: Layer, hooks: Hooks) -> Tensor:
     with trial.moe.bridge.hooks(fwd_hooks=[*hooks, (trial.moe.hook_name(HOOK, layer), read)]):
         list(in_chunks(trial))
     widest = max(value.shape[-1] for value in found)
-    return torch.cat([_widened(value, widest) for value in found], dim=1)
-
-
-def _widened(routes: Tensor, slots: int) -> Tensor:
-    return torch.nn.functional.pad(routes, (0, slots - routes.shape[-1]), value=-1)
+    return torch.cat([widen(value, widest, EMPTY) for value in found], dim=1)

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.results.tables import fresh_second
+from moe_interp.stats.checks import FloatArray
 
 By = Literal["resampled", "standard", "entropy"]
 WAYS: tuple[By, ...] = ("resampled", "standard", "entropy")
 CLASSES = ("fragile", "middle", "confident")
 FEWEST_CLASSED = 0.05  # share of the cells (token x layer) that must have a class
 Codes = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 
 def confidence(data: xr.Dataset, by: By = "resampled") -> FloatArray:

@@ -24,8 +24,8 @@ from moe_interp.experiments.counterfactual.confidence import (
 )
 from moe_interp.experiments.counterfactual.data import sequence_codes
 from moe_interp.experiments.counterfactual.tables import common_size, compared_size, interval_verdict, tally
+from moe_interp.stats.checks import FloatArray
 
-FloatArray = NDArray[np.float64]
 # bins of the target's log-probability under the standard route, to compare realized and drawn targets at equal ones
 EDGES = -np.concatenate([np.arange(20, 0.9, -0.5), [0.7, 0.4, 0.2, 0.1, 0.03, 0.01, 0.003]])
 SHOWN = ("gap", "regret", "router_gap", "router_regret", "excess_gap", "excess_regret")

@@ -16,8 +16,8 @@ from moe_interp import stats
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual.confidence import CLASSES, By, Codes, classes, confidence
 from moe_interp.experiments.counterfactual.data import sequence_codes
+from moe_interp.stats.checks import FloatArray
 
-FloatArray = NDArray[np.float64]
 MEASURES = ("gap", "regret", "positive_rate", "inclusion_1", "inclusion_5", "alignment", "alignment_undefined")
 UNINFORMATIVE = 0.1  # an alignment whose interval lies within +- this
 ALIGNED: dict[str, Any] = {

@@ -9,8 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moe_interp.errors import ConfigError, DataError
-
-FloatArray = NDArray[np.float64]
+from moe_interp.stats.checks import FloatArray
 
 # the axis of natural routing where the isolated experts are not all experts, each alone; else that is `expert` too
 ROUTED = "routed_expert"

@@ -33,6 +33,12 @@ def load_domains(config: TestbedConfig) -> tuple[Domain, ...]:
     return tuple(_load(name, config) for name in config.domains)
 
 
+def has_text_files(config: TestbedConfig) -> bool:
+    """Whether the configuration names the user's own text files, and all of them are there."""
+    places = [place for name in config.domains if (place := name.partition("=")[2]) and not place.startswith("hub:")]
+    return bool(places) and all(Path(place).exists() for place in places)
+
+
 def _load(name: str, config: TestbedConfig) -> Domain:
     if name in GENERATED:
         generate, n_train = GENERATED[name]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
-from moe_interp.arch.routing_rule import RoutingRule
+from moe_interp.arch.routing_rule import RoutingRule, keep_unchanged
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import HookError
 from moe_interp.hooks.attach import MoEHooks
@@ -225,13 +225,7 @@ def _reweighed(
         ruled = rule.weights(logits, new, are_valid=True)
     else:
         ruled = rule.weights_from_scores(scores, new, are_valid=True)
-    slots = max(old.shape[-1], new.shape[-1])
-    same = (_padded(old, slots, -1) == _padded(new, slots, -1)).all(dim=-1, keepdim=True)
-    return torch.where(same, _padded(weights, slots, 0.0)[..., : new.shape[-1]], ruled.to(weights.dtype))
-
-
-def _padded(values: Tensor, slots: int, fill: float) -> Tensor:
-    return nn.functional.pad(values, (0, slots - values.shape[-1]), value=fill)
+    return keep_unchanged(ruled, weights, old, new)
 
 
 class TrainingExperts(nn.Module):

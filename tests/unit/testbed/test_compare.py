@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -157,3 +159,19 @@ def test_a_single_domain_has_use_but_no_specialization():
     alone = compare(TINY, ["none"], [0], domains=DOMAINS[:1], progress=False)
     assert alone.runs["specialization"].isna().all()
     assert 0 < alone.runs["effective_experts"].item() <= 1
+
+
+def test_a_finished_run_of_a_text_that_has_changed_is_refused(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.jsonl", tmp_path / "runs"
+    lines = [json.dumps({"text": f"abc {'xy' * i} cba {'z' * (i % 5)}"}) for i in range(60)]
+    text.write_text("\n".join(lines))
+    config = TINY.model_copy(
+        update={"domains": (f"own={text}", "lookups"), "data_scale": 0.01, "steps": 1, "warmup_steps": 0}
+    )
+    compare(config, ["none"], [0], out=out, progress=False)
+    compare(config, ["none"], [0], out=out, progress=False)  # as it was
+    text.write_text("\n".join([*lines[:-1], json.dumps({"text": "another last document"})]))
+    with pytest.raises(ResultError, match=r"another configuration.*data"):
+        compare(config, ["none"], [0], out=out, progress=False)
+    text.unlink()  # what cannot be compared is read back
+    compare(config, ["none"], [0], out=out, progress=False)
