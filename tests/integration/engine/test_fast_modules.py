@@ -12,8 +12,7 @@ import moe_interp as mi
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine import policy
 from moe_interp.engine.attention import fused_attention, queried_only_at
-from moe_interp.engine.cpu import fast_modules
-from moe_interp.engine.cpu.expert_loop import LOOP
+from moe_interp.engine.cpu.expert_loop import LOOP, looped_experts
 from moe_interp.engine.cpu.fast_modules import FastModules
 from moe_interp.engine.recorded_pass import RecordedLayer
 from moe_interp.engine.replaced_forward import swapped_forward
@@ -119,7 +118,7 @@ def test_experts_loop_only_where_it_pays_and_nobody_chose_otherwise(monkeypatch:
 def test_looped_experts_agree_with_grouped_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moe, tokens = attached(name, "grouped_mm"), tiny.random_tokens(4, 150)
     monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
-    loop, calls = fast_modules.looped_experts, []
+    loop, calls = looped_experts, []
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, LOOP, lambda *args: calls.append(len(args)) or loop(*args))
     before = logits(moe, tokens)
     with FastModules(moe).experts(tokens.numel()):

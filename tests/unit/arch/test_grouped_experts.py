@@ -87,9 +87,10 @@ def test_equals_the_loop_and_one_token_at_a_time(family: str) -> None:
 
 def gradients(experts: Any, hidden: Tensor, grouped: bool) -> list[Tensor]:
     """Of a function that reads neurons and outputs; of the hidden states, the neurons, and every weight."""
-    module: nn.Module = getattr(experts, "module", None) or experts.block
-    names = ("gate_up_proj", "up_proj", "down_proj", "input_linear", "output_linear", "post_expert_norm")
-    weights = [p for name, p in module.named_parameters() if name.startswith(names) and p.requires_grad]
+    weights = list(experts.stacks)
+    if isinstance(experts, StackedExperts):  # biases and norms as well
+        names = ("gate_up_proj", "up_proj", "down_proj", "post_expert_norm")
+        weights = [p for name, p in experts.module.named_parameters() if name.startswith(names) and p.requires_grad]
     leaf = hidden.clone().requires_grad_()
     neurons, outputs = at_slots(experts, leaf, ROUTES, grouped)
     draw = torch.Generator().manual_seed(1)
