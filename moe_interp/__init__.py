@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
     # isort: off
-    from moe_interp import stats as stats, testbed as testbed, traces as traces
+    from moe_interp import patching as patching, stats as stats, testbed as testbed, traces as traces
     from moe_interp.errors import MoEInterpError as MoEInterpError
     from moe_interp.experiments.counterfactual.experiment import counterfactual_routes as counterfactual_routes
     from moe_interp.experiments.counterfactual.result import CounterfactualResult as CounterfactualResult
@@ -52,6 +52,7 @@ _HOME = {
     "MoEInterpError": "moe_interp.errors",
     "RoutingTrace": "moe_interp.traces",
     "load_result": "moe_interp.results",
+    "patching": "moe_interp.patching",
     "traces": "moe_interp.traces",
     "testbed": "moe_interp.testbed",
     "AllSubsets": "moe_interp.routes",
@@ -90,6 +91,7 @@ RESULT_KINDS = {
     "domain_router": "moe_interp.experiments.domain_router",
     "counterfactual": "moe_interp.experiments.counterfactual.result",
     "testbed": "moe_interp.testbed.comparison",
+    "patching": "moe_interp.patching.result",
 }
 # what a result asks to be shown by -> where it is, imported when a figure or a page is asked for
 RESULT_VIEWS = {

@@ -2,7 +2,7 @@
 
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch_scores import LayerRoutes, RouteScores
-from moe_interp.routes.inputs import check_routes, check_tokens
+from moe_interp.routes.inputs import check_routes
 from moe_interp.routes.sample import (
     AllSubsets,
     GumbelTopK,
@@ -30,7 +30,6 @@ __all__ = [
     "TokenKeys",
     "UniformSubsets",
     "check_routes",
-    "check_tokens",
     "own_gradients",
     "route_credits",
     "score_from_base",

@@ -13,12 +13,13 @@ from torch import Tensor
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import Memory, out_of_memory_in_words
+from moe_interp.engine.pass_inputs import Tokens, check_memory, check_tokens
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import set_routes
 from moe_interp.routes.branch_scores import LayerRoutes, RouteScores, branch_scores
-from moe_interp.routes.inputs import Tokens, by_label, check_memory, check_routes, check_tokens, decoder_layer, scorable
+from moe_interp.routes.inputs import by_label, check_routes, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
 from moe_interp.routes.predictions import log_probs, mean_entropy
 from moe_interp.types import EMPTY, Layer

@@ -25,12 +25,13 @@ from moe_interp.engine import threads_asleep
 from moe_interp.engine.branches import BranchRunner
 from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import Memory, out_of_memory_in_words
+from moe_interp.engine.pass_inputs import check_memory, check_tokens
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes.audit import ScreenAudit
 from moe_interp.routes.branch_scores import LayerRoutes, block_outputs
-from moe_interp.routes.inputs import by_label, check_memory, check_routes, check_tokens, decoder_layers, scorable
+from moe_interp.routes.inputs import by_label, check_routes, decoder_layers, scorable
 from moe_interp.routes.plan import Plan
 from moe_interp.routes.predictions import log_probs
 from moe_interp.routes.score import score_from_base

@@ -20,6 +20,7 @@ from moe_interp.checks import as_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import Memory, out_of_memory_in_words, tokens_per_pass
+from moe_interp.engine.pass_inputs import check_budget
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.counterfactual.data import CounterfactualPlan, counterfactual_dataset, stored_plan
@@ -43,7 +44,7 @@ from moe_interp.routes import (
     check_routes,
     score_from_base,
 )
-from moe_interp.routes.inputs import check_budget, decoder_layers
+from moe_interp.routes.inputs import decoder_layers
 from moe_interp.routes.score import router_logp
 from moe_interp.types import EMPTY
 
