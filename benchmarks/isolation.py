@@ -72,7 +72,7 @@ def engine(moe: mi.MoEHooks, tokens: torch.Tensor, cells: list[tuple[int, int]],
     ]
     items = tokenize_items(moe.bridge, check_items(raw))
     kept = {"kept_layers": LAYERS, "kept_tokens": tokens.numel()}
-    fits = tokens_per_pass(moe, TOKENS, budget, **kept, reads_per_token=ANSWER / TOKENS)
+    fits = tokens_per_pass(moe, TOKENS, budget, **kept, predictions_per_token=ANSWER / TOKENS)
     scorer = PrefixScorer(moe, "force", fits)
     per_pass = max(1, scorer.tokens // TOKENS)
     found = []

@@ -1,4 +1,4 @@
-"""The raw logits of a router that does not return them: heard while it runs."""
+"""The raw logits of a router that does not return them: captured while it runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from moe_interp.errors import HookError
 _PRODUCTS = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.addmm)
 
 
-class HeardLogits(TorchFunctionMode):
-    """Inside the ``with``, listens for the router's linear map: the one that gives a logit an expert.
+class CapturedLogits(TorchFunctionMode):
+    """Inside the ``with``, captures the output of the router's linear map: the one that gives a logit an expert.
 
     Its module's output, where the router has one (quantised, or with an adapter around it); else the product itself.
 
@@ -40,17 +40,17 @@ class HeardLogits(TorchFunctionMode):
         Raises:
             HookError: no linear map of that width ran.
         """
-        heard = self._of_modules or self._products
-        if not heard:
+        captured = self._of_modules or self._products
+        if not captured:
             raise HookError(
                 f"a router of the class {type(self._router).__name__} in which no linear map with "
                 f"{self._n_experts} outputs was seen",
                 "a router that makes a logit an expert",
                 "Merge adapters into its weights, or load the router unquantised.",
             )
-        return heard[-1]
+        return captured[-1]
 
-    def __enter__(self) -> HeardLogits:
+    def __enter__(self) -> CapturedLogits:
         for module in native_part(self._router).children():
             self._stack.callback(module.register_forward_hook(self._keep).remove)
         super().__enter__()

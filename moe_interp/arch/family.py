@@ -30,11 +30,12 @@ class Family:
         rule_type: The rule's class.
         layout: How the router packs its return value.
         router, experts_at, shared, shared_gate: Submodules of the container; an empty ``experts_at`` is the container.
-        beside: Shared experts that sit on the layer beside the container.
+        shared_on_layer: Shared experts that are a submodule of the layer, not of the container.
         experts: The adapter that makes functions of the experts.
         sizes: From an experts module, their number and their neurons each; 0 where it does not say.
         weights_in: The submodules of ``experts_at`` that hold the weights.
-        own_block: The container calls its experts in a way of its own, so indices and weights are taken at the router.
+        routes_at_router: Indices and weights are taken at the router, since the container calls its experts in a way of
+            its own.
         weight_on_input: A slot's weight scales the expert's input.
         latent: The container's projection from the experts' latent width back to d_model.
         block_scale: The container's factor on the weighted sum after the experts.
@@ -54,11 +55,11 @@ class Family:
     experts_at: str = "experts"
     shared: str | None = None
     shared_gate: str | None = None
-    beside: str | None = None
+    shared_on_layer: str | None = None
     experts: Callable[[Any], ExpertFunctions] = StackedExperts
     sizes: Callable[[Any], tuple[int, int]] = sizes
     weights_in: tuple[str, ...] = ("",)
-    own_block: bool = False
+    routes_at_router: bool = False
     weight_on_input: bool = False
     latent: str | None = None
     block_scale: str | None = None
@@ -73,7 +74,7 @@ class Family:
 
     @property
     def has_shared(self) -> bool:
-        return self.shared is not None or self.beside is not None
+        return self.shared is not None or self.shared_on_layer is not None
 
     def top_k(self, router: Any) -> int:
         """Experts a token, from where the family's own code reads it."""

@@ -55,11 +55,11 @@ def takes_grouped_products(experts: ExpertFunctions, like: Tensor, n_rows: int) 
         isinstance(experts, StackedFunctions)
         and not experts.is_watched
         and can_be_grouped(like, *experts.stacks)
-        and (like.device.type != "cpu" or pays_on_cpu(n_rows, experts))
+        and (like.device.type != "cpu" or is_faster_on_cpu(n_rows, experts))
     )
 
 
-def pays_on_cpu(n_rows: int, experts: StackedFunctions) -> bool:
+def is_faster_on_cpu(n_rows: int, experts: StackedFunctions) -> bool:
     """Whether grouped products are faster than the loop on a processor, of so many rows in all.
 
     In the backward pass a loop makes a whole stack of zeros for each expert.

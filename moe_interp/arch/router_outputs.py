@@ -1,7 +1,7 @@
 """What a family's router module returns, read into one form and written back.
 
 ``read`` gives ``(logits, indices, weights)``: raw logits ``[*token, expert]``, the native route ``[*token, slot]``.
-Where the return value does not hold the raw logits, they are heard while the router runs.
+Where the return value does not hold the raw logits, they are captured while the router runs.
 ``write`` gives the router's own return value for another route, so that the family's own code goes on from it; or for
 the same choice of experts (``same_route``) with other tensors of logits and weights.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moe_interp.arch.captured_logits import HeardLogits
+from moe_interp.arch.captured_logits import CapturedLogits
 from moe_interp.arch.rules import RoutingRule, SigmoidTopK
 from moe_interp.errors import RouteError
 
@@ -43,15 +43,15 @@ class RouterLayout(Protocol):
     """One way of packing logits, weights and indices into a return value.
 
     Attributes:
-        hears_logits: Whether ``read`` needs the logits heard during the router's call; else it calls it once more.
+        captures_logits: Whether ``read`` needs the logits captured during the call; else it calls the router again.
         choice: Which part of the return value says what experts are chosen.
     """
 
-    hears_logits: bool
+    captures_logits: bool
     choice: int
 
     def read(
-        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, captured: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def write(
@@ -62,11 +62,11 @@ class RouterLayout(Protocol):
 class Triple:
     """``(logits, weights, indices)``: nearly every family."""
 
-    hears_logits = False
+    captures_logits = False
     choice = 2
 
     def read(
-        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, captured: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = unpacked(router, out, self.choice)
         return logits, indices, weights
@@ -81,13 +81,13 @@ class Triple:
 class CappedTriple(Triple):
     """Laguna: the returned logits are after the soft-cap, the weights before the block's scale."""
 
-    hears_logits = True
+    captures_logits = True
 
     def read(
-        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, captured: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, weights, indices = unpacked(router, out, self.choice)
-        raw = _hear(router, rule, x) if heard is None else heard
+        raw = _captured_logits(router, rule, x) if captured is None else captured
         return raw.float(), indices, weights * _block_scale(rule)
 
     def write(
@@ -98,10 +98,10 @@ class CappedTriple(Triple):
         return rule.capped(logits), weights / _block_scale(rule), indices
 
 
-def _hear(router: Any, rule: RoutingRule, x: Tensor) -> Tensor:
-    with HeardLogits(router, rule.n_experts) as heard:
+def _captured_logits(router: Any, rule: RoutingRule, x: Tensor) -> Tensor:
+    with CapturedLogits(router, rule.n_experts) as captured:
         router(x)
-    return heard.logits
+    return captured.logits
 
 
 def _block_scale(rule: RoutingRule) -> float:
@@ -111,13 +111,13 @@ def _block_scale(rule: RoutingRule) -> float:
 class ScoresTriple(Triple):
     """Gemma 4: ``(probabilities, weights, indices)``; the logits are those of the inner projection."""
 
-    hears_logits = True
+    captures_logits = True
 
     def read(
-        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, captured: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, weights, indices = unpacked(router, out, self.choice)
-        return (_hear(router, rule, x) if heard is None else heard), indices, weights
+        return (_captured_logits(router, rule, x) if captured is None else captured), indices, weights
 
     def write(
         self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
@@ -129,11 +129,11 @@ class ScoresTriple(Triple):
 class DenseScores:
     """Llama 4: ``(weights at full width, logits)``, zero where an expert is not chosen."""
 
-    hears_logits = False
+    captures_logits = False
     choice = 0
 
     def read(
-        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, captured: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = out[1]
         return logits, *rule.route(logits)
@@ -145,7 +145,7 @@ class DenseScores:
         dense = torch.zeros_like(logits).scatter_add(-1, indices.clamp(min=0), weights.to(logits.dtype))
         return dense, logits
 
-    def handed_on(self, out: Any) -> Route:
+    def chosen_route(self, out: Any) -> Route:
         """The route that the block goes on with: every expert with a weight."""
         dense = out[0]
         slots = max(int((dense != 0).sum(dim=-1).max()), 1)
@@ -157,13 +157,13 @@ class DenseScores:
 class OneHot:
     """Switch Transformers: ``(one-hot choice, weight of the choice, logits)``, all over ``[batch, pos]``."""
 
-    hears_logits = False
+    captures_logits = False
     choice = 0
 
     def read(
-        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, captured: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return unpacked(router, out, self.choice)[2], *self.handed_on(out)
+        return unpacked(router, out, self.choice)[2], *self.chosen_route(out)
 
     def write(
         self, rule: RoutingRule, logits: Tensor, scores: Tensor | None, route: Route, out: Any, same_route: bool = False
@@ -173,7 +173,7 @@ class OneHot:
         chosen = chosen.scatter(-1, indices[..., :1].clamp(min=0), (indices[..., :1] >= 0).long())
         return chosen, weights[..., :1], logits
 
-    def handed_on(self, out: Any) -> Route:
+    def chosen_route(self, out: Any) -> Route:
         """The route that the block goes on with."""
         chosen, weights, _ = out
         indices = chosen.argmax(dim=-1, keepdim=True).masked_fill(chosen.sum(dim=-1, keepdim=True) == 0, -1)
@@ -183,11 +183,11 @@ class OneHot:
 class SortedPairs:
     """JetMoE: (token, slot) pairs sorted by expert: ``(order, tokens, weights, sizes, logits)``."""
 
-    hears_logits = False
+    captures_logits = False
     choice = 0
 
     def read(
-        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, heard: Tensor | None = None
+        self, router: Any, rule: RoutingRule, x: Tensor, out: Any, captured: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = out[-1]
         return logits, *rule.route(logits)

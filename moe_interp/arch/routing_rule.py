@@ -109,7 +109,7 @@ class RoutingRule(ABC):
 
     def _cast(self, weights: Tensor, indices: Tensor) -> Tensor:
         weights = weights if self.dtype is None else weights.to(self.dtype)
-        return blank(weights, indices)
+        return zero_empty_slots(weights, indices)
 
     def _check_width(self, logits: Tensor) -> None:
         if logits.shape[-1] != self.n_experts:
@@ -136,7 +136,7 @@ class RoutingRule(ABC):
         )
 
 
-def blank(weights: Tensor, indices: Tensor) -> Tensor:
+def zero_empty_slots(weights: Tensor, indices: Tensor) -> Tensor:
     """Weight 0 at empty slots. Whether there are any is not asked: the host would wait for the device."""
     return weights.masked_fill(indices < 0, 0.0)
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_interp.arch.routing_rule import RoutingRule, at_least_float, blank
+from moe_interp.arch.routing_rule import RoutingRule, at_least_float, zero_empty_slots
 from moe_interp.errors import RouteError
 from moe_interp.types import Indices, Logits, Weights
 
@@ -48,7 +48,7 @@ class ScoreRule(RoutingRule):
         bias: Correction bias ``[expert]``, for the choice only.
         n_groups, top_groups: Experts in ``n_groups`` equal groups, of which the best ``top_groups`` stay open.
         group_score: What a group is ranked by: its "max", or the sum of its "top2" choices.
-        shut: The value of experts in shut groups: 0 or -inf, as the family does it.
+        excluded_score: The choice score of experts in the other groups: 0 or -inf, as the family does it.
         normalize: Divide the chosen weights by their sum.
         eps: Added to that sum.
         floor: Lower clamp of that sum.
@@ -59,7 +59,7 @@ class ScoreRule(RoutingRule):
     n_groups: int = 1
     top_groups: int = 1
     group_score: str | None = None
-    shut: float = float("-inf")
+    excluded_score: float = float("-inf")
     normalize: bool = False
     eps: float = 0.0
     floor: float | None = None
@@ -69,28 +69,28 @@ class ScoreRule(RoutingRule):
     sorted_slots: bool = True
 
     def choice_logits(self, logits: Logits) -> Logits:
-        """The log of the choice score ``s + b``, with -inf where a group is shut (derived).
+        """The log of the choice score ``s + b``, with -inf where a group is excluded (derived).
 
         A part of ``b`` that all experts share changes no choice and is left out: with biases of one sign, the one that
         is nearest to zero. Below 1e-6, where a negative bias may put a score, the logarithm goes on as a straight line,
-        so that the order stays the family's. A family that sets shut groups to 0 takes experts of these where fewer
+        so that the order stays the family's. A family that sets excluded groups to 0 takes experts of these where fewer
         than a route takes have a positive score: there they are not masked.
         """
         log_scores = None if self._is_biased() else self._log_scores(logits)
         if self.group_score is None and log_scores is not None:
             return log_scores
         scores = self._scores(logits)
-        choice = self._choice(scores, shut=float("-inf"))
-        is_shut = choice.isneginf()
-        if self.shut == 0:
+        choice = self._choice(scores, excluded_score=float("-inf"))
+        is_excluded = choice.isneginf()
+        if self.excluded_score == 0:
             has_enough = (choice > 0).sum(dim=-1, keepdim=True) >= self.top_k
-            is_shut = is_shut & has_enough
-            choice = torch.where(has_enough, choice, self._choice(scores, shut=0.0))
+            is_excluded = is_excluded & has_enough
+            choice = torch.where(has_enough, choice, self._choice(scores, excluded_score=0.0))
             log_scores = log_scores if bool(has_enough.all()) else None
         if log_scores is None:
             # in double precision, in which scores that differ still do after the logarithm
             log_scores = _log_extended(choice.double() - self._shared_bias())
-        return log_scores.masked_fill(is_shut, float("-inf"))
+        return log_scores.masked_fill(is_excluded, float("-inf"))
 
     def _is_biased(self) -> bool:
         """Whether there is a correction bias that is not the same for all experts."""
@@ -128,9 +128,11 @@ class ScoreRule(RoutingRule):
         return self._top(self._scores(logits))
 
     def _top(self, scores: Tensor) -> Tensor:
-        return torch.topk(self._choice(scores, self.shut), self.top_k, dim=-1, sorted=self.sorted_slots).indices
+        return torch.topk(
+            self._choice(scores, self.excluded_score), self.top_k, dim=-1, sorted=self.sorted_slots
+        ).indices
 
-    def _choice(self, scores: Tensor, shut: float) -> Tensor:
+    def _choice(self, scores: Tensor, excluded_score: float) -> Tensor:
         choice = scores if self.bias is None else scores + self.bias
         if self.group_score is None:
             return choice
@@ -139,14 +141,14 @@ class ScoreRule(RoutingRule):
         best = grouped.max(dim=-1).values if self.group_score == "max" else grouped.topk(2, dim=-1)[0].sum(dim=-1)
         kept = torch.topk(best, self.top_groups, dim=-1, sorted=False).indices
         is_open = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, True)
-        return grouped.masked_fill(~is_open.unsqueeze(-1), shut).flatten(-2)
+        return grouped.masked_fill(~is_open.unsqueeze(-1), excluded_score).flatten(-2)
 
     def _weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         return self._weigh_scores(self._scores(logits), indices)
 
     def _weigh_scores(self, scores: Tensor, indices: Tensor) -> Tensor:
         ids = indices.clamp(min=0)
-        weights = blank(scores.gather(-1, ids), indices)
+        weights = zero_empty_slots(scores.gather(-1, ids), indices)
         if self.normalize:
             total = weights.sum(dim=-1, keepdim=True)
             total = total + self.eps if self.eps else total
@@ -316,7 +318,7 @@ class SwitchTop1(RoutingRule):
         return indices, self.weights_from_scores(scores, indices)
 
     def weights_from_scores(self, scores: Logits, indices: Indices, *, are_valid: bool = False) -> Weights:
-        return blank(scores.gather(-1, indices.clamp(min=0)), indices)
+        return zero_empty_slots(scores.gather(-1, indices.clamp(min=0)), indices)
 
     def route(self, logits: Logits, token_ids: Tensor | None = None) -> tuple[Indices, Weights]:
         self._check_width(logits)

@@ -57,8 +57,8 @@ class MoESpec:
     def shared(self) -> nn.Module | None:
         """The shared experts as the layer calls them (the wrapper, where there is one), or None."""
         # the outermost module: TransformerLens computes some shared experts itself, without calling the original
-        if self.family.beside:
-            return getattr(self.hf_layer, self.family.beside, None)
+        if self.family.shared_on_layer:
+            return getattr(self.hf_layer, self.family.shared_on_layer, None)
         return getattr(self.container, self.family.shared, None) if self.family.shared else None
 
     @property

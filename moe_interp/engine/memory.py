@@ -177,7 +177,7 @@ def tokens_per_pass(
     *,
     kept_layers: int = 0,
     kept_tokens: int = 0,
-    reads_per_token: float = 0.0,
+    predictions_per_token: float = 0.0,
 ) -> int:
     """Tokens that fit into a budget, from an estimate of what a layer computes and what is kept (derived).
 
@@ -197,7 +197,7 @@ def tokens_per_pass(
     spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
     heads = int(getattr(cfg, "n_heads", 0) or 0)
     mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))
-    logits = math.ceil(2 * reads_per_token * int(getattr(cfg, "d_vocab", 0) or 0))  # and their log-probabilities
+    logits = math.ceil(2 * predictions_per_token * int(getattr(cfg, "d_vocab", 0) or 0))  # and their log-probabilities
     size = max(4, parameter.element_size())
     # residual, norms, projections and their temporaries; attention scores of one layer in steps
     per_token = size * (24 * spec.d_model + mlp + 6 * heads * width + logits)

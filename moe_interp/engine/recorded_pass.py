@@ -216,7 +216,7 @@ def record_pass(
         stack.enter_context(moe.bridge.hooks(fwd_hooks=_route_hooks(moe, layers, kept)))
         for layer in layers:
             spec = moe.spec(layer)
-            reader = spec.container if spec.family.own_block else spec.experts
+            reader = spec.container if spec.family.routes_at_router else spec.experts
             keep_input = _keep_input(experts_in, layer, tokens.shape)
             stack.callback(reader.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
         found = stack.enter_context(recording(blocks, targets, with_last=True))

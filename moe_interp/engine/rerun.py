@@ -27,17 +27,19 @@ _NONE_LEFT = object()
 
 
 @dataclass(frozen=True, eq=False)
-class Reads:
+class TargetPredictions:
     """The predictions to read: at ``(row, column)`` of the token matrix, the log-probability of ``target``."""
 
     row: Tensor
     column: Tensor
     target: Tensor
 
-    def repeat(self, times: int, n_rows: int) -> Reads:
-        """The same reads in ``times`` stacked copies of a batch of ``n_rows``."""
+    def repeat(self, times: int, n_rows: int) -> TargetPredictions:
+        """The same predictions in ``times`` stacked copies of a batch of ``n_rows``."""
         copy = torch.arange(times, device=self.row.device).repeat_interleave(len(self.row))
-        return Reads(self.row.repeat(times) + copy * n_rows, self.column.repeat(times), self.target.repeat(times))
+        return TargetPredictions(
+            self.row.repeat(times) + copy * n_rows, self.column.repeat(times), self.target.repeat(times)
+        )
 
 
 class PrefixRunner:
@@ -66,7 +68,7 @@ class PrefixRunner:
         self._gives_tuple: dict[int, bool] = {}
 
     def base(
-        self, tokens: Tensor, reads: Reads, layers: Sequence[int], hooks: Hooks
+        self, tokens: Tensor, predictions: TargetPredictions, layers: Sequence[int], hooks: Hooks
     ) -> tuple[Tensor, dict[int, RecordedLayer]]:
         """One whole pass with given hooks: the predictions read, and what precedes each given layer's experts.
 
@@ -75,12 +77,18 @@ class PrefixRunner:
         """
         until = {index: self._experts_child(index) for index in layers}
         with recording(self.layers, until, with_last=False) as found:
-            read = self._read(tokens, reads, hooks, trim_after=None)
+            read = self._read(tokens, predictions, hooks, trim_after=None)
         self._gives_tuple = found.gives_tuple
         return read, found.layers
 
     def resume(
-        self, layer: int, prefix: RecordedLayer, copies: int, tokens: Tensor, reads: Reads, hooks: Hooks
+        self,
+        layer: int,
+        prefix: RecordedLayer,
+        copies: int,
+        tokens: Tensor,
+        predictions: TargetPredictions,
+        hooks: Hooks,
     ) -> Tensor:
         """The rest of a pass, from the experts of ``layer``: ``[read]`` log-probabilities in nats.
 
@@ -88,7 +96,7 @@ class PrefixRunner:
             layer: Where the pass resumes.
             prefix: What :meth:`base` kept of it.
             copies: How many times the base pass's batch is stacked in ``tokens``.
-            tokens, reads, hooks: Of the stacked batch.
+            tokens, predictions, hooks: Of the stacked batch.
         """
         with ExitStack() as stack:
             if self.fuses_attention:
@@ -100,10 +108,10 @@ class PrefixRunner:
             for name, answers in prefix.answers.items():
                 known = [prefix.stacked(answer, copies) for answer in answers]
                 stack.enter_context(swapped_forward(children[name], _answering(known, children[name].forward)))
-            return self._read(tokens, reads, hooks, trim_after=layer)
+            return self._read(tokens, predictions, hooks, trim_after=layer)
 
-    def _read(self, tokens: Tensor, reads: Reads, hooks: Hooks, trim_after: int | None) -> Tensor:
-        place = reads.row * tokens.shape[1] + reads.column
+    def _read(self, tokens: Tensor, predictions: TargetPredictions, hooks: Hooks, trim_after: int | None) -> Tensor:
+        place = predictions.row * tokens.shape[1] + predictions.column
         head: Any = unwrap(self.model.get_output_embeddings())
         with ExitStack() as stack:
             stack.enter_context(self._fast.modules())
@@ -119,7 +127,7 @@ class PrefixRunner:
             stack.enter_context(self._fast.experts(tokens.numel()))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.log_softmax(logits, dim=-1).gather(-1, reads.target.unsqueeze(-1)).squeeze(-1)
+        return torch.log_softmax(logits, dim=-1).gather(-1, predictions.target.unsqueeze(-1)).squeeze(-1)
 
     @contextmanager
     def _trimmed_last_block(self, layer: int, place: Tensor) -> Iterator[None]:

@@ -26,7 +26,7 @@ from moe_interp.experiments.inputs.items import (
     ItemBatch,
     batches_of_like_length,
     check_items,
-    reads_per_token,
+    predictions_per_token,
     tokenize_items,
 )
 from moe_interp.experiments.inputs.repeats import distinct_items
@@ -65,7 +65,7 @@ def domain_router(
         k: Experts per token; the family's own number by default.
         items: Ids of the items to choose by; keep others to measure on.
         mass: The mass whose deltas decide; the run's first by default.
-        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
 
     Raises:
         DataError, ConfigError: as :func:`moe_interp.experiments.best_experts.best_experts`.
@@ -195,16 +195,16 @@ def score_domain_router(
     of_run = [replace(item, id=aliases.get(item.id, item.id)) for item in checked]
     routers = _routers(moe, of_run, isolation_result, k, random_draws, mass, seed)
     scores = {name: np.zeros((2, len(checked))) for name in [*routers, *(["reference"] if reference else [])]}
-    width, reads = max(len(item) for item in tokenized), reads_per_token(tokenized)
-    tokens = tokens_per_pass(moe, width, memory_budget, reads_per_token=reads)
+    width, predictions = max(len(item) for item in tokenized), predictions_per_token(tokenized)
+    tokens = tokens_per_pass(moe, width, memory_budget, predictions_per_token=predictions)
     batches = batches_of_like_length(tokenized, tokens)
     runner, device, memory = PrefixRunner(moe), device_of(moe.bridge.original_model), Memory(moe, memory_budget)
 
     def score(index: list[int]) -> None:
         batch = ItemBatch.build(index, tokenized, device)
         for name, variants in routers.items():
-            found = [runner.base(batch.tokens, batch.reads, [], variant(index))[0] for variant in variants]
-            scores[name][:, index] = np.mean([by_item(f, batch.reads, len(index)) for f in found], axis=0)
+            found = [runner.base(batch.tokens, batch.predictions, [], variant(index))[0] for variant in variants]
+            scores[name][:, index] = np.mean([by_item(f, batch.predictions, len(index)) for f in found], axis=0)
         if reference is not None:
             scores["reference"][:, index] = _by_domain(runner, batch, [checked[i].domain for i in index], reference)
 
@@ -271,8 +271,8 @@ def _by_domain(runner: PrefixRunner, batch: ItemBatch, domains: list[str], hooks
     """Each row under its own domain's hooks: one pass a domain, of which its own rows are kept."""
     found: Tensor | None = None
     for domain in sorted(set(domains)):
-        mine = torch.tensor([d == domain for d in domains], device=batch.reads.row.device)[batch.reads.row]
-        scores, _ = runner.base(batch.tokens, batch.reads, [], hooks(domain))
+        mine = torch.tensor([d == domain for d in domains], device=batch.predictions.row.device)[batch.predictions.row]
+        scores, _ = runner.base(batch.tokens, batch.predictions, [], hooks(domain))
         found = scores if found is None else torch.where(mine, scores, found)
     assert found is not None
-    return by_item(found, batch.reads, len(domains))
+    return by_item(found, batch.predictions, len(domains))

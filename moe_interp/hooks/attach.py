@@ -15,11 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import AttachError, ConfigError, HookError
-from moe_interp.hooks.find_layers import close_layer, describe_layer, find_layers, find_place, open_layer
-from moe_interp.hooks.layer import OpenLayer, Pass, plain_label
+from moe_interp.hooks.find_layers import close_layer, describe_layer, find_layers, find_path, open_layer
+from moe_interp.hooks.layer import LayerPass, OpenLayer, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
-from moe_interp.hooks.passes import Passes, Span
-from moe_interp.hooks.thread_ownership import LayerHookPoint, Turns
+from moe_interp.hooks.passes import PassContext, Passes
+from moe_interp.hooks.thread_ownership import LayerHookPoint, ThreadOwnership
 from moe_interp.hooks.verification_table import Verification
 from moe_interp.types import Layer
 
@@ -40,13 +40,13 @@ class MoEHooks:
         self._opened = opened
         self._blocks = blocks
         self._mounted: dict[Layer, nn.Module] = {}
-        self._turns = Turns(bridge.original_model)
-        self._turns.points = [point for layer in opened.values() for point in layer.points.values()]
-        self._places = {label: find_place(bridge.original_model, layer.spec) for label, layer in opened.items()}
+        self._ownership = ThreadOwnership(bridge.original_model)
+        self._ownership.points = [point for layer in opened.values() for point in layer.points.values()]
+        self._paths = {label: find_path(bridge.original_model, layer.spec) for label, layer in opened.items()}
         for layer in opened.values():
             layer.before_pass = self._prepare
             for point in layer.points.values():
-                vars(point)["turns"] = self._turns
+                vars(point)["ownership"] = self._ownership
         self._mount()
 
     @property
@@ -60,11 +60,11 @@ class MoEHooks:
     @property
     def n_past(self) -> int:
         """Columns that the last layer's running (or last) pass found in its cache."""
-        return self.span(self.layers[-1]).n_past
+        return self.pass_context(self.layers[-1]).n_past
 
-    def span(self, layer: Layer) -> Span:
+    def pass_context(self, layer: Layer) -> PassContext:
         """Where the tokens of the layer's running (or last) pass lie in their sequences: cached columns, the prompt."""
-        return self._passes.span(layer)
+        return self._passes.pass_context(layer)
 
     def spec(self, layer: Layer) -> MoESpec:
         """What the layer is: family, sizes, routing rule.
@@ -108,7 +108,7 @@ class MoEHooks:
         layers = self.layers if layer is None else (layer,)
         return [self.hook_name(name, label) for label in layers for name in self.hooks(label)]
 
-    def running(self, layer: Layer) -> Pass:
+    def running(self, layer: Layer) -> LayerPass:
         """What the layer's running forward pass has computed so far, for functions that hooks call.
 
         Raises:
@@ -248,10 +248,10 @@ class MoEHooks:
 
     @torch.compiler.disable
     def _begin_pass(self, module: nn.Module, args: Any) -> None:
-        self._turns.begin()
+        self._ownership.begin()
         for label, layer in self._opened.items():
-            if layer.is_hooked() and not self._places[label].still_holds(layer.spec.container):
-                self._turns.end()
+            if layer.is_hooked() and not self._paths[label].still_holds(layer.spec.container):
+                self._ownership.end()
                 raise HookError(
                     f"hooks at layer {label!r}, whose experts' block was replaced after attaching",
                     "the modules that were attached to",
@@ -260,11 +260,11 @@ class MoEHooks:
 
     @torch.compiler.disable
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._turns.end()
+        self._ownership.end()
 
     def _prepare(self, layer: OpenLayer) -> None:
         """Before a hooked pass through a layer: whose hooks these are, and which modules are there now."""
-        self._turns.check()
+        self._ownership.check()
         open_layer(layer)
 
     def __enter__(self) -> MoEHooks:

@@ -10,8 +10,8 @@ from torch import Tensor
 from moe_interp.arch.router_outputs import DenseScores, OneHot
 from moe_interp.errors import HookError
 from moe_interp.hooks.edits import is_edited
-from moe_interp.hooks.experts import EXPERT_HOOKS, finish, mix
-from moe_interp.hooks.layer import Opened, OpenLayer, Pass
+from moe_interp.hooks.experts import EXPERT_HOOKS, fire_block_outputs, sum_of_experts
+from moe_interp.hooks.layer import LayerPass, Opened, OpenLayer
 
 
 class OpenedBlock(Opened):
@@ -24,9 +24,9 @@ class OpenedBlock(Opened):
             return self.native_forward(hidden, *args, **kwargs)
         layer.prepare()
         batch, pos = hidden.shape[:2] if hidden.ndim == 3 else (1, hidden.shape[0])
-        outer, layer.running = layer.running, Pass(batch, pos)
+        outer, layer.running = layer.running, LayerPass(batch, pos)
         try:
-            own = _own_block(layer)
+            own = _replacement_block(layer)
             out = self.native_forward(hidden, *args, **kwargs) if own is None else own(layer, layer.running, hidden)
             _check_seen(layer, layer.running)
             return out
@@ -34,15 +34,15 @@ class OpenedBlock(Opened):
             layer.running = outer  # a pass inside of a hook has ended
 
 
-def _own_block(layer: OpenLayer) -> Callable[[OpenLayer, Pass, Tensor], Any] | None:
+def _replacement_block(layer: OpenLayer) -> Callable[[OpenLayer, LayerPass, Tensor], Any] | None:
     """The block in our words, where the family's own cannot serve the hooks that are in use."""
     if type(layer.spec.container).__name__ in _FUSED:
-        return _in_steps
-    own = layer.spec.family.own_block and layer.is_hooked(*_block_hooks(layer))
-    return _OWN_BLOCKS[layer.spec.family.name] if own else None
+        return _gpt_oss_unfused
+    own = layer.spec.family.routes_at_router and layer.is_hooked(*_block_hooks(layer))
+    return _REPLACEMENT_BLOCKS[layer.spec.family.name] if own else None
 
 
-def _check_seen(layer: OpenLayer, run: Pass) -> None:
+def _check_seen(layer: OpenLayer, run: LayerPass) -> None:
     """Refuse a block that went past its router's or its experts' forward, where hooks would not have fired."""
     for part, missed in (("router", run.rule is None), ("experts", run.indices is None)):
         if missed:
@@ -62,57 +62,57 @@ def _block_hooks(layer: OpenLayer) -> tuple[str, ...]:
     return (*after, "expert_indices") if isinstance(layer.spec.family.layout, OneHot) else after
 
 
-def _llama4(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _llama4(layer: OpenLayer, run: LayerPass, hidden: Tensor) -> tuple[Tensor, Tensor]:
     block: Any = layer.spec.container
     x = hidden.reshape(-1, hidden.shape[-1])
     out = block.router(x)
     if layer.is_hooked(*EXPERT_HOOKS):
-        _follow(layer, run, out)
-        routed = mix(layer, run, x)
+        _take_edited_choice(layer, run, out)
+        routed = sum_of_experts(layer, run, x)
     else:
         # shape: (expert * token, d_model), every token by every expert, most of them scaled to 0
         scaled = x.repeat(out[0].shape[1], 1) * out[0].transpose(0, 1).reshape(-1, 1)
         routed = block.experts(scaled).reshape(out[0].shape[1], *x.shape).sum(dim=0)
-    return block.shared_expert(x) + finish(layer, run, routed), out[1]
+    return block.shared_expert(x) + fire_block_outputs(layer, run, routed), out[1]
 
 
-def _jetmoe(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+def _jetmoe(layer: OpenLayer, run: LayerPass, hidden: Tensor) -> Tensor:
     block: Any = layer.spec.container
     x = hidden.reshape(-1, hidden.shape[-1])
     _, tokens, weights, sizes, _ = block.router(x)
     if layer.is_hooked(*EXPERT_HOOKS):
-        routed = mix(layer, run, x)
+        routed = sum_of_experts(layer, run, x)
     else:
         gate, up = block.input_linear(x[tokens], sizes).chunk(2, dim=-1)
         out = block.output_linear(block.activation(gate) * up, sizes) * weights.unsqueeze(-1)
         routed = out.new_zeros(x.shape).index_add(0, tokens, out)
-    return finish(layer, run, routed).view(hidden.shape) + block.bias
+    return fire_block_outputs(layer, run, routed).view(hidden.shape) + block.bias
 
 
-def _switch(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+def _switch(layer: OpenLayer, run: LayerPass, hidden: Tensor) -> Tensor:
     block: Any = layer.spec.container
     x, out = hidden.reshape(-1, hidden.shape[-1]), block.router(hidden)
-    _follow(layer, run, out)
+    _take_edited_choice(layer, run, out)
     assert run.indices is not None
     if layer.is_hooked(*EXPERT_HOOKS) or run.indices.shape[-1] > 1:
-        routed = mix(layer, run, x)
+        routed = sum_of_experts(layer, run, x)
     else:
         chosen, weights, _ = out
         routed = block.experts(x, chosen.view(len(x), 1, -1), weights.view(-1, 1))
-    return finish(layer, run, routed).view(hidden.shape)
+    return fire_block_outputs(layer, run, routed).view(hidden.shape)
 
 
-def _follow(layer: OpenLayer, run: Pass, out: Any) -> None:
+def _take_edited_choice(layer: OpenLayer, run: LayerPass, out: Any) -> None:
     """Where a hook of TransformerLens edited the choice that the router returned, go on with the edited one."""
-    layout, handed = layer.spec.family.layout, run.handed_on
+    layout, handed = layer.spec.family.layout, run.router_choice
     assert isinstance(layout, DenseScores | OneHot)
     assert handed is not None
-    if not handed.is_back(out[0]) and (out[0] is handed.tensor or is_edited(out[0], handed.tensor)):
-        indices, weights = layout.handed_on(out)
+    if not handed.is_unchanged(out[0]) and (out[0] is handed.tensor or is_edited(out[0], handed.tensor)):
+        indices, weights = layout.chosen_route(out)
         run.indices, run.weights = run.fold(indices), run.fold(weights)
 
 
-def _in_steps(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _gpt_oss_unfused(layer: OpenLayer, run: LayerPass, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """GPT-OSS's block with packed weights, which otherwise routes inside of a fused kernel."""
     block: Any = layer.spec.container
     x = hidden.reshape(-1, hidden.shape[-1])
@@ -121,7 +121,7 @@ def _in_steps(layer: OpenLayer, run: Pass, hidden: Tensor) -> tuple[Tensor, Tens
 
 
 _FUSED = ("Mxfp4GptOssMLP",)
-_OWN_BLOCKS: dict[str, Callable[[OpenLayer, Pass, Tensor], Any]] = {
+_REPLACEMENT_BLOCKS: dict[str, Callable[[OpenLayer, LayerPass, Tensor], Any]] = {
     "llama4": _llama4,
     "jetmoe": _jetmoe,
     "switch_transformers": _switch,

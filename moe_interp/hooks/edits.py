@@ -38,7 +38,7 @@ _UNCOUNTED = frozenset(
 )
 
 
-class Handed:
+class VersionedTensor:
     """A tensor that was handed to other code, and how often it had been written to until then.
 
     Attributes:
@@ -49,7 +49,7 @@ class Handed:
         self.tensor = tensor
         self._version = _version(tensor)
 
-    def is_back(self, result: Tensor) -> bool:
+    def is_unchanged(self, result: Tensor) -> bool:
         """Whether ``result`` is the tensor, or its memory in the same shape, and no write to it was counted.
 
         A tensor made in inference mode counts no writes: there it is enough that it is the same.
@@ -57,7 +57,7 @@ class Handed:
         return _version(self.tensor) == self._version and (result is self.tensor or _is_alias(result, self.tensor))
 
 
-class Watched(TorchFunctionMode):
+class EditDetector(TorchFunctionMode):
     """Inside the ``with``, hooks have a tensor, and accesses to memory that pass by its count are noticed.
 
     Args:
@@ -66,12 +66,12 @@ class Watched(TorchFunctionMode):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
-        self._handed = Handed(tensor)
+        self._handed = VersionedTensor(tensor)
         self._is_certain = not tensor.is_inference()
 
     def is_unedited(self, result: Tensor) -> bool:
         """Whether it is certain, without a look at any value, that the hooks changed nothing."""
-        return self._is_certain and self._handed.is_back(result)
+        return self._is_certain and self._handed.is_unchanged(result)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

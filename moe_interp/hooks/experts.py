@@ -11,8 +11,8 @@ from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows
 from moe_interp.arch.grouped_products import sort_by_expert
 from moe_interp.errors import HookError
 from moe_interp.hooks.edits import carries_gradient
-from moe_interp.hooks.layer import Opened, OpenLayer, Pass
-from moe_interp.hooks.router import choose, with_gradient
+from moe_interp.hooks.layer import LayerPass, Opened, OpenLayer
+from moe_interp.hooks.router import fire_route, with_gradient
 
 EXPERT_HOOKS = ("expert_post", "expert_out")
 
@@ -35,14 +35,14 @@ class OpenedExperts(Opened):
             )
         return self._run(run, *given)
 
-    def _run(self, run: Pass, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _run(self, run: LayerPass, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         layer = self.layer
         scale = layer.spec.block_scale
         shown = run.fold(weights) if scale == 1.0 else run.fold(weights) * scale
         run.has_empty = _may_be_empty(run, indices) and bool((indices < 0).any())
-        new_indices, new_weights, changed = choose(layer, run, run.fold(indices), shown)
+        new_indices, new_weights, changed = fire_route(layer, run, run.fold(indices), shown)
         if layer.is_hooked(*EXPERT_HOOKS) or (run.has_empty and layer.spec.unreadable is None):
-            routed = mix(layer, run, hidden)
+            routed = sum_of_experts(layer, run, hidden)
             run.is_projected = layer.spec.family.latent is not None
         else:
             if changed:
@@ -57,7 +57,7 @@ class OpenedExperts(Opened):
                 return routed
             routed = routed * scale if scale != 1.0 else routed
         if layer.spec.family.latent is None:
-            routed = finish(layer, run, routed)
+            routed = fire_block_outputs(layer, run, routed)
         return _unscale(routed, scale)
 
 
@@ -69,9 +69,9 @@ class OpenedProjection(Opened):
         if run is None:
             return self.native_forward(latent)
         if not run.is_projected:
-            return finish(self.layer, run, self.native_forward(latent))
+            return fire_block_outputs(self.layer, run, self.native_forward(latent))
         bias = self.layer.spec.project_bias
-        return finish(self.layer, run, latent if bias is None else latent + bias)
+        return fire_block_outputs(self.layer, run, latent if bias is None else latent + bias)
 
 
 class OpenedShared(Opened):
@@ -89,27 +89,27 @@ class OpenedShared(Opened):
         return self.layer.fire("shared_out", folded).reshape(out.shape)
 
 
-def finish(layer: OpenLayer, run: Pass, routed: Tensor) -> Tensor:
+def fire_block_outputs(layer: OpenLayer, run: LayerPass, routed: Tensor) -> Tensor:
     """Fire ``routed_out``, and ``shared_out`` where the shared experts ran before."""
     shape = routed.shape
     routed = layer.fire("routed_out", run.fold(routed))
     run.routed_is_done = True
     if run.shared_out is not None:
         shared = run.fold(_gated(layer, run))
-        new, edited = layer.offer("shared_out", shared)
+        new, edited = layer.fire_and_compare("shared_out", shared)
         if edited or carries_gradient(new):
             # the block adds its own shared output to this; only the edit is missing
             routed = routed + (new - shared)
     return routed.reshape(shape)
 
 
-def _may_be_empty(run: Pass, indices: Tensor) -> bool:
+def _may_be_empty(run: LayerPass, indices: Tensor) -> bool:
     """Whether a slot may be empty before any hook of ours: by a capacity, or by a hook of TransformerLens' own."""
-    is_routers = run.handed_on is not None and run.handed_on.is_back(indices)
+    is_routers = run.router_choice is not None and run.router_choice.is_unchanged(indices)
     return not is_routers or run.rule is None or run.rule.has_capacity
 
 
-def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+def sum_of_experts(layer: OpenLayer, run: LayerPass, hidden: Tensor) -> Tensor:
     """The weighted sum over the slots of the running route, firing the experts' hooks.
 
     Args:
@@ -128,7 +128,7 @@ def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
     return out.sum(dim=1).to(hidden.dtype)
 
 
-def _expert_outputs(layer: OpenLayer, run: Pass, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def _expert_outputs(layer: OpenLayer, run: LayerPass, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Each slot's expert output ``[token, slot, d_model]``; zero at empty slots."""
     spec = layer.spec
     n_tokens, slots = indices.shape
@@ -153,7 +153,7 @@ def _expert_outputs(layer: OpenLayer, run: Pass, hidden: Tensor, indices: Tensor
     return fired("expert_out", outputs, outputs.shape[-1]).view(n_tokens, slots, -1)
 
 
-def _gated(layer: OpenLayer, run: Pass) -> Tensor:
+def _gated(layer: OpenLayer, run: LayerPass) -> Tensor:
     assert run.shared_out is not None
     assert run.shared_in is not None
     gate = layer.spec.shared_gate

@@ -61,7 +61,7 @@ def find_layers(bridge: TransformerBridge) -> dict[Layer, tuple[str, MoESpec]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class LayerPath:
     """A path in a model, at which a layer was found: to notice when something else is put there.
 
     Attributes:
@@ -88,11 +88,13 @@ class Place:
         return any(module is container for module in layer.modules())
 
 
-def find_place(model: nn.Module, spec: MoESpec) -> Place:
+def find_path(model: nn.Module, spec: MoESpec) -> LayerPath:
     """Where a spec's layer is, as the model calls it."""
     path = next((name for name, module in model.named_modules() if unwrap(module) is spec.hf_layer), "")
     layer = model.get_submodule(path)
-    return Place(model, path, next((name for name, module in layer.named_modules() if module is spec.container), ""))
+    return LayerPath(
+        model, path, next((name for name, module in layer.named_modules() if module is spec.container), "")
+    )
 
 
 def describe_layer(bridge: TransformerBridge, layer: Any) -> str:
@@ -121,7 +123,7 @@ def close_layer(layer: OpenLayer) -> None:
 def _to_open(spec: MoESpec) -> dict[type[Opened], nn.Module]:
     """What to open of a layer, as its modules are now."""
     wanted: dict[type[Opened], nn.Module] = {OpenedBlock: spec.container, OpenedRouter: spec.router}
-    if not spec.family.own_block:
+    if not spec.family.routes_at_router:
         wanted[OpenedExperts] = spec.experts
     if spec.projection is not None:
         wanted[OpenedProjection] = spec.projection

@@ -15,12 +15,12 @@ from transformer_lens.hook_points import HookPoint
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.arch.spec import MoESpec
 from moe_interp.errors import HookError, RouteError
-from moe_interp.hooks.edits import Handed, Watched, carries_gradient, counting_copy, is_edited
+from moe_interp.hooks.edits import EditDetector, VersionedTensor, carries_gradient, counting_copy, is_edited
 from moe_interp.hooks.thread_ownership import PerThread
 
 
 @dataclass
-class Pass:
+class LayerPass:
     """What one forward pass through the layer has computed so far. Dropped when the pass ends, also by an exception."""
 
     batch: int
@@ -32,7 +32,7 @@ class Pass:
     weights: Tensor | None = None
     is_edited: bool = False  # whether a hook changed the route, rather than only read what it is made of
     has_empty: bool = False  # whether the route of a family that hands it to its experts has empty slots
-    handed_on: Handed | None = None  # the choice that the router returned, before TransformerLens' own hooks on it
+    router_choice: VersionedTensor | None = None  # as the router returned it, before TransformerLens' own hooks
     writer: Tensor | None = None  # [batch, pos], the intervention that wrote a token's route last
     shared_in: Tensor | None = None  # set where the block calls its shared experts before the routed ones
     shared_out: Tensor | None = None
@@ -55,10 +55,10 @@ class Pass:
         return self.rule.weights(self.logits, indices)
 
 
-class _Running(PerThread):
+class _RunningPass(PerThread):
     """The pass that a thread is running."""
 
-    run: Pass | None = None
+    run: LayerPass | None = None
 
 
 class OpenLayer:
@@ -78,15 +78,15 @@ class OpenLayer:
         self.last_pos = 0
         self.opened: dict[type[Opened], Opened] = {}
         self.before_pass: Callable[[OpenLayer], None] | None = None
-        self._running = _Running()
+        self._running = _RunningPass()
 
     @property
-    def running(self) -> Pass | None:
+    def running(self) -> LayerPass | None:
         """The pass that this thread is running; a pass inside of a hook is another one."""
         return self._running.run
 
     @running.setter
-    def running(self, run: Pass | None) -> None:
+    def running(self, run: LayerPass | None) -> None:
         self._running.run = run
 
     def prepare(self) -> None:
@@ -117,7 +117,7 @@ class OpenLayer:
         """
         return self._run_hooks(name, value, owned)[0]
 
-    def offer(self, name: str, value: Tensor) -> tuple[Tensor, bool]:
+    def fire_and_compare(self, name: str, value: Tensor) -> tuple[Tensor, bool]:
         """As :meth:`fire`, and whether a hook edited the activation."""
         result, is_written = self._run_hooks(name, value, owned=False)
         return result, is_written and is_edited(result, value)
@@ -129,7 +129,7 @@ class OpenLayer:
             return value, False
         # an edit in place must reach neither the model's own buffers nor the value it is compared with
         given = value if owned and not torch.is_grad_enabled() else counting_copy(value)
-        with Watched(given) as watch:
+        with EditDetector(given) as watch:
             result = point(given)
         self._check_form(name, result, value)
         if watch.is_unedited(result):

@@ -18,7 +18,7 @@ from moe_interp.types import Layer
 
 
 @dataclass(frozen=True, eq=False)
-class Span:
+class PassContext:
     """Where the tokens of one pass through a stack of layers lie in their sequences.
 
     Attributes:
@@ -40,18 +40,18 @@ class Span:
     depth: int = 0
 
 
-class Memory(PerThread):
+class StateBetweenPasses(PerThread):
     """What a hook's function keeps from one pass for the next: apart for each thread, and for passes inside of a hook.
 
-    What it keeps within a pass belongs in the ``notes`` of :class:`~moe_interp.hooks.layer.Pass`.
+    What it keeps within a pass belongs in the ``notes`` of :class:`~moe_interp.hooks.layer.LayerPass`.
     """
 
     def __init__(self) -> None:
         self._by_depth: dict[int, dict[Any, Any]] = {}
 
-    def before(self, span: Span) -> dict[Any, Any]:
+    def before(self, context: PassContext) -> dict[Any, Any]:
         """What passes as deep as this one have left in this thread; to be written to."""
-        return self._by_depth.setdefault(span.depth, {})
+        return self._by_depth.setdefault(context.depth, {})
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Generation:
     depth: int = 0
 
 
-class _Now(PerThread):
+class _ThreadState(PerThread):
     """What a thread runs.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Now(PerThread):
 
     def __init__(self) -> None:
         self.generation: Generation | None = None
-        self.spans: dict[str, list[Span]] = {}
+        self.contexts: dict[str, list[PassContext]] = {}
         self.running: dict[str, int] = {}
 
     @property
@@ -96,13 +96,13 @@ class Passes:
     """
 
     def __init__(self, bridge: TransformerBridge, layers: dict[Layer, nn.Module]) -> None:
-        self._now = _Now()
-        self._last: dict[str, Span] = {}  # by stack, the pass that began last in any thread
+        self._now = _ThreadState()
+        self._last: dict[str, PassContext] = {}  # by stack, the pass that began last in any thread
         model = bridge.original_model
         stacks = {stack_of(layer): _stack_module(model, container) for layer, container in layers.items()}
         self._handles = []
         for name, module in stacks.items():
-            watch = _Watch(self, name)
+            watch = _StackHooks(self, name)
             self._handles.append(module.register_forward_pre_hook(watch.begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(watch.end, always_call=True))
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -110,13 +110,13 @@ class Passes:
         self._open(bridge, "generate", OpenedGenerate)
         self._open(bridge, "generate_stream", OpenedStream)
 
-    def span(self, layer: Layer) -> Span:
+    def pass_context(self, layer: Layer) -> PassContext:
         """Of this thread's running (or last) pass through the layer's stack."""
         stack = stack_of(layer)
-        if stack in self._now.spans:
-            return self._now.spans[stack][-1]
+        if stack in self._now.contexts:
+            return self._now.contexts[stack][-1]
         # a thread of autograd that computes a layer again runs no pass of its own
-        return self._last.get(stack, Span()) if is_in_backward() else Span()
+        return self._last.get(stack, PassContext()) if is_in_backward() else PassContext()
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -161,16 +161,16 @@ class Passes:
                 "prompt_mask": generation.prompt_mask,
             }
         now = self._now
-        outer = now.spans[stack] if now.running.get(stack) else []
-        span = self._last[stack] = Span(**known, depth=len(outer))
-        now.spans[stack], now.running[stack] = [*outer, span], len(outer) + 1
+        outer = now.contexts[stack] if now.running.get(stack) else []
+        context = self._last[stack] = PassContext(**known, depth=len(outer))
+        now.contexts[stack], now.running[stack] = [*outer, context], len(outer) + 1
 
     def end(self, stack: str) -> None:
         """It has ended, also by an exception; a pass around it, in whose hook it ran, goes on."""
         now = self._now
         now.running[stack] = max(now.running.get(stack, 0) - 1, 0)
         if now.running[stack]:
-            now.spans[stack].pop()
+            now.contexts[stack].pop()
 
     def _open(self, owner: Any, name: str, opened: Callable[..., Any]) -> None:
         native = getattr(owner, name, None)
@@ -209,7 +209,7 @@ class OpenedStream(OpenedGenerate):
             stream.close()
 
 
-class _Watch:
+class _StackHooks:
     """The hook on one stack of layers."""
 
     def __init__(self, passes: Passes, stack: str) -> None:

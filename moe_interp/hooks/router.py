@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.arch.captured_logits import HeardLogits
+from moe_interp.arch.captured_logits import CapturedLogits
 from moe_interp.arch.routing_rule import keep_unchanged
 from moe_interp.arch.rules import HashTable, RoutingRule, SparseMixer
 from moe_interp.errors import RouteError
-from moe_interp.hooks.edits import Handed, carries_gradient, counting_copy
-from moe_interp.hooks.layer import Opened, OpenLayer, Pass
+from moe_interp.hooks.edits import VersionedTensor, carries_gradient, counting_copy
+from moe_interp.hooks.layer import LayerPass, Opened, OpenLayer
 
 
 class OpenedRouter(Opened):
@@ -24,17 +24,17 @@ class OpenedRouter(Opened):
             return self.native_forward(hidden, *args, **kwargs)
         read = self._hooked_input(run, hidden)
         may_jitter = read is not hidden and self.module.training
-        state, given = (_random_state(hidden.device), Handed(read)) if may_jitter else (None, None)
+        state, given = (_random_state(hidden.device), VersionedTensor(read)) if may_jitter else (None, None)
         run.rule, layout = spec.rule_for(hidden.dtype), spec.family.layout
-        out, heard = self._native(read, args, kwargs, run.rule.n_experts if layout.hears_logits else None)
-        if state is not None and given is not None and not given.is_back(read):
+        out, captured = self._native(read, args, kwargs, run.rule.n_experts if layout.captures_logits else None)
+        if state is not None and given is not None and not given.is_unchanged(read):
             self._jitter(hidden, state, args, kwargs)
-        flat_logits, *route = layout.read(self.module, run.rule, read, out, heard)
+        flat_logits, *route = layout.read(self.module, run.rule, read, out, captured)
         leading = flat_logits.shape[:-1]
         logits, indices, weights = run.fold(flat_logits), run.fold(route[0]), run.fold(route[1])
         indices, weights, changed = self._reroute(run, run.rule, logits, indices, weights)
-        if spec.family.own_block:
-            indices, weights, edited = choose(self.layer, run, indices, weights)
+        if spec.family.routes_at_router:
+            indices, weights, edited = fire_route(self.layer, run, indices, weights)
             changed = changed or edited
         if changed:
             assert run.logits is not None
@@ -43,24 +43,24 @@ class OpenedRouter(Opened):
             flat_logits = run.logits.reshape(*leading, -1)
             written = layout.write(run.rule, flat_logits, scores, flat, out, same_route=not run.is_edited)
             out = written if run.is_edited else _as_returned(out, written)
-        run.handed_on = Handed(out[layout.choice])
+        run.router_choice = VersionedTensor(out[layout.choice])
         return out
 
     def _native(
-        self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], listen_for: int | None
+        self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], n_captured: int | None
     ) -> tuple[Any, Tensor | None]:
         """What the family's own router returns, and its raw logits where their width is given to listen for."""
-        if listen_for is None:
+        if n_captured is None:
             return self.native_forward(hidden, *args, **kwargs), None
-        with HeardLogits(self.module, listen_for) as listening:
+        with CapturedLogits(self.module, n_captured) as capture:
             out = self.native_forward(hidden, *args, **kwargs)
-        return out, listening.logits
+        return out, capture.logits
 
-    def _hooked_input(self, run: Pass, hidden: Tensor) -> Tensor:
+    def _hooked_input(self, run: LayerPass, hidden: Tensor) -> Tensor:
         """What the router reads: the block's own tensor, unless a hook edited it or its gradient must arrive."""
         if not self.layer.is_hooked("router_in"):
             return hidden
-        new, edited = self.layer.offer("router_in", run.fold(hidden))
+        new, edited = self.layer.fire_and_compare("router_in", run.fold(hidden))
         if not (edited or carries_gradient(new)):
             return hidden
         # in training some routers write their jitter into their input, and the hook's tensor is not theirs to write to
@@ -78,10 +78,10 @@ class OpenedRouter(Opened):
         _set_random_state(hidden.device, after)
 
     def _reroute(
-        self, run: Pass, rule: RoutingRule, logits: Tensor, indices: Tensor, weights: Tensor
+        self, run: LayerPass, rule: RoutingRule, logits: Tensor, indices: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, bool]:
         """Fire the hooks before selection; select anew where they edited, carry a gradient where one must arrive."""
-        run.logits, edited = self.layer.offer("router_logits", logits)
+        run.logits, edited = self.layer.fire_and_compare("router_logits", logits)
         changed = self._differentiates(rule, run.logits, "router_logits")
         if edited:
             indices, weights = _route(rule, run.logits, indices)
@@ -91,7 +91,7 @@ class OpenedRouter(Opened):
         if self.layer.is_hooked("router_probs"):
             scores = rule.scores(run.logits)
             assert scores is not None
-            new, edited = self.layer.offer("router_probs", scores)
+            new, edited = self.layer.fire_and_compare("router_probs", scores)
             if edited:
                 run.scores, run.is_edited = new, True
                 indices, weights = _route_scores(rule, new, indices)
@@ -130,14 +130,14 @@ def _as_returned(out: tuple[Any, ...], written: tuple[Any, ...]) -> tuple[Any, .
     return tuple(with_gradient(old, new) if c else old for old, new, c in zip(out, written, carries))
 
 
-def choose(layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, bool]:
+def fire_route(layer: OpenLayer, run: LayerPass, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Fire ``expert_indices`` and ``expert_weights``: the route that runs, and whether a hook had a part in it."""
-    new_indices, changed = layer.offer("expert_indices", indices)
+    new_indices, changed = layer.fire_and_compare("expert_indices", indices)
     if changed:
         weights = _reweigh(layer, run, indices, weights, new_indices)
         run.has_empty = bool((new_indices < 0).any())
     run.indices = new_indices
-    new_weights, edited = layer.offer("expert_weights", weights)
+    new_weights, edited = layer.fire_and_compare("expert_weights", weights)
     changed = changed or edited
     run.is_edited = run.is_edited or changed
     if new_weights is not weights:
@@ -172,7 +172,7 @@ def _route_scores(rule: RoutingRule, scores: Tensor, native_indices: Tensor) -> 
     return rule.route_scores(scores)
 
 
-def _reweigh(layer: OpenLayer, run: Pass, old: Tensor, weights: Tensor, new: Tensor) -> Tensor:
+def _reweigh(layer: OpenLayer, run: LayerPass, old: Tensor, weights: Tensor, new: Tensor) -> Tensor:
     """The rule's weights for edited routes; routes that are as they were keep theirs bit for bit."""
     ruled = run.family_weights(new)
     check_weights(ruled, layer)

@@ -7,7 +7,7 @@ import pandas as pd
 from moe_interp.arch.families import FAMILIES
 from moe_interp.arch.family import Family
 from moe_interp.hooks.names import HOOKS, absence, hooks_of
-from moe_interp.hooks.transformer_lens_hooks import THEIR_HOOKS
+from moe_interp.hooks.transformer_lens_hooks import TRANSFORMER_LENS_HOOKS
 
 _EXCEPTIONS = {
     ("llama4", "expert_out"): "E(weight * x), already weighted: routed_out is the plain sum",
@@ -76,18 +76,20 @@ def support_markdown() -> str:
     lines += _rows(["family", "rule", *names, "note"], body)
     lines += ["", *(f"{number}. `{hook}` of {family}: {text}" for number, (family, hook, text) in enumerate(notes, 1))]
     lines += ["", "## TransformerLens' names", ""]
-    architectures = [[f.name, "<br>".join(f.architectures), "<br>".join(_all_theirs(f)) or "none"] for f in FAMILIES]
+    architectures = [
+        [f.name, "<br>".join(f.architectures), "<br>".join(_transformer_lens_paths(f)) or "none"] for f in FAMILIES
+    ]
     lines += _rows(["family", "architectures", "TransformerLens' own router hooks, and what they show"], architectures)
     return "\n".join(lines) + "\n"
 
 
 def _theirs(family: Family, hook: str) -> str:
-    found = [t for t in THEIR_HOOKS[family.name] if t.shows.split(" ")[0] == hook]
+    found = [t for t in TRANSFORMER_LENS_HOOKS[family.name] if t.shows.split(" ")[0] == hook]
     return ", ".join(f"{t.path} [{t.axes}]" for t in found)
 
 
-def _all_theirs(family: Family) -> list[str]:
-    return [f"`{t.path}` [{t.axes}]: {t.shows}" for t in THEIR_HOOKS[family.name]]
+def _transformer_lens_paths(family: Family) -> list[str]:
+    return [f"`{t.path}` [{t.axes}]: {t.shows}" for t in TRANSFORMER_LENS_HOOKS[family.name]]
 
 
 def _marks(table: pd.DataFrame) -> tuple[dict[tuple[str, str], str], list[tuple[str, str, str]]]:

@@ -35,7 +35,7 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class Turns:
+class ThreadOwnership:
     """The passes that run on one attached bridge.
 
     Args:
@@ -49,7 +49,7 @@ class Turns:
         self._owner: int | None = None  # the thread whose own hooks may be on the points
         self._passes: dict[int, int] = {}  # by thread, how many passes it is inside of
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Turns:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadOwnership:
         new = type(self)(memo.get(id(self.model), self.model))
         memo[id(self)] = new
         return new
@@ -125,7 +125,7 @@ class Turns:
 class LayerHookPoint(HookPoint):
     """A hook point that keeps threads apart."""
 
-    turns: Turns | None = None
+    ownership: ThreadOwnership | None = None
 
     def add_hook(
         self,
@@ -141,8 +141,8 @@ class LayerHookPoint(HookPoint):
         Raises:
             HookError: another thread runs a pass, or has hooks of its own.
         """
-        if level is not None and self.turns is not None:
-            self.turns.claim()
+        if level is not None and self.ownership is not None:
+            self.ownership.claim()
         return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
 
 

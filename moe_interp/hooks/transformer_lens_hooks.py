@@ -16,12 +16,12 @@ from moe_interp.arch.rules import RoutingRule, SigmoidTopK, TopKSigmoid
 
 
 @dataclass(frozen=True)
-class TheirHook:
+class TransformerLensHook:
     """One of TransformerLens' hooks.
 
     Attributes:
         path: Its name below the block.
-        shows: What it shows, in our words; see :func:`as_theirs`.
+        shows: What it shows, in our words; see :func:`shown_by_transformer_lens`.
         axes: Its axes.
     """
 
@@ -30,22 +30,22 @@ class TheirHook:
     axes: str = "token expert"
 
 
-def _of_router(router: str, *, opened: bool) -> tuple[TheirHook, ...]:
+def _of_router(router: str, *, opened: bool) -> tuple[TransformerLensHook, ...]:
     """The hooks of a router that TransformerLens wraps: logits, and where it opens the triple, the route."""
-    logits = TheirHook(f"{router}.hook_out", "router_logits")
+    logits = TransformerLensHook(f"{router}.hook_out", "router_logits")
     if not opened:
         return (logits,)
-    weights = TheirHook(f"{router}.hook_expert_weights", "expert_weights at full width")
-    indices = TheirHook(f"{router}.hook_expert_indices", "expert_indices", "token slot")
+    weights = TransformerLensHook(f"{router}.hook_expert_weights", "expert_weights at full width")
+    indices = TransformerLensHook(f"{router}.hook_expert_indices", "expert_indices", "token slot")
     return logits, weights, indices
 
 
-def _swapped(container: str) -> tuple[TheirHook, ...]:
+def _miswired(container: str) -> tuple[TransformerLensHook, ...]:
     """Granite: mis-wired, each hook shows another thing than its name says."""
     return (
-        TheirHook(f"{container}.gate.hook_out", "expert_indices", "token slot"),
-        TheirHook(f"{container}.gate.hook_expert_weights", "expert_weights", "token slot"),
-        TheirHook(f"{container}.gate.hook_expert_indices", "router_logits"),
+        TransformerLensHook(f"{container}.gate.hook_out", "expert_indices", "token slot"),
+        TransformerLensHook(f"{container}.gate.hook_expert_weights", "expert_weights", "token slot"),
+        TransformerLensHook(f"{container}.gate.hook_expert_indices", "router_logits"),
     )
 
 
@@ -55,30 +55,30 @@ _OPENED = (
 )
 _CLOSED = ("flex_olmo", "deepseek_v2", "deepseek_v3", "deepseek_v4", "glm_moe_dsa", "jetmoe", "ernie4_5_moe")
 
-THEIR_HOOKS: dict[str, tuple[TheirHook, ...]] = {
+TRANSFORMER_LENS_HOOKS: dict[str, tuple[TransformerLensHook, ...]] = {
     **{name: _of_router("mlp.gate", opened=True) for name in _OPENED},
     **{name: _of_router("mlp.gate", opened=False) for name in _CLOSED},
     "gpt_oss": (
         *_of_router("mlp.router", opened=True),
-        TheirHook("mlp.hook_router_scores", "expert_weights", "token slot"),
+        TransformerLensHook("mlp.hook_router_scores", "expert_weights", "token slot"),
     ),
-    "granite_moe": _swapped("mlp"),
-    "granite_moe_hybrid": _swapped("moe"),
+    "granite_moe": _miswired("mlp"),
+    "granite_moe_hybrid": _miswired("moe"),
     "afmoe": _of_router("mlp.router_gate", opened=False),
-    "laguna": (TheirHook("mlp.gate.hook_out", "router_logits after the soft-cap"),),
+    "laguna": (TransformerLensHook("mlp.gate.hook_out", "router_logits after the soft-cap"),),
     "llama4": (
-        TheirHook("mlp.router.hook_out", "expert_weights at full width"),
-        TheirHook("mlp.hook_router_scores", "router_logits"),
+        TransformerLensHook("mlp.router.hook_out", "expert_weights at full width"),
+        TransformerLensHook("mlp.hook_router_scores", "router_logits"),
     ),
-    "switch_transformers": (TheirHook("mlp.gate.hook_out", "expert_indices as one-hot", "batch pos expert"),),
-    "gemma4": (TheirHook("router.hook_out", "router_probs"),),
-    "jamba": (TheirHook("mlp.router.hook_out", "a tuple", "none"),),
+    "switch_transformers": (TransformerLensHook("mlp.gate.hook_out", "expert_indices as one-hot", "batch pos expert"),),
+    "gemma4": (TransformerLensHook("router.hook_out", "router_probs"),),
+    "jamba": (TransformerLensHook("mlp.router.hook_out", "a tuple", "none"),),
     "nemotron_h": (),
 }
 """Family -> its hooks. Nothing in them can be compared for jamba, whose hook is handed a tuple."""
 
 
-def as_theirs(shows: str, ours: Mapping[str, Tensor], rule: RoutingRule) -> Tensor:
+def shown_by_transformer_lens(shows: str, ours: Mapping[str, Tensor], rule: RoutingRule) -> Tensor:
     """What one of their hooks must show, computed from ours; still ``[batch, pos, ...]``.
 
     Raises:

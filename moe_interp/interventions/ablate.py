@@ -12,9 +12,9 @@ from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import checked_experts
-from moe_interp.interventions.positions import Positions, Where
+from moe_interp.interventions.positions import Positions, TokenSelection
 from moe_interp.interventions.random_keys import layer_labels
-from moe_interp.interventions.reference import GivenOutputs, OwnPass, Reference, outputs_of
+from moe_interp.interventions.reference import Reference, ReferenceOutputs, RunningPassOutputs, outputs_of
 from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import EMPTY, Hooks, Layer
 
@@ -50,7 +50,8 @@ def ablate_experts(
         experts: Expert ids.
         mode: What stands in their place.
         seed: Seed of "resample".
-        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`; padding is in no mean.
+        positions, attention_mask: See :class:`~moe_interp.interventions.positions.TokenSelection`; padding is in no
+            mean.
         reference: Of "mean" and "resample": token ids ``[row, pos]`` or text, which run once, when this is called, with
             the hooks that are on; or a cache with ``expert_indices`` and ``expert_out`` of the layer; or "prompt", the
             prompt's own tokens also for what is generated from it.
@@ -82,79 +83,85 @@ def ablate_experts(
             'reference for mode "mean" or "resample", and reference_mask beside it',
             "Leave it out.",
         )
-    where = Where(moe, layer, positions, attention_mask)
+    selection = TokenSelection(moe, layer, positions, attention_mask)
     if mode == "reroute":
-        return _reroute(moe, layer, gone, where)
+        return _reroute(moe, layer, gone, selection)
     if mode == "zero":
-        drop: StandIn = lambda value, expert, used, spot: torch.zeros_like(value)  # noqa: E731
-        return _replace(moe, layer, gone, where, "expert_weights", drop)
+        drop: Replacement = lambda value, expert, used, asked: torch.zeros_like(value)  # noqa: E731
+        return _replace(moe, layer, gone, selection, "expert_weights", drop)
     moe.hook_name("expert_out", layer)  # refuses before a reference runs
-    source: OwnPass | GivenOutputs
+    source: RunningPassOutputs | ReferenceOutputs
     if reference is None or (isinstance(reference, str) and reference == "prompt"):
-        source = OwnPass(where, mode, is_kept=reference is not None)
+        source = RunningPassOutputs(selection, mode, is_kept=reference is not None)
     else:
         source = outputs_of(moe, layer, gone.tolist(), reference, reference_mask)
-    stand_in = _mean(source) if mode == "mean" else _resampler(source, where, seed, layer)
-    return _replace(moe, layer, gone, where, "expert_out", stand_in)
+    replacement = _mean(source) if mode == "mean" else _resampler(source, selection, seed, layer)
+    return _replace(moe, layer, gone, selection, "expert_out", replacement)
 
 
-class StandIn(Protocol):
-    """What takes the place of ``value`` at ``spot``, ``[batch, pos, slot]``, among the expert's real ``used`` slots."""
+class Replacement(Protocol):
+    """What takes the place of ``value`` at slots ``asked``, ``[batch, pos, slot]``, of those ``used`` by the expert."""
 
-    def __call__(self, value: Tensor, expert: int, used: Tensor, spot: Tensor) -> Tensor: ...
+    def __call__(self, value: Tensor, expert: int, used: Tensor, asked: Tensor) -> Tensor: ...
 
 
-def _replace(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where, name: str, stand_in: StandIn) -> Hooks:
+def _replace(
+    moe: MoEHooks, layer: Layer, gone: Tensor, selection: TokenSelection, name: str, replacement: Replacement
+) -> Hooks:
     def replace(value: Tensor, hook: Any) -> Tensor:
-        route, tokens = moe.running(layer).indices, where.tokens(value).unsqueeze(-1)
-        real = where.is_real(value).unsqueeze(-1)
+        route, tokens = moe.running(layer).indices, selection.tokens(value).unsqueeze(-1)
+        real = selection.is_real(value).unsqueeze(-1)
         for expert in gone.tolist():
             used = (route == expert) & real
-            spot = used & tokens
-            new = stand_in(value, expert, used, spot)
-            value = torch.where(spot if value.ndim == 3 else spot.unsqueeze(-1), new, value)
+            asked = used & tokens
+            new = replacement(value, expert, used, asked)
+            value = torch.where(asked if value.ndim == 3 else asked.unsqueeze(-1), new, value)
         return value
 
     return [(moe.hook_name(name, layer), replace)]
 
 
-def _mean(source: OwnPass | GivenOutputs) -> StandIn:
+def _mean(source: RunningPassOutputs | ReferenceOutputs) -> Replacement:
     means: dict[int, Tensor] = {}  # of a given reference, taken once
 
-    def mean(value: Tensor, expert: int, used: Tensor, spot: Tensor) -> Tensor:
-        pool = source.outputs(expert, value, used, spot)
-        if not bool(spot.any()):
+    def mean(value: Tensor, expert: int, used: Tensor, asked: Tensor) -> Tensor:
+        pool = source.outputs(expert, value, used, asked)
+        if not bool(asked.any()):
             return value
-        if isinstance(source, OwnPass) or expert not in means:
+        if isinstance(source, RunningPassOutputs) or expert not in means:
             means[expert] = pool.to(torch.promote_types(pool.dtype, torch.float32)).mean(dim=0)
         return means[expert].to(value).expand_as(value)
 
     return mean
 
 
-def _resampler(source: OwnPass | GivenOutputs, where: Where, seed: int, layer: Layer) -> StandIn:
-    def resample(value: Tensor, expert: int, used: Tensor, spot: Tensor) -> Tensor:
-        pool = source.outputs(expert, value, used, spot).to(value)
-        if not bool(spot.any()):
+def _resampler(
+    source: RunningPassOutputs | ReferenceOutputs, selection: TokenSelection, seed: int, layer: Layer
+) -> Replacement:
+    def resample(value: Tensor, expert: int, used: Tensor, asked: Tensor) -> Tensor:
+        pool = source.outputs(expert, value, used, asked).to(value)
+        if not bool(asked.any()):
             return value
-        key = where.keys(value, 1, seed, *layer_labels(layer), expert)  # [batch, pos, 1]
+        key = selection.keys(value, 1, seed, *layer_labels(layer), expert)  # [batch, pos, 1]
         return pool[(key * len(pool)).long()].expand_as(value)
 
     return resample
 
 
-def _reroute(moe: MoEHooks, layer: Layer, gone: Tensor, where: Where) -> Hooks:
-    everyone = torch.arange(moe.spec(layer).n_experts)
+def _reroute(moe: MoEHooks, layer: Layer, gone: Tensor, selection: TokenSelection) -> Hooks:
+    all_experts = torch.arange(moe.spec(layer).n_experts)
 
     def route(value: Tensor) -> Tensor:
         run = moe.running(layer)
         assert run.logits is not None
         choice = moe.spec(layer).rule.choice_logits(run.logits)
         is_gone = torch.isin(value, gone.to(value))
-        taken = (value.unsqueeze(-1) == everyone.to(value)).any(dim=-2) | torch.isin(everyone, gone).to(value.device)
-        best = choice.masked_fill(taken, float("-inf")).topk(min(value.shape[-1], len(everyone)), dim=-1)
+        taken = (value.unsqueeze(-1) == all_experts.to(value)).any(dim=-2) | torch.isin(all_experts, gone).to(
+            value.device
+        )
+        best = choice.masked_fill(taken, float("-inf")).topk(min(value.shape[-1], len(all_experts)), dim=-1)
         rank = torch.arange(best.indices.shape[-1], device=value.device)
         is_needed = (rank < is_gone.sum(dim=-1, keepdim=True)) & (best.values > float("-inf"))
         return torch.cat([value.masked_fill(is_gone, EMPTY), best.indices.masked_fill(~is_needed, EMPTY)], dim=-1)
 
-    return RouteWriter(moe, layer, where, route).hooks
+    return RouteWriter(moe, layer, selection, route).hooks

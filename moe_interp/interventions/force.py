@@ -14,7 +14,7 @@ from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.layer import check_route
-from moe_interp.interventions.positions import Positions, Where, pack_routes
+from moe_interp.interventions.positions import Positions, TokenSelection, pack_routes
 from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
 
@@ -41,7 +41,7 @@ def force_experts(
         experts: One expert id, or several different ones.
         weights: One weight an expert, used as they are.
         mass: What a single expert's weight is.
-        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
 
     Raises:
         RouteError: an id out of range, or an expert twice.
@@ -58,7 +58,7 @@ def force_experts(
             "Give as many weights as experts, and leave mass out.",
         )
     if fixed is None and len(ids) == 1:
-        return _force_one(moe, layer, ids, mass, Where(moe, layer, positions, attention_mask))
+        return _force_one(moe, layer, ids, mass, TokenSelection(moe, layer, positions, attention_mask))
     return set_routes(moe, layer, ids, fixed, positions, attention_mask)
 
 
@@ -79,7 +79,7 @@ def set_routes(
             first of ``pos`` is the first column of the prompt, also where a part of it is cached; routes for as many
             columns as a single pass has that continues a cached prefix are that pass's.
         weights: Of the same shape, used as they are; the family's own weights for that set by default.
-        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
 
     Raises:
         RouteError: an id out of range, an expert twice, or weights of another shape.
@@ -101,10 +101,10 @@ def set_routes(
             "Give both the same shape.",
         )
     routes, fixed = pack_routes(routes, fixed)
-    where = Where(moe, layer, positions, attention_mask)
+    selection = TokenSelection(moe, layer, positions, attention_mask)
 
-    weigh = None if fixed is None else partial(_broadcast, fixed, where)
-    return RouteWriter(moe, layer, where, partial(_broadcast, routes, where), weigh).hooks
+    weigh = None if fixed is None else partial(_broadcast, fixed, selection)
+    return RouteWriter(moe, layer, selection, partial(_broadcast, routes, selection), weigh).hooks
 
 
 class NaturalMass:
@@ -123,25 +123,25 @@ class NaturalMass:
         return self.moe.running(self.layer).notes[self]
 
 
-def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, where: Where) -> Hooks:
+def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, selection: TokenSelection) -> Hooks:
     natural = NaturalMass(moe, layer)
 
     def route(value: Tensor) -> Tensor:
         if mass == "natural":
             natural.read(value)
-        return _broadcast(forced, where, value)
+        return _broadcast(forced, selection, value)
 
     def weigh(value: Tensor) -> Tensor:
         return torch.ones_like(value[..., :1]) if mass == "one" else natural.take()
 
-    return RouteWriter(moe, layer, where, route, weigh).hooks
+    return RouteWriter(moe, layer, selection, route, weigh).hooks
 
 
-def _broadcast(values: Tensor, where: Where, like: Tensor) -> Tensor:
+def _broadcast(values: Tensor, selection: TokenSelection, like: Tensor) -> Tensor:
     """``[..., slot]`` given once, for each position or for each token, to ``[batch, pos, slot]``."""
     batch, pos = like.shape[:2]
     values = values.to(like.device)
-    values = values if values.ndim == 1 else where.rows(values, like)
+    values = values if values.ndim == 1 else selection.rows(values, like)
     try:
         return values.expand(batch, pos, values.shape[-1])
     except RuntimeError:

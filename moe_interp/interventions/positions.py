@@ -14,14 +14,14 @@ from torch.nn.functional import pad
 from moe_interp.errors import ConfigError, HookError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import pack_left
-from moe_interp.hooks.passes import Memory, Span
+from moe_interp.hooks.passes import PassContext, StateBetweenPasses
 from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.types import EMPTY, Layer
 
 Positions = Sequence[int] | Tensor | Literal["all", "new"] | None
 
 
-class Where:
+class TokenSelection:
     """The tokens of a running pass through a layer that an intervention is meant for.
 
     A *column* is a place in the sequence with its padding, a *position* one in the sequence without: 0 is the first
@@ -66,7 +66,7 @@ class Where:
                 "[batch, pos]",
                 "Pass the prompt's 2-D mask.",
             )
-        self._memory = Memory()
+        self._between_passes = StateBetweenPasses()
 
     def tokens(self, value: Tensor) -> Tensor:
         """``[batch, pos]`` bool for a hooked tensor ``[batch, pos, ...]``.
@@ -75,40 +75,40 @@ class Where:
             HookError: the tensor came without its batch axis.
             ConfigError: the mask is not of this batch, or the end of the prompt is needed and not known.
         """
-        span, columns = self._span(value), self._columns(value)
-        real = columns.real[:, span.n_past :]
+        context, columns = self._context(value), self._columns(value)
+        real = columns.real[:, context.n_past :]
         if self.named == "all":
             return real
         if self.named == "listed":
             listed = self.listed.to(value.device)
             if bool((listed < 0).any()):
-                listed = torch.where(listed < 0, listed + self._prompt_lengths(span, columns), listed)  # [batch, n]
-            return real & (columns.index(span.n_past).unsqueeze(-1) == listed.unsqueeze(-2)).any(dim=-1)
-        if self.named == "new" and span.prompt is None and self.attention_mask is None and span.n_past:
+                listed = torch.where(listed < 0, listed + self._prompt_lengths(context, columns), listed)  # [batch, n]
+            return real & (columns.index(context.n_past).unsqueeze(-1) == listed.unsqueeze(-2)).any(dim=-1)
+        if self.named == "new" and context.prompt is None and self.attention_mask is None and context.n_past:
             _warn_of_nothing_new(self.layer)
-        is_prompt = torch.arange(span.n_past, real.shape[1] + span.n_past, device=value.device) < columns.prompt
+        is_prompt = torch.arange(context.n_past, real.shape[1] + context.n_past, device=value.device) < columns.prompt
         return real & (is_prompt if self.named is None else ~is_prompt)
 
     def index(self, value: Tensor) -> Tensor:
         """``[batch, pos]`` position of each token in its unpadded sequence; of padding, any number."""
-        return self._columns(value).index(self._span(value).n_past)
+        return self._columns(value).index(self._context(value).n_past)
 
     def is_real(self, value: Tensor) -> Tensor:
         """``[batch, pos]``: not padding. What is generated is real."""
-        return self._columns(value).real[:, self._span(value).n_past :]
+        return self._columns(value).real[:, self._context(value).n_past :]
 
     def is_prompt(self, value: Tensor) -> Tensor:
         """``[pos]``: the columns of the running pass that belong to the prompt."""
-        span = self._span(value)
-        columns = torch.arange(span.n_past, span.n_past + value.shape[1], device=value.device)
+        context = self._context(value)
+        columns = torch.arange(context.n_past, context.n_past + value.shape[1], device=value.device)
         return columns < self._columns(value).prompt
 
     def is_piece(self, value: Tensor) -> bool:
         """Whether the running pass is known to be one of several that a prompt runs in."""
-        span = self._span(value)
-        if span.n_past + value.shape[1] < self._columns(value).prompt:
+        context = self._context(value)
+        if context.n_past + value.shape[1] < self._columns(value).prompt:
             return True
-        return self._continues(span) if span.prompt is None else span.n_past > span.prompt_cached
+        return self._continues(context) if context.prompt is None else context.n_past > context.prompt_cached
 
     def keys(self, value: Tensor, n: int, *labels: int) -> Tensor:
         """``[batch, pos, n]`` uniform numbers, fixed by labels, row and position in the unpadded sequence."""
@@ -124,23 +124,23 @@ class Where:
         Raises:
             RouteError: it does not reach to the last token that is meant.
         """
-        span, (batch, pos), width = self._span(value), value.shape[:2], given.shape[-2]
-        is_piece = span.n_past > 0 or span.fills_cache or span.prompt is not None
+        context, (batch, pos), width = self._context(value), value.shape[:2], given.shape[-2]
+        is_piece = context.n_past > 0 or context.fills_cache or context.prompt is not None
         if width == 1:
             return given
-        own = width == pos and span.prompt is None and not self._continues(span)
-        part = given[..., 0 if own else span.n_past :, :][..., :pos, :]
+        own = width == pos and context.prompt is None and not self._continues(context)
+        part = given[..., 0 if own else context.n_past :, :][..., :pos, :]
         missing = pos - part.shape[-2]
         if (width > pos and not is_piece) or (missing and bool(self.tokens(value)[:, pos - missing :].any())):
             raise RouteError(
                 f"routes of shape {tuple(given.shape)} for a pass of {batch} x {pos} tokens"
-                + (f" after {span.n_past} in the cache" if span.n_past else ""),
+                + (f" after {context.n_past} in the cache" if context.n_past else ""),
                 f"a shape that broadcasts to [{batch}, {pos}, slot], or one route for each position of the prompt",
                 "Give one route, one a position, or one a token; the model was left as it was.",
             )
         return pad(part, (0, 0, 0, missing))
 
-    def _span(self, value: Tensor) -> Span:
+    def _context(self, value: Tensor) -> PassContext:
         """Where the running pass lies; keeps in mind whether it continues the pass that was seen before."""
         if value.ndim < 3:
             raise HookError(
@@ -148,64 +148,64 @@ class Where:
                 "[batch, pos, ...]",
                 "Run without remove_batch_dim.",
             )
-        span = self.moe.span(self.layer)
-        seen = self._memory.before(span)
-        if seen.get("span") is not span:
-            seen["continues"] = span.n_past > 0 and span.n_past == seen.get("end")
-            seen["span"], seen["end"] = span, span.n_past + value.shape[1]
-        return span
+        context = self.moe.pass_context(self.layer)
+        seen = self._between_passes.before(context)
+        if seen.get("context") is not context:
+            seen["continues"] = context.n_past > 0 and context.n_past == seen.get("end")
+            seen["context"], seen["end"] = context, context.n_past + value.shape[1]
+        return context
 
-    def _continues(self, span: Span) -> bool:
+    def _continues(self, context: PassContext) -> bool:
         """Whether the running pass goes on where the one seen before it ended."""
-        return bool(self._memory.before(span)["continues"])
+        return bool(self._between_passes.before(context)["continues"])
 
     def _columns(self, value: Tensor) -> _Columns:
-        span, (batch, pos) = self._span(value), value.shape[:2]
-        end = span.n_past + pos
+        context, (batch, pos) = self._context(value), value.shape[:2]
+        end = context.n_past + pos
         if self.attention_mask is None:
-            prompt, mask = end if span.prompt is None else span.prompt, _own_mask(span, batch, end)
+            prompt, mask = end if context.prompt is None else context.prompt, _own_mask(context, batch, end)
         else:
-            prompt, mask = self._given_mask(span, batch, pos)
+            prompt, mask = self._given_mask(context, batch, pos)
         if mask is None:
             mask = torch.ones(batch, end, dtype=torch.bool, device=value.device)
         mask = mask.to(value.device).repeat_interleave(batch // len(mask), dim=0)
         whole = pad(mask, (0, max(0, end - mask.shape[1], prompt - mask.shape[1])), value=True)
         return _Columns(whole, end, prompt)
 
-    def _given_mask(self, span: Span, batch: int, pos: int) -> tuple[int, Tensor]:
+    def _given_mask(self, context: PassContext, batch: int, pos: int) -> tuple[int, Tensor]:
         """Columns of the prompt, and the mask ``[row, column]`` of at least these or the running pass's."""
         assert self.attention_mask is not None
-        mask, end = self.attention_mask, span.n_past + pos
+        mask, end = self.attention_mask, context.n_past + pos
         (rows, width), fits = mask.shape, False
-        if batch % rows == 0 and span.prompt is not None:
-            if width == span.prompt:
+        if batch % rows == 0 and context.prompt is not None:
+            if width == context.prompt:
                 return width, mask
-            fits, start = width == span.prompt - span.prompt_cached, span.prompt_cached
+            fits, start = width == context.prompt - context.prompt_cached, context.prompt_cached
         elif batch % rows == 0:
-            if width >= end and (width == pos or span.n_past or span.fills_cache):
+            if width >= end and (width == pos or context.n_past or context.fills_cache):
                 return width, mask  # of the whole prompt, of which this may be a piece
-            if width < end and (width != pos or self._continues(span)):
+            if width < end and (width != pos or self._continues(context)):
                 return width, mask  # of the prompt, after which this pass runs
-            fits, start = width == pos, span.n_past
+            fits, start = width == pos, context.n_past
         if not fits:
             raise ConfigError(
                 f"an attention mask of {rows} x {width} for a pass of {batch} x {pos} tokens"
-                + (f" after {span.n_past} in the cache" if span.n_past else ""),
+                + (f" after {context.n_past} in the cache" if context.n_past else ""),
                 "the mask of the prompt that runs: its positions, and its rows or a divisor (several samples a prompt)",
                 "Build the intervention with this batch's own mask; run a piece of a prompt with use_cache=True.",
             )
         # of what is not cached: the columns before it are as the model's own mask has them
-        own, mask = _own_mask(span, batch, end), mask.repeat_interleave(batch // rows, dim=0)
+        own, mask = _own_mask(context, batch, end), mask.repeat_interleave(batch // rows, dim=0)
         if own is None:
             return start + width, pad(mask, (start, 0), value=True)
         own = own.to(mask.device).repeat_interleave(batch // len(own), dim=0)
         prompts, piece = pad(mask, (0, start), value=True), torch.cat([own[:, :start], mask], dim=1)
-        is_prompts = span.prompt is None and torch.equal(prompts, own) and not torch.equal(piece, own)
+        is_prompts = context.prompt is None and torch.equal(prompts, own) and not torch.equal(piece, own)
         return (width, prompts) if is_prompts else (start + width, piece)
 
-    def _prompt_lengths(self, span: Span, columns: _Columns) -> Tensor:
+    def _prompt_lengths(self, context: PassContext, columns: _Columns) -> Tensor:
         """``[batch, 1]`` real tokens of the prompt."""
-        if span.prompt is None and self._continues(span) and self.attention_mask is None:
+        if context.prompt is None and self._continues(context) and self.attention_mask is None:
             raise ConfigError(
                 f"positions={self.listed.tolist()} in a prompt that is run in several passes",
                 "the mask of the whole prompt, which tells where it ends",
@@ -237,9 +237,9 @@ class _Columns:
         return (self.real.cumsum(dim=-1) - 1)[:, n_past:]
 
 
-def _own_mask(span: Span, batch: int, end: int) -> Tensor | None:
+def _own_mask(context: PassContext, batch: int, end: int) -> Tensor | None:
     """The mask that the model itself runs with, if it is of this batch: ``[row, column]`` bool."""
-    for mask, columns in ((span.prompt_mask, span.prompt), (span.attention_mask, end)):
+    for mask, columns in ((context.prompt_mask, context.prompt), (context.attention_mask, end)):
         if mask is not None and mask.shape[1] == columns and batch % len(mask) == 0:
             return mask.bool()
     return None

@@ -103,8 +103,8 @@ class _Ranking:
         own = expert // self.size
         others = [group for group in range(self.n_groups) if group != own]
         for beside in combinations(others, self.n_open - 1):
-            shut = [self._score(self.low[self._members(g)]) for g in others if g not in beside]
-            needed = max(shut, default=-np.inf)
+            excluded = [self._score(self.low[self._members(g)]) for g in others if g not in beside]
+            needed = max(excluded, default=-np.inf)
             if sum(self._fewest_above(group, expert, needed) for group in (own, *beside)) < self.top_k:
                 return True
         return False

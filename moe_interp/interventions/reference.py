@@ -10,42 +10,43 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.hooks.passes import Memory
-from moe_interp.interventions.positions import Where
+from moe_interp.hooks.passes import StateBetweenPasses
+from moe_interp.interventions.positions import TokenSelection
 from moe_interp.tokenization import TextReader
 from moe_interp.types import Layer
 
 Reference = Tensor | str | Sequence[Any] | Mapping[str, Tensor] | None
 
 
-class OwnPass:
+class RunningPassOutputs:
     """An expert's outputs on the prompt tokens of the running pass.
 
     Args:
-        where: The tokens of the intervention.
+        selection: The tokens of the intervention.
         mode: The mode that asks, for messages.
         is_kept: Whether generated tokens are served as well, from the prompt that ran before them.
     """
 
-    def __init__(self, where: Where, mode: str, is_kept: bool = False) -> None:
-        self.where, self.mode, self.is_kept = where, mode, is_kept
-        self._memory = Memory()  # of each expert, its outputs on the prompt, and the pass that they were seen in last
+    def __init__(self, selection: TokenSelection, mode: str, is_kept: bool = False) -> None:
+        self.selection, self.mode, self.is_kept = selection, mode, is_kept
+        # of each expert, its outputs on the prompt, and the pass that they were seen in last
+        self._between_passes = StateBetweenPasses()
 
-    def outputs(self, expert: int, value: Tensor, used: Tensor, spot: Tensor) -> Tensor:
-        """``[token, d_model]`` outputs of an expert, at ``used`` slots of ``value``; asked for the slots at ``spot``.
+    def outputs(self, expert: int, value: Tensor, used: Tensor, asked: Tensor) -> Tensor:
+        """``[token, d_model]`` outputs of an expert, at ``used`` slots of ``value``; asked for the slots at ``asked``.
 
         Raises:
             ConfigError: no other token of the prompt is known to use the expert.
         """
-        is_prompt = self.where.is_prompt(value).view(1, -1, 1)
+        is_prompt = self.selection.is_prompt(value).view(1, -1, 1)
         own = value[used & is_prompt]
         kept = self._keep(expert, own) if self.is_kept else own
-        if bool((spot & is_prompt).any()):
-            if self.where.is_piece(value):
+        if bool((asked & is_prompt).any()):
+            if self.selection.is_piece(value):
                 raise self._nothing(expert, "a prompt that runs in several passes, each of which knows its own tokens")
             if len(own) < 2:
                 raise self._nothing(expert, "a pass without another token that uses it")
-        if bool((spot & ~is_prompt).any()):
+        if bool((asked & ~is_prompt).any()):
             if not self.is_kept:
                 raise self._nothing(expert, "a generated token")
             if not len(kept):
@@ -55,37 +56,37 @@ class OwnPass:
 
     def _keep(self, expert: int, own: Tensor) -> Tensor:
         """Adds a piece of the prompt to what is known of it, and gives that; the first piece begins anew."""
-        span = self.where.moe.span(self.where.layer)
-        memory = self._memory.before(span)
+        context = self.selection.moe.pass_context(self.selection.layer)
+        memory = self._between_passes.before(context)
         kept, seen = memory.get(expert, (own[:0], None))
-        if seen is not span:
-            is_first = span.n_past <= span.prompt_cached
+        if seen is not context:
+            is_first = context.n_past <= context.prompt_cached
             kept = own.detach() if is_first else torch.cat([kept, own.detach()])
-            memory[expert] = kept, span
+            memory[expert] = kept, context
         return kept
 
     def _nothing(self, expert: int, where: str) -> ConfigError:
         return ConfigError(
-            f"mode={self.mode!r} for expert {expert} at layer {self.where.layer!r} in {where}",
+            f"mode={self.mode!r} for expert {expert} at layer {self.selection.layer!r} in {where}",
             "other tokens that use the expert, to take its output from",
             "Pass reference=: tokens to run, or a cache with expert_indices and expert_out"
             + ("." if self.is_kept else '; reference="prompt" serves generated tokens from their prompt.'),
         )
 
 
-class GivenOutputs:
+class ReferenceOutputs:
     """An expert's outputs on tokens of reference, by expert: ``[token, d_model]`` each."""
 
     def __init__(self, pools: dict[int, Tensor], layer: Layer) -> None:
         self.pools, self.layer = pools, layer
 
-    def outputs(self, expert: int, value: Tensor, used: Tensor, spot: Tensor) -> Tensor:
-        """``[token, d_model]``, asked for the slots at ``spot``.
+    def outputs(self, expert: int, value: Tensor, used: Tensor, asked: Tensor) -> Tensor:
+        """``[token, d_model]``, asked for the slots at ``asked``.
 
         Raises:
             ConfigError: no token of reference uses the expert, but one of these does.
         """
-        if not len(self.pools[expert]) and bool(spot.any()):
+        if not len(self.pools[expert]) and bool(asked.any()):
             raise ConfigError(
                 f"a reference without a token that uses expert {expert} at layer {self.layer!r}",
                 "at least one token of each ablated expert",
@@ -96,7 +97,7 @@ class GivenOutputs:
 
 def outputs_of(
     moe: MoEHooks, layer: Layer, experts: Sequence[int], reference: Any, mask: Tensor | None
-) -> GivenOutputs:
+) -> ReferenceOutputs:
     """The experts' outputs in a recorded run, or on tokens or texts, which run once, now.
 
     Raises:
@@ -111,7 +112,7 @@ def outputs_of(
         runs = [_run(moe, layer, _tokens(reference), mask)]
     found = [_by_expert(moe, layer, experts, run, mask) for run in runs]
     pools = {expert: torch.cat([each[expert] for each in found]) for expert in experts}
-    return GivenOutputs(pools, layer)
+    return ReferenceOutputs(pools, layer)
 
 
 def _read(moe: MoEHooks, texts: Sequence[str]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.find_layers import find_layers
 from moe_interp.hooks.layer import plain_label
-from moe_interp.interventions.positions import Positions, Where, pack_routes
+from moe_interp.interventions.positions import Positions, TokenSelection, pack_routes
 from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
 
@@ -48,7 +48,7 @@ def replay_routes(
         layers: Layers to replay, as the trace labels them; by default all that were recorded. "moe": the columns of the
             trace are all the model's MoE layers, in their order and whatever their labels, as inference engines record
             them.
-        positions, attention_mask: See :class:`.positions.Where`; every step by default, so that a
+        positions, attention_mask: See :class:`.positions.TokenSelection`; every step by default, so that a
             step of ``generate`` outside the trace is refused. With a cache, both runs have the same padding.
 
     Raises:
@@ -62,9 +62,9 @@ def replay_routes(
     recorded = _of_cache(moe, trace, chosen) if from_cache else _of_trace(moe, trace, chosen)
     hooks: Hooks = []
     for layer, (indices, weights) in recorded.items():
-        name, where = moe.hook_name("expert_indices", layer), Where(moe, layer, positions, attention_mask)
-        weigh = None if weights is None else _reader(where, weights, from_cache, name)
-        hooks += RouteWriter(moe, layer, where, _reader(where, indices, from_cache, name), weigh).hooks
+        name, selection = moe.hook_name("expert_indices", layer), TokenSelection(moe, layer, positions, attention_mask)
+        weigh = None if weights is None else _reader(selection, weights, from_cache, name)
+        hooks += RouteWriter(moe, layer, selection, _reader(selection, indices, from_cache, name), weigh).hooks
     return hooks
 
 
@@ -188,13 +188,13 @@ def _by_sequence(trace: Routes, tokens: Tensor, fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(tokens.split(lengths.tolist())), batch_first=True, padding_value=fill)
 
 
-def _reader(where: Where, recorded: Tensor, by_column: bool, name: str) -> Callable[[Tensor], Tensor]:
+def _reader(selection: TokenSelection, recorded: Tensor, by_column: bool, name: str) -> Callable[[Tensor], Tensor]:
     def read(value: Tensor) -> Tensor:
-        tokens = where.tokens(value)
+        tokens = selection.tokens(value)
         batch, pos = value.shape[:2]
-        n_past = where.moe.span(where.layer).n_past
+        n_past = selection.moe.pass_context(selection.layer).n_past
         raw = torch.arange(n_past, n_past + pos, device=value.device).expand(batch, pos)
-        at = raw if by_column else where.index(value)
+        at = raw if by_column else selection.index(value)
         source = recorded.to(value.device)
         row = torch.arange(batch, device=value.device).unsqueeze(1).expand(batch, pos)
         outside = tokens & ((at >= source.shape[1]) | (row >= source.shape[0]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_interp.arch.routing_rule import widen
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.interventions.positions import Where, merge_slots, merge_weights
+from moe_interp.interventions.positions import TokenSelection, merge_slots, merge_weights
 from moe_interp.types import EMPTY, Hooks, Layer
 
 
@@ -23,7 +23,7 @@ class RouteWriter:
     Args:
         moe: Attached hooks.
         layer: An MoE layer.
-        where: The tokens.
+        selection: The tokens.
         route: From the present route ``[batch, pos, slot]`` to the new one.
         weigh: From the present weights to the new ones, both ``[batch, pos, slot]``; the family's own without it.
     """
@@ -32,11 +32,11 @@ class RouteWriter:
         self,
         moe: MoEHooks,
         layer: Layer,
-        where: Where,
+        selection: TokenSelection,
         route: Callable[[Tensor], Tensor],
         weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.moe, self.layer, self.where, self.route, self.weigh = moe, layer, where, route, weigh
+        self.moe, self.layer, self.selection, self.route, self.weigh = moe, layer, selection, route, weigh
 
     @property
     def hooks(self) -> Hooks:
@@ -46,7 +46,7 @@ class RouteWriter:
         return [*hooks, (self.moe.hook_name("expert_weights", self.layer), self.set_weights)]
 
     def set_indices(self, value: Tensor, hook: Any) -> Tensor:
-        tokens, run = self.where.tokens(value), self.moe.running(self.layer)
+        tokens, run = self.selection.tokens(value), self.moe.running(self.layer)
         if not bool(tokens.any()):
             return value
         written = run.notes[self] = merge_slots(tokens, self.route(value), value)

@@ -13,7 +13,7 @@ from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError, warn
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
-from moe_interp.interventions.positions import Positions, Where
+from moe_interp.interventions.positions import Positions, TokenSelection
 from moe_interp.interventions.random_keys import layer_labels
 from moe_interp.interventions.reach import limits
 from moe_interp.interventions.route_writer import RouteWriter
@@ -40,12 +40,12 @@ def uniform_routing(
         moe: Attached hooks.
         layers: MoE layers; all by default.
         mass: The total weight.
-        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
     """
     check_attached(moe)
     check_mass(mass)
-    wheres = {layer: Where(moe, layer, positions, attention_mask) for layer in _layers(moe, layers)}
-    return [hook for layer, where in wheres.items() for hook in _uniform(moe, layer, mass, where)]
+    selections = {layer: TokenSelection(moe, layer, positions, attention_mask) for layer in _layers(moe, layers)}
+    return [hook for layer, selection in selections.items() for hook in _uniform(moe, layer, mass, selection)]
 
 
 def random_routing(
@@ -64,19 +64,19 @@ def random_routing(
         moe: Attached hooks.
         layers: MoE layers; all by default.
         seed: Seed of the draw.
-        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
     """
     check_attached(moe)
     seed = check_seed(seed)
 
     def draw(layer: Layer) -> Hooks:
-        where, n_experts = Where(moe, layer, positions, attention_mask), moe.spec(layer).n_experts
+        selection, n_experts = TokenSelection(moe, layer, positions, attention_mask), moe.spec(layer).n_experts
 
         def route(value: Tensor) -> Tensor:
-            keys = where.keys(value, n_experts, seed, *layer_labels(layer))
+            keys = selection.keys(value, n_experts, seed, *layer_labels(layer))
             return keys.topk(value.shape[-1], dim=-1).indices.masked_fill(value < 0, -1)
 
-        return RouteWriter(moe, layer, where, route).hooks
+        return RouteWriter(moe, layer, selection, route).hooks
 
     return [hook for layer in _layers(moe, layers) for hook in draw(layer)]
 
@@ -109,7 +109,7 @@ def bias_router(
         moe: Attached hooks.
         layer: An MoE layer.
         bias: ``[expert]``.
-        positions, attention_mask: See :class:`moe_interp.interventions.positions.Where`.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
 
     Raises:
         ConfigError: a bias of another width, or one that is NaN.
@@ -123,10 +123,10 @@ def bias_router(
             "Give each expert a bias; 0 leaves it.",
         )
     _warn_of_limits(moe, layer, added)
-    where = Where(moe, layer, positions, attention_mask)
+    selection = TokenSelection(moe, layer, positions, attention_mask)
 
     def add(value: Tensor, hook: Any) -> Tensor:
-        return torch.where(where.tokens(value).unsqueeze(-1), value + added.to(value), value)
+        return torch.where(selection.tokens(value).unsqueeze(-1), value + added.to(value), value)
 
     return [(moe.hook_name("router_logits", layer), add)]
 
@@ -156,21 +156,21 @@ def _warn(layer: Layer, family: str, text: str) -> None:
     warn(f"layer {layer!r} ({family}) {text}. {remedy}", BiasLimitWarning)
 
 
-def _uniform(moe: MoEHooks, layer: Layer, mass: Mass, where: Where) -> Hooks:
+def _uniform(moe: MoEHooks, layer: Layer, mass: Mass, selection: TokenSelection) -> Hooks:
     spec = moe.spec(layer)
     natural = NaturalMass(moe, layer)
-    everyone = torch.arange(spec.n_experts)
+    all_experts = torch.arange(spec.n_experts)
 
     def route(value: Tensor) -> Tensor:
         if mass == "natural":
             natural.read(value)
-        return everyone.to(value).expand(*value.shape[:2], -1)
+        return all_experts.to(value).expand(*value.shape[:2], -1)
 
     def share(value: Tensor) -> Tensor:
         total = torch.ones_like(value[..., :1]) if mass == "one" else natural.take().to(value)
         return (total / spec.n_experts).expand_as(value)
 
-    writer = RouteWriter(moe, layer, where, route, torch.ones_like if spec.weight_on_input else share)
+    writer = RouteWriter(moe, layer, selection, route, torch.ones_like if spec.weight_on_input else share)
 
     def average(value: Tensor, hook: Any) -> Tensor:
         kept = writer.kept(value)

@@ -10,7 +10,7 @@ from torch import Tensor
 _RESIDUAL = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 
-def pays(n_routes: int, rank: int, width: int, dtype: torch.dtype) -> bool:
+def is_cheaper(n_routes: int, rank: int, width: int, dtype: torch.dtype) -> bool:
     """Whether ``rank`` unembeddings and a combination a route take clearly less arithmetic than one a route."""
     return dtype in _RESIDUAL and n_routes * width > 1.3 * rank * (width + n_routes)
 

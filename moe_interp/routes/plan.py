@@ -14,7 +14,7 @@ from moe_interp.engine.memory import free_bytes
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.errors import DataError
-from moe_interp.routes.low_rank_unembed import pays
+from moe_interp.routes.low_rank_unembed import is_cheaper
 
 ROW_LENGTH = 64  # branches a row: they share a copy of their sequence's keys, and each pays for the others' own
 _WORKER_BYTES = 2**25
@@ -91,7 +91,7 @@ class Plan:
         rank = min(spec.n_experts, n_routes * spec.top_k) + 3
         self.spans_at_once = self.logits_at_once // (n_routes + rank)
         is_last = layer == len(base.blocks) - 1 and base.ends_in_head and self.spans_at_once > 0
-        self.rank = rank if is_last and pays(n_routes, rank, spec.d_model, base.logits.dtype) else 0
+        self.rank = rank if is_last and is_cheaper(n_routes, rank, spec.d_model, base.logits.dtype) else 0
 
     def chunks(self, wanted: Tensor) -> Iterator[Tensor]:
         """Flat token indices, by position, as many at a time as expert outputs fit."""

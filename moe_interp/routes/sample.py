@@ -23,7 +23,7 @@ from moe_interp.types import EMPTY
 _MOST_SUBSETS = 100_000
 _DRAWS_AT_ONCE = 2**23  # uniform numbers in memory at a time
 _FIRST = (32, 32, 64, 128, 256, 512, 512, 448)  # draws, block by block, at the sampler's temperature
-_HEATED = (512, 512)  # and at each higher one
+_DRAWS_AT_HIGHER = (512, 512)  # and at each higher one
 _DOUBLINGS = 12  # of the temperature; after that experts are drawn uniformly
 
 
@@ -37,9 +37,9 @@ class SampledRoutes:
         indices: ``[*token, route, slot]`` expert ids, best-ranked first; -1 throughout where there are no more routes.
         n_distinct: ``[*token]``, how many routes there are.
         is_exhausted: ``[*token]`` bool: fewer than asked for, because these are all there are.
-        heating: ``[*token]``, what the temperature was multiplied by for the last of a token's routes: 1 but for
-            routers so sure of their choice that other routes do not come up in 2,000 draws; infinite for experts drawn
-            uniformly in the end.
+        temperature_factor: ``[*token]``, what the temperature was multiplied by for the last of a token's routes: 1 but
+            for routers so sure of their choice that other routes do not come up in 2,000 draws; infinite for experts
+            drawn uniformly in the end.
         share_other: ``[*token]``, the share of the sampler's first draws that were another route than the standard one
             (which is left out above): an estimate of P(a draw differs from it) that does not depend on which routes
             the others were. None for a sampler that does not say.
@@ -48,7 +48,7 @@ class SampledRoutes:
     indices: Tensor
     n_distinct: Tensor
     is_exhausted: Tensor
-    heating: Tensor
+    temperature_factor: Tensor
     share_other: Tensor | None = None
 
 
@@ -138,20 +138,20 @@ class GumbelTopK:
         pooled = self._pooled(found.ranking)
         there_are = self._there_are(pooled, found)
         # draws and temperatures do not depend on n_routes: fewer routes are the first of more
-        for stream, (n_draws, heat) in enumerate(_schedule()):
+        for stream, (n_draws, factor) in enumerate(_schedule()):
             rows = (found.count < there_are.clamp(max=n_routes)).nonzero().flatten()
-            if heat > 1:
+            if factor > 1:
                 found.add_all(rows[there_are[rows] <= n_routes], pooled)
                 rows = rows[there_are[rows] > n_routes]
             if not len(rows):
                 break
             for part in rows.split(max(1, _DRAWS_AT_ONCE // (n_draws * pooled.shape[-1]))):
                 uniforms = keys.uniforms(part, n_draws * pooled.shape[-1], stream).view(len(part), n_draws, -1)
-                drawn = _gumbel_top_k(pooled[part], uniforms, found.top_k, self.tau * heat)
+                drawn = _gumbel_top_k(pooled[part], uniforms, found.top_k, self.tau * factor)
                 found.add(part, drawn)
                 if stream == 0:
                     found.share_other[part] = found.is_other(part, drawn)
-            found.heating[rows] = heat
+            found.temperature_factor[rows] = factor
         return found.result(there_are)
 
     def _pooled(self, choice_logits: Tensor) -> Tensor:
@@ -233,7 +233,10 @@ class _Found:
         device = self.standard.device
         self.routes = self.standard.new_full((n_tokens, n_routes, self.top_k), EMPTY)
         self.count = torch.zeros(n_tokens, dtype=torch.int64, device=device)
-        self.heating, self.share_other = torch.ones(n_tokens, device=device), torch.zeros(n_tokens, device=device)
+        self.temperature_factor, self.share_other = (
+            torch.ones(n_tokens, device=device),
+            torch.zeros(n_tokens, device=device),
+        )
         # a set's code is the sum of its experts' random 64-bit numbers: two sets agree with probability 2^-64
         numbers = torch.randint(-(2**62), 2**62, (n_experts,), generator=torch.Generator().manual_seed(0))
         self.numbers = numbers.to(device)
@@ -283,7 +286,7 @@ class _Found:
             indices=_by_rank(self.routes, self.ranking).reshape(*self.shape, self.n_routes, self.top_k),
             n_distinct=self.count.reshape(self.shape),
             is_exhausted=(there_are < self.n_routes).reshape(self.shape),
-            heating=self.heating.reshape(self.shape),
+            temperature_factor=self.temperature_factor.reshape(self.shape),
             share_other=self.share_other.reshape(self.shape),
         )
 
@@ -291,8 +294,8 @@ class _Found:
 def _schedule() -> Iterator[tuple[int, float]]:
     """The draws of one block after another, and what the temperature is multiplied by in it."""
     yield from ((n, 1.0) for n in _FIRST)
-    yield from ((n, 2.0**doubling) for doubling in range(1, _DOUBLINGS + 1) for n in _HEATED)
-    yield from ((n, math.inf) for n in repeat(_HEATED[-1]))
+    yield from ((n, 2.0**doubling) for doubling in range(1, _DOUBLINGS + 1) for n in _DRAWS_AT_HIGHER)
+    yield from ((n, math.inf) for n in repeat(_DRAWS_AT_HIGHER[-1]))
 
 
 def _gumbel_top_k(pooled: Tensor, uniforms: Tensor, top_k: int, tau: float) -> Tensor:

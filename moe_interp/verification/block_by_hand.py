@@ -13,11 +13,11 @@ from torch import Tensor
 
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.types import Layer
-from moe_interp.verification.model_under_test import Trial
+from moe_interp.verification.model_under_test import ModelUnderTest
 
 
 class LayerByHand:
-    """One layer on the trial's tokens; all tensors are flat, ``[token, ...]``.
+    """One layer on the tested model's tokens; all tensors are flat, ``[token, ...]``.
 
     Attributes:
         rule: The layer's rule for the number format of its hidden states.
@@ -27,20 +27,20 @@ class LayerByHand:
         shared: The shared experts' part of the block's output, or None.
     """
 
-    def __init__(self, trial: Trial, layer: Layer) -> None:
-        self.spec = spec = trial.specs[layer]
-        call = trial.router_calls[layer]
+    def __init__(self, tested: ModelUnderTest, layer: Layer) -> None:
+        self.spec = spec = tested.specs[layer]
+        call = tested.router_calls[layer]
         hidden = call.args[0]
         self.rule: RoutingRule = spec.rule_for(hidden.dtype)
         self.logits, indices, weights = (_flat(t) for t in self.replied(hidden, call.output))
         self.router_in = self.x = _flat(hidden)
-        if layer in trial.expert_calls:
-            self.x, indices, weights = (_flat(t) for t in trial.expert_calls[layer].args[:3])
+        if layer in tested.expert_calls:
+            self.x, indices, weights = (_flat(t) for t in tested.expert_calls[layer].args[:3])
             weights = weights if spec.block_scale == 1.0 else weights * spec.block_scale
         self.indices, self.weights = indices, weights
         self.shared = None
-        if layer in trial.shared_calls:
-            shared = trial.shared_calls[layer]
+        if layer in tested.shared_calls:
+            shared = tested.shared_calls[layer]
             with spec.materialized(spec.shared_gate):
                 gate = 1.0 if spec.shared_gate is None else torch.sigmoid(spec.shared_gate(shared.args[0]))
             self.shared = _flat(gate * shared.output)
@@ -91,7 +91,7 @@ class LayerByHand:
 
     def block(self, routed: Tensor, shared: Tensor | None) -> Tensor:
         """The block's output from its parts."""
-        total = routed if shared is None or self.spec.family.beside is not None else routed + shared
+        total = routed if shared is None or self.spec.family.shared_on_layer is not None else routed + shared
         bias = self.spec.output_bias
         return total if bias is None else total + bias
 

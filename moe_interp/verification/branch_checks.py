@@ -13,7 +13,7 @@ from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.routes.inputs import check_routes
 from moe_interp.routes.score import score_from_base
 from moe_interp.verification.finding import Finding, excepted
-from moe_interp.verification.model_under_test import Trial
+from moe_interp.verification.model_under_test import ModelUnderTest
 
 CHECK = "branch scoring equals naive scoring"
 HOOK = "expert_indices"
@@ -22,26 +22,26 @@ HALF = 0.25  # the same for other formats, about what these differ from float32
 N_ROUTES = 2
 
 
-def branches_equal_naive(trial: Trial) -> Iterator[Finding]:
+def branches_equal_naive(tested: ModelUnderTest) -> Iterator[Finding]:
     """Random routes of a token in the middle of each sequence: by branches and by one ``run_with_hooks`` a route.
 
     The figure is the largest difference in nats, over the routes and the standard route. Layers at which branches are
     not exact are excepted: there, routes are scored by full forward passes.
     """
-    moe = trial.moe
-    if not isinstance(moe, MoEHooks) or isinstance(trial.layers[0], tuple):
-        for layer in trial.layers:
+    moe = tested.moe
+    if not isinstance(moe, MoEHooks) or isinstance(tested.layers[0], tuple):
+        for layer in tested.layers:
             yield excepted(CHECK, layer, HOOK, "counterfactual routes are defined for causal decoders")
         return
-    layers = [layer for layer in trial.layers if isinstance(layer, int)]
-    base = record_pass(moe, trial.tokens, layers)
+    layers = [layer for layer in tested.layers if isinstance(layer, int)]
+    base = record_pass(moe, tested.tokens, layers)
     for layer in layers:
         reason = base.refusal(layer)
-        if reason is not None or trial.tokens.shape[1] < 2:
+        if reason is not None or tested.tokens.shape[1] < 2:
             yield excepted(CHECK, layer, HOOK, reason or "a single token has no next one")
             continue
-        given = {layer: check_routes(base, layer, _random_routes(moe, layer, trial.tokens))}
-        middle = [(trial.tokens.shape[1] - 1) // 2]
+        given = {layer: check_routes(base, layer, _random_routes(moe, layer, tested.tokens))}
+        middle = [(tested.tokens.shape[1] - 1) // 2]
         fast = score_from_base(base, given, middle, None, "branch")
         slow = score_from_base(base, given, middle, None, "naive")
         distance = (fast.logp - slow.logp).abs().nan_to_num()  # NaN: positions that are not asked

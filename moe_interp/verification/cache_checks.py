@@ -11,49 +11,49 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moe_interp.verification.finding import Finding, excepted
-from moe_interp.verification.model_under_test import Trial, difference
+from moe_interp.verification.model_under_test import ModelUnderTest, difference
 
 
-def past_is_counted(trial: Trial) -> Iterator[Finding]:
+def past_is_counted(tested: ModelUnderTest) -> Iterator[Finding]:
     """The tokens in three chunks, each after the ones before it: ``n_past`` is the number of tokens fed so far."""
     counted, read = "positions in the cache are counted", "reading changes nothing with a cache"
-    layer, hook = trial.layers[0], "expert_indices"
-    why = why_no_cache(trial)
+    layer, hook = tested.layers[0], "expert_indices"
+    why = why_no_cache(tested)
     if why is not None:
         yield excepted(counted, layer, hook, why)
         return
-    plain = torch.cat(list(in_chunks(trial)), dim=1)
+    plain = torch.cat(list(in_chunks(tested)), dim=1)
     found: list[int] = []
-    name = trial.moe.hook_name(hook, layer)
-    with trial.moe.bridge.hooks(fwd_hooks=[(name, lambda value, hook: found.append(trial.moe.n_past))]):
-        hooked = torch.cat(list(in_chunks(trial)), dim=1)
-    expected = [first for first, _ in chunks(trial.tokens)]
+    name = tested.moe.hook_name(hook, layer)
+    with tested.moe.bridge.hooks(fwd_hooks=[(name, lambda value, hook: found.append(tested.moe.n_past))]):
+        hooked = torch.cat(list(in_chunks(tested)), dim=1)
+    expected = [first for first, _ in chunks(tested.tokens)]
     figure = float(max(abs(n - m) for n, m in zip(found, expected))) if len(found) == len(expected) else float("inf")
     yield Finding(check=counted, layer=layer, hook=hook, figure=figure, note=f"{found} of {expected}")
-    yield Finding(check=read, layer=layer, hook=hook, figure=difference(hooked, plain), bound=trial.noise)
+    yield Finding(check=read, layer=layer, hook=hook, figure=difference(hooked, plain), bound=tested.noise)
 
 
-def why_no_cache(trial: Trial) -> str | None:
+def why_no_cache(tested: ModelUnderTest) -> str | None:
     """Why the model does not continue a cached prefix of these tokens; None where it does."""
-    if isinstance(trial.layers[0], tuple):
+    if isinstance(tested.layers[0], tuple):
         return "an encoder-decoder has no prompt that its cache continues"
-    if trial.tokens.shape[1] < 2:
+    if tested.tokens.shape[1] < 2:
         return "a single token has no past"
     try:
-        list(in_chunks(trial))
+        list(in_chunks(tested))
     except Exception as error:
         # with nothing hooked: the model's own limit
         return f"the model does not continue a cached prefix ({type(error).__name__})"
     return None
 
 
-def in_chunks(trial: Trial) -> Iterator[Tensor]:
+def in_chunks(tested: ModelUnderTest) -> Iterator[Tensor]:
     """The logits of each chunk, one pass a chunk."""
-    bridge = trial.moe.bridge
+    bridge = tested.moe.bridge
     config: Any = bridge.original_model.config
     cache = DynamicCache(config=config)
-    for first, end in chunks(trial.tokens):
-        out = bridge(trial.tokens[:, first:end], past_key_values=cache)
+    for first, end in chunks(tested.tokens):
+        out = bridge(tested.tokens[:, first:end], past_key_values=cache)
         yield out[0] if isinstance(out, tuple) else out
 
 

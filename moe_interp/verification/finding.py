@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.types import Layer
-from moe_interp.verification.model_under_test import Trial
+from moe_interp.verification.model_under_test import ModelUnderTest
 
 _HOLDS = {"<=": operator.le, ">": operator.gt}
 # units of the number format that two orders of the same steps may differ by: (coarsest unit, units)
@@ -34,7 +34,7 @@ class Finding:
         return self.figure != self.figure or _HOLDS[self.relation](self.figure, self.bound)
 
 
-Check = Callable[[Trial], Iterator[Finding]]
+Check = Callable[[ModelUnderTest], Iterator[Finding]]
 
 
 def excepted(check: str, layer: Layer, hook: str, why: str) -> Finding:
@@ -42,9 +42,11 @@ def excepted(check: str, layer: Layer, hook: str, why: str) -> Finding:
     return Finding(check=check, layer=layer, hook=hook, figure=float("nan"), note=f"excepted: {why}")
 
 
-def near(check: str, layer: Layer, hook: str, value: Tensor, expected: Tensor, trial: Trial, note: str = "") -> Finding:
+def near(
+    check: str, layer: Layer, hook: str, value: Tensor, expected: Tensor, tested: ModelUnderTest, note: str = ""
+) -> Finding:
     """The relative difference of the worst token, bounded by rounding."""
-    bound = rounding(trial, layer) + trial.noise / max(float(expected.abs().max()), 1e-30)
+    bound = rounding(tested, layer) + tested.noise / max(float(expected.abs().max()), 1e-30)
     figure = relative(value, expected)
     return Finding(check=check, layer=layer, hook=hook, figure=figure, bound=bound, note=note)
 
@@ -63,13 +65,13 @@ def relative(value: Tensor, expected: Tensor) -> float:
     return float(figure.nan_to_num(float("inf"), float("inf")))
 
 
-def rounding(trial: Trial, layer: Layer) -> float:
+def rounding(tested: ModelUnderTest, layer: Layer) -> float:
     """What two orders of the same steps may differ by, relative to the result.
 
     4 units of the number format in bfloat16, 16 in float16 and TF32, 128 in float32; float64 is bounded as float32, in
     which many families compute their weights whatever the model's format.
     """
-    formats = (trial.block_outputs[layer], trial.natural, trial.router_calls[layer].args[0])
+    formats = (tested.block_outputs[layer], tested.natural, tested.router_calls[layer].args[0])
     unit = max(1.2e-7, *(unit_of(value) for value in formats))
     return next(units for least, units in _ROUNDING if unit > least) * unit
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_interp.verification import reference_rules as reference
 from moe_interp.verification.block_by_hand import LayerByHand
 from moe_interp.verification.finding import Finding, excepted, rounding, unit_of
-from moe_interp.verification.model_under_test import Edit, Place, Trial, first
+from moe_interp.verification.model_under_test import Edit, ModelUnderTest, Place, first
 
 _ROUTER = ("router_in", "router_logits", "router_probs")
 # hooks that are read together: each kind alone too, as the family's own experts run only where those of experts are not
@@ -29,14 +29,14 @@ _TOGETHER: tuple[tuple[str, ...], ...] = (
 )
 
 
-def gradients_arrive(trial: Trial) -> Iterator[Finding]:
+def gradients_arrive(tested: ModelUnderTest) -> Iterator[Finding]:
     """At every hook with real values, the gradient of a random direction of the logits is that of the plain model."""
-    check, bound = "the gradient is the plain model's", _bound(trial)
-    expected, floors = _expected(trial)
+    check, bound = "the gradient is the plain model's", _bound(tested)
+    expected, floors = _expected(tested)
     worst: dict[Place, float] = {}
     for names in _TOGETHER:
-        places = [(hook, layer) for layer in trial.layers for hook in trial.moe.hooks(layer) if hook in names]
-        for place, gradient in _hooked(trial, places).items():
+        places = [(hook, layer) for layer in tested.layers for hook in tested.moe.hooks(layer) if hook in names]
+        for place, gradient in _hooked(tested, places).items():
             worst[place] = max(
                 worst.get(place, 0.0), _missed(gradient, expected[place], floors.get(place, 0.0) / bound)
             )
@@ -48,9 +48,9 @@ def gradients_arrive(trial: Trial) -> Iterator[Finding]:
             yield Finding(check=check, layer=layer, hook=hook, figure=figure, bound=bound)
 
 
-def _bound(trial: Trial) -> float:
+def _bound(tested: ModelUnderTest) -> float:
     """Half of a doubled gradient's error at half precision, where sums of differences keep few digits."""
-    return 0.4 if max(unit_of(call.args[0]) for call in trial.router_calls.values()) > 1e-4 else 1e-3
+    return 0.4 if max(unit_of(call.args[0]) for call in tested.router_calls.values()) > 1e-4 else 1e-3
 
 
 def _missed(gradient: Tensor, expected: Tensor, floor: float) -> float:
@@ -60,7 +60,7 @@ def _missed(gradient: Tensor, expected: Tensor, floor: float) -> float:
     return missed / size if size > 0.0 else (0.0 if missed == 0.0 else float("inf"))
 
 
-def _hooked(trial: Trial, places: list[Place]) -> dict[Place, Tensor]:
+def _hooked(tested: ModelUnderTest, places: list[Place]) -> dict[Place, Tensor]:
     """The gradients that arrive at hooks, which add zeros."""
     probes: dict[Place, Tensor] = {}
 
@@ -74,7 +74,7 @@ def _hooked(trial: Trial, places: list[Place]) -> dict[Place, Tensor]:
     if not places:
         return {}
     with torch.enable_grad():
-        logits = trial.run({place: probe(place) for place in places})
+        logits = tested.run({place: probe(place) for place in places})
         return _gradients(logits, probes)
 
 
@@ -87,30 +87,30 @@ def _gradients(logits: Tensor, probes: dict[Any, Tensor]) -> dict[Any, Tensor]:
     return {key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(probes.items(), found)}
 
 
-def _expected(trial: Trial) -> tuple[dict[Place, Tensor], dict[Place, float]]:
+def _expected(tested: ModelUnderTest) -> tuple[dict[Place, Tensor], dict[Place, float]]:
     """By hook, the gradient of the model with nothing hooked, and the rounding of the terms that it is the sum of.
 
     Terms cancel where weights are normalised: of a single slot, all of them, and what is left is rounding.
     """
-    plain = _plain(trial)
+    plain = _plain(tested)
     found: dict[Place, Tensor] = {}
     floors: dict[Place, float] = {}
-    for layer in trial.layers:
-        hand, spec = LayerByHand(trial, layer), trial.specs[layer]
+    for layer in tested.layers:
+        hand, spec = LayerByHand(tested, layer), tested.specs[layer]
         of_block = plain["block", layer].flatten(0, -2)
         # what the block returns is divided by its scale before it is multiplied with it
         of_routed = of_block
         found |= {("router_in", layer): plain["router", layer], ("routed_out", layer): of_routed}
         if spec.shared is not None:
-            found["shared_out", layer] = of_block if spec.family.beside is None else plain["shared", layer]
+            found["shared_out", layer] = of_block if spec.family.shared_on_layer is None else plain["shared", layer]
         inside = _inside(hand, of_routed)
         found |= {(hook, layer): value for hook, value in inside.items()}
         terms = (inside["expert_weights"] * hand.weights).double()
-        floors["router_logits", layer] = rounding(trial, layer) * float(terms.norm())
+        floors["router_logits", layer] = rounding(tested, layer) * float(terms.norm())
         scores = reference.scores(hand.rule, hand.logits)
         if scores is not None:
             chosen = scores.gather(-1, hand.indices.clamp(min=0)).clamp_min(1e-30)
-            floors["router_probs", layer] = rounding(trial, layer) * float((terms / chosen).norm())
+            floors["router_probs", layer] = rounding(tested, layer) * float((terms / chosen).norm())
     return found, floors
 
 
@@ -139,7 +139,7 @@ def _inside(hand: LayerByHand, of_routed: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _plain(trial: Trial) -> dict[Place, Tensor]:
+def _plain(tested: ModelUnderTest) -> dict[Place, Tensor]:
     """Gradients at the routers' inputs and the blocks' outputs, by hooks of the modules themselves."""
     probes: dict[Place, Tensor] = {}
 
@@ -158,9 +158,9 @@ def _plain(trial: Trial) -> dict[Place, Tensor]:
         return lambda module, args: (zeros(key, args[0]), *args[1:])
 
     with torch.enable_grad(), ExitStack() as stack:
-        for layer, spec in trial.specs.items():
+        for layer, spec in tested.specs.items():
             stack.callback(spec.router.register_forward_pre_hook(at_input(("router", layer))).remove)
-            stack.callback(trial.observed(layer).register_forward_hook(at_output(("block", layer))).remove)
-            if spec.shared is not None and spec.family.beside is not None:
+            stack.callback(tested.observed(layer).register_forward_hook(at_output(("block", layer))).remove)
+            if spec.shared is not None and spec.family.shared_on_layer is not None:
                 stack.callback(spec.shared.register_forward_hook(at_output(("shared", layer))).remove)
-        return _gradients(trial.run(), probes)
+        return _gradients(tested.run(), probes)

@@ -47,7 +47,7 @@ class Call:
     output: Any
 
 
-class Trial:
+class ModelUnderTest:
     """Forward passes of one model on one batch.
 
     Attributes:
@@ -71,7 +71,7 @@ class Trial:
             for layer, spec in self.specs.items():
                 stack.enter_context(_recorded(spec.router, self.router_calls, layer))
                 stack.enter_context(_recorded(self.observed(layer), blocks, layer))
-                if not spec.family.own_block:
+                if not spec.family.routes_at_router:
                     stack.enter_context(_recorded(spec.experts, self.expert_calls, layer))
                 if spec.shared is not None:
                     stack.enter_context(_recorded(spec.shared, self.shared_calls, layer))

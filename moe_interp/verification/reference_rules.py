@@ -75,12 +75,12 @@ def log_choice(rule: RoutingRule, logits: Tensor) -> Tensor:
         bias = rule.bias.double()
         ranked = ranked - torch.zeros_like(bias[0]).clamp(bias.min(), bias.max())
         smallest = _SMALLEST if bool((bias != bias[0]).any()) else smallest
-    is_shut = ranked.isneginf()
-    if rule.shut == 0.0:  # where too few others are positive, experts of shut groups are taken too
+    is_excluded = ranked.isneginf()
+    if rule.excluded_score == 0.0:  # where too few others are positive, experts of shut groups are taken too
         too_few = (choice(rule, logits) > 0).sum(dim=-1, keepdim=True) < rule.top_k
-        is_shut = is_shut & ~too_few
+        is_excluded = is_excluded & ~too_few
     found = torch.where(ranked > smallest, ranked.clamp_min(1e-300).log(), float("nan"))
-    return found.masked_fill(is_shut, float("-inf"))
+    return found.masked_fill(is_excluded, float("-inf"))
 
 
 def log_policy(rule: RoutingRule, logits: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The checks of a layer's routing rule: against the router's own replies, and against its definition.
 
-The router is asked on the trial's hidden states, and on others made of them.
+The router is asked on the tested pass's hidden states, and on others made of them.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from moe_interp.types import Layer
 from moe_interp.verification import reference_rules as reference
 from moe_interp.verification.block_by_hand import LayerByHand
 from moe_interp.verification.finding import Finding, unit_of
-from moe_interp.verification.model_under_test import Call, Trial, difference
+from moe_interp.verification.model_under_test import Call, ModelUnderTest, difference
 
 _SCALES = (1.0, 0.5, 2.0)  # of other hidden states
 
 
-def rules_hold(trial: Trial) -> Iterator[Finding]:
+def rules_hold(tested: ModelUnderTest) -> Iterator[Finding]:
     """The router's own choice and weights bit for bit; weights of other experts, ranking and policy as defined."""
-    for layer in trial.layers:
-        hand = LayerByHand(trial, layer)
-        replies = list(_replies(trial, layer, hand))
-        figures = [_as_the_router(trial, hand, reply) for reply in replies]
+    for layer in tested.layers:
+        hand = LayerByHand(tested, layer)
+        replies = list(_replies(tested, layer, hand))
+        figures = [_as_the_router(tested, hand, reply) for reply in replies]
         bound = 0.0 if hand.spec.block_scale == 1.0 else 4 * unit_of(hand.weights) * float(hand.weights.abs().max())
         yield Finding(
             check="the rule is the router's", layer=layer, hook="expert_indices", figure=max(figures), bound=bound
         )
         told = [hand.replied(reply.args[0], reply.output) for reply in replies]
-        yield from _as_defined(trial, layer, hand.rule, [(logits, indices) for logits, indices, _ in told])
+        yield from _as_defined(tested, layer, hand.rule, [(logits, indices) for logits, indices, _ in told])
 
 
-def _replies(trial: Trial, layer: Layer, hand: LayerByHand) -> Iterator[Call]:
+def _replies(tested: ModelUnderTest, layer: Layer, hand: LayerByHand) -> Iterator[Call]:
     """The router's replies: in the pass itself, and to states of the same shape that are mixed from its own."""
-    call = trial.router_calls[layer]
+    call = tested.router_calls[layer]
     yield call
     hidden = call.args[0]
     for number, scale in enumerate(_SCALES):
@@ -47,16 +47,16 @@ def _replies(trial: Trial, layer: Layer, hand: LayerByHand) -> Iterator[Call]:
         yield Call((mixed, *call.args[1:]), call.kwargs, hand.reply(mixed, call.args[1:], call.kwargs))
 
 
-def _as_the_router(trial: Trial, hand: LayerByHand, reply: Call) -> float:
+def _as_the_router(tested: ModelUnderTest, hand: LayerByHand, reply: Call) -> float:
     """How far the rule's route, packed as the family packs it, is from the router's own return value."""
     layout, rule = hand.spec.family.layout, hand.rule
     logits = hand.replied(reply.args[0], reply.output)[0]
-    route = rule.route(logits, trial.tokens.reshape(logits.shape[:-1]))
+    route = rule.route(logits, tested.tokens.reshape(logits.shape[:-1]))
     return difference(layout.write(rule, logits, None, route, reply.output), reply.output)
 
 
 def _as_defined(
-    trial: Trial, layer: Layer, rule: RoutingRule, replies: list[tuple[Tensor, Tensor]]
+    tested: ModelUnderTest, layer: Layer, rule: RoutingRule, replies: list[tuple[Tensor, Tensor]]
 ) -> Iterator[Finding]:
     common: dict[str, Any] = {"layer": layer, "hook": "router_logits"}
     logits = torch.cat([part.reshape(-1, part.shape[-1]) for part, _ in replies])
@@ -87,7 +87,7 @@ def _ranking(rule: RoutingRule, logits: Tensor, native: Tensor) -> float:
     ordered = defined.gather(-1, order)
     rises = (ordered[..., 1:] - ordered[..., :-1]).nan_to_num(0.0, float("inf"), float("-inf"))
     figures = [0.0, float(rises.max())] if rises.numel() else [0.0]
-    if not isinstance(rule, SwitchTop1) and not (isinstance(rule, ScoreRule) and rule.shut == 0.0):
+    if not isinstance(rule, SwitchTop1) and not (isinstance(rule, ScoreRule) and rule.excluded_score == 0.0):
         chosen = torch.zeros_like(defined, dtype=torch.int64).scatter(-1, native.clamp(min=0), 1) > 0
         if not bool(chosen.all()):
             worst = defined.masked_fill(~chosen, float("inf")).amin(dim=-1)
@@ -99,8 +99,8 @@ def _ranking(rule: RoutingRule, logits: Tensor, native: Tensor) -> float:
 def _choice_scale(rule: RoutingRule, logits: Tensor) -> float:
     """How far ``choice_logits`` are from the log of the choice scores, in nats, beside a constant a token."""
     found, defined = rule.choice_logits(logits).double(), reference.log_choice(rule, logits)
-    is_shut, compared = defined.isneginf(), defined.isfinite()
-    if not torch.equal(found.isneginf() & ~defined.isnan(), is_shut) or bool(found[compared].isnan().any()):
+    is_excluded, compared = defined.isneginf(), defined.isfinite()
+    if not torch.equal(found.isneginf() & ~defined.isnan(), is_excluded) or bool(found[compared].isnan().any()):
         return float("inf")
     difference = (found - defined).masked_fill(~compared, 0.0)
     best = defined.masked_fill(~compared, float("-inf")).argmax(dim=-1, keepdim=True)

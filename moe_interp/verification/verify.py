@@ -22,9 +22,9 @@ from moe_interp.verification.edit_checks import edits_do_what_they_say, edits_in
 from moe_interp.verification.finding import Check, Finding
 from moe_interp.verification.gradient_checks import gradients_arrive
 from moe_interp.verification.intervention_checks import edits_touch_their_token
-from moe_interp.verification.model_under_test import Trial, as_tokens, at_rest
+from moe_interp.verification.model_under_test import ModelUnderTest, as_tokens, at_rest
 from moe_interp.verification.reading_checks import (
-    agrees_with_theirs,
+    agrees_with_transformer_lens,
     detaching_restores,
     parts_sum,
     passes_through,
@@ -41,7 +41,7 @@ CHECKS: tuple[Check, ...] = (
     rules_hold,
     reroutes_as_the_rule,
     parts_sum,
-    agrees_with_theirs,
+    agrees_with_transformer_lens,
     gradients_arrive,
     past_is_counted,
     detaching_restores,
@@ -78,7 +78,8 @@ def verify(
         moe: The attached hooks.
         tokens: ``[batch, pos]`` ids, or text; by default two random sequences of eight ids, special ids left out.
         layers: The layers to check; all by default.
-        checks: Which checks to make; each is a generator of findings about a :class:`~.model_under_test.Trial`.
+        checks: Which checks to make; each is a generator of findings about a
+            :class:`~.model_under_test.ModelUnderTest`.
 
     Returns:
         A table that prints itself summed up over the layers. What it does not show: that the rule is right on logits
@@ -94,19 +95,19 @@ def verify(
     chosen = moe.layers if layers is None else tuple(layers)
     ids = as_tokens(moe.bridge, tokens)
     with at_rest(moe.bridge):
-        trial = Trial(moe, ids, chosen)
-        findings = [finding for check in checks for finding in _guarded(check, trial)]
+        tested = ModelUnderTest(moe, ids, chosen)
+        findings = [finding for check in checks for finding in _guarded(check, tested)]
     rows = [{name: getattr(finding, name) for name in COLUMNS} for finding in findings]
     table = Verification(rows, columns=COLUMNS)
     table.attrs["policy"] = str(policy_of(moe))
     return table
 
 
-def _guarded(check: Check, trial: Trial) -> Iterator[Finding]:
+def _guarded(check: Check, tested: ModelUnderTest) -> Iterator[Finding]:
     """A check that cannot be made has failed; the others go on."""
     try:
-        yield from check(trial)
+        yield from check(tested)
     except Exception as error:
         note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         name = check.__name__.replace("_", " ")
-        yield Finding(check=name, layer=trial.layers[0], hook="all", figure=float("inf"), note=note)
+        yield Finding(check=name, layer=tested.layers[0], hook="all", figure=float("inf"), note=note)

@@ -234,7 +234,7 @@ class _Run:
             "router_logp": policy[:, :n],
             "route": main.indices.to(torch.int16),
             "exhausted": main.is_exhausted,
-            "heating": main.heating.float(),
+            "heating": main.temperature_factor.float(),
             "logp_null": scores.logp_null[wanted][:, 0],
             "router_logp_standard": router_logp(base, {layer: standard})[wanted][:, 0],
             "standard_route": base.indices[layer][wanted].to(torch.int16),

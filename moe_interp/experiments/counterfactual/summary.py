@@ -39,7 +39,7 @@ def summary_text(result: CounterfactualTables) -> str:
         *(f"* {sentence}" for sentence in found),
         " ",
         "In detail:",
-        _heating_line(data),
+        _temperature_line(data),
         _regret_line(result),
         *_control_lines(result),
     ]
@@ -74,7 +74,7 @@ def _pattern_line(classes: Mapping[str, Row]) -> str:
     )
 
 
-def _heating_line(data: xr.Dataset) -> str:
+def _temperature_line(data: xr.Dataset) -> str:
     share = float((data["heating"].values > 1).mean())
     if not share:
         return ""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.checks import check_name
-from moe_interp.engine.rerun import Reads
+from moe_interp.engine.rerun import TargetPredictions
 from moe_interp.errors import DataError
 from moe_interp.jsonlines import read_json_lines
 from moe_interp.tokenization import Messages, TextReader, id_row, prompt_of
@@ -243,13 +243,13 @@ class ItemBatch:
     Attributes:
         index: Position of each row's item in the list that was batched.
         tokens: ``[row, pos]``.
-        reads: The answers' predictions, row by row.
+        predictions: Where the answers' tokens are predicted, row by row.
         prompt_length, length: ``[row]`` tokens of the prompt and of the whole.
     """
 
     index: list[int]
     tokens: Tensor
-    reads: Reads
+    predictions: TargetPredictions
     prompt_length: Tensor
     length: Tensor
 
@@ -264,13 +264,13 @@ class ItemBatch:
             start = len(items[i].prompt)
             for k, token in enumerate(items[i].answer):
                 places.append((r, start + k - 1, token))
-        reads = Reads(*torch.tensor(places, device=device).T)
+        predictions = TargetPredictions(*torch.tensor(places, device=device).T)
         prompts = torch.tensor([len(items[i].prompt) for i in index], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        return cls(list(index), tokens.to(device), reads, prompts, lengths)
+        return cls(list(index), tokens.to(device), predictions, prompts, lengths)
 
 
-def reads_per_token(items: Sequence[TokenizedItem]) -> float:
+def predictions_per_token(items: Sequence[TokenizedItem]) -> float:
     """The largest share of an item's tokens whose prediction is read."""
     return max(len(item.answer) / len(item) for item in items)
 

@@ -28,7 +28,7 @@ from moe_interp.experiments.inputs.items import (
     TokenizedItem,
     batches_of_like_length,
     check_items,
-    reads_per_token,
+    predictions_per_token,
     tokenize_items,
 )
 from moe_interp.experiments.inputs.repeats import distinct_items
@@ -114,7 +114,7 @@ def isolate_experts(
         memory_budget,
         kept_layers=len(plan.layers) if method == "prefix" else 0,
         kept_tokens=len(tokenized) * width,
-        reads_per_token=reads_per_token(tokenized),
+        predictions_per_token=predictions_per_token(tokenized),
     )
     batches = _batches(tokenized, tokens, memory_budget, store)
     options = {"random_draws": random_draws, "seed": int(seed), "method": method}
@@ -236,14 +236,14 @@ class _Run:
         stats = RoutingStats(self.moe, batch, layers)
         natural = scorer.begin(batch, layers, stats.hooks())
         for layer in layers:
-            cell = {"natural": by_item(natural, batch.reads, len(index)), **stats.arrays(layer)}
+            cell = {"natural": by_item(natural, batch.predictions, len(index)), **stats.arrays(layer)}
             scores = [scorer.sets(layer, plan.to_score(layer), m, stats.natural_mass(layer)) for m in plan.mass]
-            cell["sets"] = np.stack([by_item(s, batch.reads, len(index)) for s in scores], axis=1)
+            cell["sets"] = np.stack([by_item(s, batch.predictions, len(index)) for s in scores], axis=1)
             if plan.mode == "ablate":
                 _spare_out_of_reach(cell, plan.to_score(layer), rounding(self.moe))
             if "uniform" in plan.baselines:
                 even = [scorer.uniform(layer, m) for m in plan.mass]
-                cell["uniform"] = np.stack([by_item(s, batch.reads, len(index)) for s in even], axis=1)
+                cell["uniform"] = np.stack([by_item(s, batch.predictions, len(index)) for s in even], axis=1)
             self.memory.say()
             yield layer, cell
 

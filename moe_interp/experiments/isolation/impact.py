@@ -105,7 +105,7 @@ def layer_impact_table(
         raise DataError(f"one item in domain {short[0]!r}", "at least two", "Add items, or drop the domain.")
     baseline, mass = chosen(data, "baseline", baseline), chosen(data, "mass", mass)
     delta, quality = delta_array(data, mass, baseline), quality_array(data, mass)
-    fits, naive, favourites = [], [], []
+    fits, naive, best = [], [], []
     labels = data["expert"].values
     for domain, index in groups.items():
         fit = cross_fitted(quality[index], delta[index], stats.derive_rng(seed, "layer_impact", domain))
@@ -114,7 +114,7 @@ def layer_impact_table(
         naive.append(delta[index].mean(0)[np.arange(len(best)), best])
         top = fit.votes.argmax(-1)
         shares = fit.votes.max(-1) / fit.votes.sum(-1)
-        favourites.append([f"{domain} {labels[e]} ({share:.0%})" for e, share in zip(top, shares)])
+        best.append([f"{domain} {labels[e]} ({share:.0%})" for e, share in zip(top, shares)])
     impact = np.mean([fit.value for fit in fits], axis=0)
     deviations = np.mean([fit.deviations for fit in fits], axis=0)  # [resample, layer]
     n_min = min(map(len, groups.values()))
@@ -129,7 +129,7 @@ def layer_impact_table(
             "low": impact - half,
             "high": impact + half,
             "naive": np.mean(naive, axis=0),
-            "best_experts": [", ".join(words) for words in zip(*favourites)],
+            "best_experts": [", ".join(words) for words in zip(*best)],
         }
     )
     outer = table["regime"].to_numpy() != "middle"

@@ -15,7 +15,7 @@ from moe_interp.engine.attention import can_fuse
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedLayer
-from moe_interp.engine.rerun import PrefixRunner, Reads
+from moe_interp.engine.rerun import PrefixRunner, TargetPredictions
 from moe_interp.experiments.inputs.items import ItemBatch
 from moe_interp.experiments.isolation.variants import ExpertSet, Mode, ablated_rows, forced_rows
 from moe_interp.hooks.attach import MoEHooks
@@ -56,7 +56,7 @@ class PrefixScorer:
     def begin(self, batch: ItemBatch, layers: Sequence[int], hooks: Hooks) -> Tensor:
         """The natural pass: ``[read]`` log-probabilities."""
         self.batch, self.prefixes = batch, {}
-        natural, self.prefixes = self.runner.base(batch.tokens, batch.reads, layers, hooks)
+        natural, self.prefixes = self.runner.base(batch.tokens, batch.predictions, layers, hooks)
         if self.null_difference is None:
             self._check(natural, layers)
         return natural
@@ -88,10 +88,10 @@ class PrefixScorer:
 
     def _run(self, layer: int, copies: int, hooks: Hooks) -> Tensor:
         batch = self.batch
-        tokens, reads = batch.tokens.repeat(copies, 1), batch.reads.repeat(copies, batch.tokens.shape[0])
+        tokens, predictions = batch.tokens.repeat(copies, 1), batch.predictions.repeat(copies, batch.tokens.shape[0])
         if not self.resumes:
-            return self.runner.base(tokens, reads, [], hooks)[0]
-        return self.runner.resume(layer, self.prefixes[layer], copies, tokens, reads, hooks)
+            return self.runner.base(tokens, predictions, [], hooks)[0]
+        return self.runner.resume(layer, self.prefixes[layer], copies, tokens, predictions, hooks)
 
     def _check(self, natural: Tensor, layers: Sequence[int]) -> None:
         dtype = next(self.moe.bridge.original_model.parameters()).dtype
@@ -168,17 +168,17 @@ class NaiveScorer:
         for row, length in enumerate(batch.length.tolist()):
             logits = self.moe.bridge.run_with_hooks(batch.tokens[row : row + 1, :length], fwd_hooks=hooks_of(row))
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            mine = batch.reads.row == row
-            logp = torch.log_softmax(logits[0, batch.reads.column[mine]], dim=-1)
-            found.append(logp.gather(-1, batch.reads.target[mine].unsqueeze(-1)).squeeze(-1))
+            mine = batch.predictions.row == row
+            logp = torch.log_softmax(logits[0, batch.predictions.column[mine]], dim=-1)
+            found.append(logp.gather(-1, batch.predictions.target[mine].unsqueeze(-1)).squeeze(-1))
         return torch.cat(found)
 
 
-def by_item(logp: Tensor, reads: Reads, n_rows: int) -> NDArray[np.float64]:
+def by_item(logp: Tensor, predictions: TargetPredictions, n_rows: int) -> NDArray[np.float64]:
     """``[read, ...]`` log-probabilities to ``[score, row, ...]``: the mean over the answer, and its first token."""
     values = logp.double()
-    sums = values.new_zeros(n_rows, *values.shape[1:]).index_add_(0, reads.row, values)
-    counts = torch.bincount(reads.row, minlength=n_rows)
+    sums = values.new_zeros(n_rows, *values.shape[1:]).index_add_(0, predictions.row, values)
+    counts = torch.bincount(predictions.row, minlength=n_rows)
     mean = sums / counts.view(-1, *[1] * (values.ndim - 1))
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
     return torch.stack([mean, values[first]]).cpu().numpy()

@@ -41,10 +41,10 @@ class ReferenceRouter(Strategy):
 
     def fwd_hooks(self, batch: Batch) -> list[Hook]:
         self.allowed = self.allowed.to(batch.domain.device)
-        shut = ~self.allowed[batch.domain]
+        excluded = ~self.allowed[batch.domain]
 
         def inside(value: Tensor, hook: Any) -> Tensor:
-            return value.masked_fill(shut, torch.finfo(value.dtype).min)
+            return value.masked_fill(excluded, torch.finfo(value.dtype).min)
 
         return [(self.setting.moe.hook_name("router_logits", layer), inside) for layer in self.setting.layers]
 
@@ -89,10 +89,10 @@ class BlockLoss(Strategy):
     def auxiliary_loss(self, records: Records, batch: Batch, step_load: Loads | None) -> Tensor:
         total = super().auxiliary_loss(records, batch, step_load)
         self.allowed = self.allowed.to(batch.domain.device)
-        shut = ~self.allowed[batch.domain]
+        excluded = ~self.allowed[batch.domain]
         for record in records.values():
             logits = at_least_float(record.logits)
-            inside = logits.masked_fill(shut, -torch.inf).logsumexp(-1)
+            inside = logits.masked_fill(excluded, -torch.inf).logsumexp(-1)
             total = total + (logits.logsumexp(-1) - inside).mean()
         return self.coefficient * total
 

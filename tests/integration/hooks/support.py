@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.hooks import blocks, experts
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.hooks.layer import OpenLayer, Pass
+from moe_interp.hooks.layer import LayerPass, OpenLayer
 from tests import tiny
 
 TOKENS = tiny.random_tokens(2, 6)
@@ -117,13 +117,13 @@ def assert_moved(actual: Tensor, reference: Tensor, at_least: float = 1e-3, wher
     assert biggest_difference(actual, reference) >= at_least, where
 
 
-def patch_mix(monkeypatch: pytest.MonkeyPatch, before: Callable[[Pass], None]) -> None:
+def patch_mix(monkeypatch: pytest.MonkeyPatch, before: Callable[[LayerPass], None]) -> None:
     """Calls ``before`` with the running pass where the experts' weighted sum begins."""
-    native = experts.mix
+    native = experts.sum_of_experts
 
-    def mix(layer: OpenLayer, run: Pass, hidden: Tensor) -> Tensor:
+    def sum_of_experts(layer: OpenLayer, run: LayerPass, hidden: Tensor) -> Tensor:
         before(run)
         return native(layer, run, hidden)
 
     for module in (experts, blocks):
-        monkeypatch.setattr(module, "mix", mix)
+        monkeypatch.setattr(module, "sum_of_experts", sum_of_experts)

@@ -14,7 +14,7 @@ from moe_interp.arch.rules import RoutingRule
 from moe_interp.arch.spec import MoESpec
 from moe_interp.hooks import blocks, experts, router
 from moe_interp.hooks import layer as layer_module
-from moe_interp.hooks.layer import OpenLayer, Pass
+from moe_interp.hooks.layer import LayerPass, OpenLayer
 from tests.integration.hooks import (
     test_gradients,
     test_in_place,
@@ -68,9 +68,9 @@ def patch_fire(
 
 
 def patch_choose(monkeypatch: Patch, change: Callable[..., tuple[Tensor, Tensor, bool]]) -> None:
-    native = router.choose
+    native = router.fire_route
     for module in (router, experts):
-        monkeypatch.setattr(module, "choose", partial(change, native))
+        monkeypatch.setattr(module, "fire_route", partial(change, native))
 
 
 def aliased(monkeypatch: Patch) -> None:
@@ -111,7 +111,7 @@ def edits_unseen(monkeypatch: Patch) -> None:
 def weights_of_the_old_route(monkeypatch: Patch) -> None:
     """The slots' weights stay though their experts change."""
 
-    def change(native: Any, layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> Any:
+    def change(native: Any, layer: OpenLayer, run: LayerPass, indices: Tensor, weights: Tensor) -> Any:
         new, _, changed = native(layer, run, indices, weights)
         if new.shape == weights.shape:
             run.weights = weights
@@ -121,7 +121,7 @@ def weights_of_the_old_route(monkeypatch: Patch) -> None:
 
 
 def weights_normalised(monkeypatch: Patch) -> None:
-    def change(native: Any, layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> Any:
+    def change(native: Any, layer: OpenLayer, run: LayerPass, indices: Tensor, weights: Tensor) -> Any:
         new, new_weights, _ = native(layer, run, indices, weights)
         run.weights = new_weights / new_weights.sum(-1, keepdim=True)
         return new, run.weights, True
@@ -137,7 +137,7 @@ def written_route_weighed_by_native_logits(monkeypatch: Patch) -> None:
             native_logits[id(layer)] = value
         return fire(value)
 
-    def change(native: Any, layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> Any:
+    def change(native: Any, layer: OpenLayer, run: LayerPass, indices: Tensor, weights: Tensor) -> Any:
         run.logits = native_logits[id(layer)]
         return native(layer, run, indices, weights)
 
@@ -146,7 +146,7 @@ def written_route_weighed_by_native_logits(monkeypatch: Patch) -> None:
 
 
 def written_scores_forgotten(monkeypatch: Patch) -> None:
-    def change(native: Any, layer: OpenLayer, run: Pass, indices: Tensor, weights: Tensor) -> Any:
+    def change(native: Any, layer: OpenLayer, run: LayerPass, indices: Tensor, weights: Tensor) -> Any:
         run.scores = None
         return native(layer, run, indices, weights)
 
@@ -154,7 +154,7 @@ def written_scores_forgotten(monkeypatch: Patch) -> None:
 
 
 def empty_slots_run_expert_zero(monkeypatch: Patch) -> None:
-    def before(run: Pass) -> None:
+    def before(run: LayerPass) -> None:
         assert run.indices is not None
         run.indices = run.indices.clamp(min=0)
 
@@ -162,7 +162,7 @@ def empty_slots_run_expert_zero(monkeypatch: Patch) -> None:
 
 
 def last_slot_dropped(monkeypatch: Patch) -> None:
-    def before(run: Pass) -> None:
+    def before(run: LayerPass) -> None:
         assert run.indices is not None
         run.indices = torch.cat([run.indices[..., :-1], torch.full_like(run.indices[..., -1:], -1)], -1)
 
@@ -187,12 +187,12 @@ def shared_gate_left_out(monkeypatch: Patch) -> None:
 
 
 def shared_before_routed(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(blocks, "Pass", partial(Pass, routed_is_done=True))
+    monkeypatch.setattr(blocks, "LayerPass", partial(LayerPass, routed_is_done=True))
 
 
 def flat_shapes(monkeypatch: Patch) -> None:
     """Hooks see ``[batch * pos, ...]``."""
-    monkeypatch.setattr(Pass, "fold", lambda self, flat: flat.reshape(1, self.batch * self.pos, *flat.shape[-1:]))
+    monkeypatch.setattr(LayerPass, "fold", lambda self, flat: flat.reshape(1, self.batch * self.pos, *flat.shape[-1:]))
 
 
 TRAPS: list[tuple[Callable[[Patch], None], Callable[..., None], tuple[Any, ...]]] = [

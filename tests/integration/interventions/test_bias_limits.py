@@ -31,8 +31,10 @@ def share(rule: RoutingRule, expert: int, value: float) -> float:
     """Of tokens with logits all over the range, and just beside the expert's own score, how many use it."""
     logits = ANYWHERE
     if isinstance(rule, SigmoidTopK) and rule.score is torch.sigmoid and rule.bias is not None:
-        beside = float(value > 0) + rule.bias[expert] - rule.bias + (1e-4 if value > 0 else -1e-4)
-        ends = torch.stack([torch.full((8,), -40.0), torch.full((8,), 40.0), beside.clamp(1e-6, 1 - 1e-6).logit()])
+        shared_on_layer = float(value > 0) + rule.bias[expert] - rule.bias + (1e-4 if value > 0 else -1e-4)
+        ends = torch.stack(
+            [torch.full((8,), -40.0), torch.full((8,), 40.0), shared_on_layer.clamp(1e-6, 1 - 1e-6).logit()]
+        )
         choice = torch.cartesian_prod(*[torch.arange(3)] * 8)
         logits = torch.cat([logits, ends.gather(0, choice)])
     return float((rule.route(logits + one(expert, value))[0] == expert).any(-1).float().mean())
@@ -144,7 +146,7 @@ def test_limits_of_rules_by_hand() -> None:
     assert limits(replace(grouped, top_k=2), torch.tensor([1.0, 1, 0, 0], dtype=torch.float64)).up == {}
     assert limits(replace(grouped, top_groups=2), torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)).up == {}
     # promoting or suppressing more experts than a token can use or leave out says nothing about the family
-    shared = SoftmaxTopK(n_experts=4, top_k=2, n_groups=2, top_groups=1, group_score="max", shut=0.0)
+    shared = SoftmaxTopK(n_experts=4, top_k=2, n_groups=2, top_groups=1, group_score="max", excluded_score=0.0)
     assert limits(shared, torch.tensor([1.0, 1, 1, -1], dtype=torch.float64)).up == {}
     assert list(limits(shared, torch.tensor([1.0, 0, 1, 0], dtype=torch.float64)).up) == [0, 2]
     assert list(limits(biased, torch.tensor([-1.0, -1, -1, -1], dtype=torch.float64)).down) == [1]

@@ -100,7 +100,7 @@ class Touched:
         self.rows: dict[int, dict[int, str]] = {}
 
     def record(self, value: Tensor, hook: Any) -> None:
-        start = self.moe.span(self.layer).n_past
+        start = self.moe.pass_context(self.layer).n_past
         for row, line in enumerate(((value >= 0).sum(-1) == 3).tolist()):
             self.rows.setdefault(row, {}).update({start + at: "x" if hit else "." for at, hit in enumerate(line)})
 
@@ -313,7 +313,7 @@ def test_a_copy_of_an_attached_model_generates_on_its_own() -> None:
     with twin.hooks(fwd_hooks=[(moe.hook_name("router_logits", 1), lambda value, hook: calls.append(value.shape[1]))]):
         twin.original_model.generate(TOKENS, max_new_tokens=2, **GREEDY)
     assert calls == [10, 1]
-    assert moe.span(1).prompt == 10
+    assert moe.pass_context(1).prompt == 10
     assert model.bridge.original_model.generate is not twin.original_model.generate
     with warnings.catch_warnings():
         warnings.simplefilter("error", BiasLimitWarning)

@@ -189,7 +189,7 @@ def test_many_routes_at_the_last_layer_share_their_unembeddings(name: str, monke
     with precision(torch.float64):
         monkeypatch.setattr(branch_scores, "spanned_logits", counted)
         shared = score_routes(moe, tokens, moe.layers[-1], routes, **given)
-        monkeypatch.setattr(plan, "pays", lambda *args: False)
+        monkeypatch.setattr(plan, "is_cheaper", lambda *args: False)
         single = score_routes(moe, tokens, moe.layers[-1], routes, **given)
     # a scale follows the unembedding of granite, so its logits are not what the unembedding gives
     assert [logits is None for logits in calls] == ([] if name == "granite_moe" else [False])

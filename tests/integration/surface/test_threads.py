@@ -230,7 +230,7 @@ def test_a_pass_inside_of_a_hook_does_not_end_the_prompt_in_pieces_around_it() -
     short = mi.set_routes(moe, 1, routes[:3])
 
     def run_inside(value: Tensor, hook: Any) -> None:
-        if not moe.span(1).depth:
+        if not moe.pass_context(1).depth:
             moe.bridge(ONE[:, :3])
 
     inner = (moe.hook_name("expert_indices", 1), run_inside)

@@ -15,8 +15,8 @@ from moe_interp.arch.rules import RoutingRule, ScoreRule, SigmoidTopK, SoftmaxTo
 from moe_interp.hooks import experts
 from moe_interp.hooks import layer as layer_module
 from moe_interp.hooks.attach import MoEHooks, attach
-from moe_interp.hooks.layer import OpenLayer, Pass
-from moe_interp.hooks.passes import Span
+from moe_interp.hooks.layer import LayerPass, OpenLayer
+from moe_interp.hooks.passes import PassContext
 from moe_interp.types import Layer
 from tests import tiny
 from tests.integration.hooks.support import patch_mix
@@ -273,16 +273,16 @@ def where_edited(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor
     return lambda new, old: new if new.shape == old.shape and torch.equal(new, old) else change(new)
 
 
-def in_mix(before: Callable[[Pass], None]) -> Mistake:
+def in_mix(before: Callable[[LayerPass], None]) -> Mistake:
     return lambda moe, monkeypatch: patch_mix(monkeypatch, before)
 
 
-def weights_twice(run: Pass) -> None:
+def weights_twice(run: LayerPass) -> None:
     assert run.weights is not None
     run.weights = run.weights * run.weights
 
 
-def empty_slots_run(run: Pass) -> None:
+def empty_slots_run(run: LayerPass) -> None:
     assert run.indices is not None
     assert run.weights is not None
     run.weights = run.weights.masked_fill(run.indices < 0, 0.3)
@@ -292,14 +292,14 @@ def empty_slots_run(run: Pass) -> None:
 def shared_twice(moe: MoEHooks, monkeypatch: Patch) -> None:
     """The edited shared output is added to the block's own instead of replacing it."""
     monkeypatch.setattr(layer_module, "is_edited", lambda new, old: True)
-    native = experts.finish
+    native = experts.fire_block_outputs
 
-    def finish(layer: OpenLayer, run: Pass, routed: Tensor) -> Tensor:
+    def fire_block_outputs(layer: OpenLayer, run: LayerPass, routed: Tensor) -> Tensor:
         shared = run.shared_out
         out = native(layer, run, routed)
         return out if shared is None or not layer.is_hooked("shared_out") else out + shared.reshape(out.shape)
 
-    monkeypatch.setattr(experts, "finish", finish)
+    monkeypatch.setattr(experts, "fire_block_outputs", fire_block_outputs)
 
 
 def aliased(moe: MoEHooks, monkeypatch: Patch) -> None:
@@ -325,13 +325,13 @@ def span_with(past: Callable[[int], int]) -> Mistake:
     """Every pass is taken to continue another number of tokens than it does."""
 
     def plant(moe: MoEHooks, monkeypatch: Patch) -> None:
-        native = MoEHooks.span
+        native = MoEHooks.pass_context
 
-        def span(self: MoEHooks, layer: Layer) -> Span:
+        def pass_context(self: MoEHooks, layer: Layer) -> PassContext:
             right = native(self, layer)
             return replace(right, n_past=past(right.n_past))
 
-        monkeypatch.setattr(MoEHooks, "span", span)
+        monkeypatch.setattr(MoEHooks, "pass_context", pass_context)
 
     return plant
 

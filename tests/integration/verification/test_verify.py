@@ -15,7 +15,7 @@ from moe_interp.engine.branches import BranchRunner
 from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.hooks.names import HOOK_NAMES
-from moe_interp.hooks.transformer_lens_hooks import THEIR_HOOKS
+from moe_interp.hooks.transformer_lens_hooks import TRANSFORMER_LENS_HOOKS
 from moe_interp.hooks.verification_table import COLUMNS, Verification
 from tests import tiny
 
@@ -66,7 +66,7 @@ def test_every_check_passes_on_every_family(family: str) -> None:
             (at, hook) for at in moe.layers for hook in moe.hooks(at) if hook in hooks
         }
     theirs = table[table["check"] == "TransformerLens' hook agrees"]
-    assert set(theirs["hook"]) == {hook.path for hook in THEIR_HOOKS[name]}
+    assert set(theirs["hook"]) == {hook.path for hook in TRANSFORMER_LENS_HOOKS[name]}
 
 
 def test_positions_are_checked_with_a_cache_on_every_layer() -> None:

@@ -48,8 +48,8 @@ def choice_scores(name: str, layer: tiny.NativeMoE, logits: Floats) -> Floats:
     if name in (*BY_TWO_BEST, "deepseek_v2"):
         groups = choice.reshape(len(choice), 4, 2)
         best = groups.sum(-1) if name in BY_TWO_BEST else groups.max(-1)
-        is_shut = best.argsort(-1).argsort(-1) < 2
-        choice = np.where(np.repeat(is_shut, 2, axis=-1), -np.inf, choice)
+        is_excluded = best.argsort(-1).argsort(-1) < 2
+        choice = np.where(np.repeat(is_excluded, 2, axis=-1), -np.inf, choice)
     return np.asarray(choice)
 
 
@@ -134,7 +134,7 @@ BIASES: dict[str, Callable[[int], Tensor]] = {
 GROUPS: dict[str, dict[str, Any]] = {
     "no groups": {},
     "groups": {"n_groups": 4, "top_groups": 2, "group_score": "top2"},
-    "shut groups at zero": {"n_groups": 4, "top_groups": 2, "group_score": "top2", "shut": 0.0},
+    "shut groups at zero": {"n_groups": 4, "top_groups": 2, "group_score": "top2", "excluded_score": 0.0},
 }
 
 
@@ -146,7 +146,7 @@ def test_any_bias_leaves_finite_choice_logits_in_the_order_of_the_family(kind: A
     logits = 2 * torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     choice = rule.choice_logits(logits)
     assert not bool((choice.isnan() | choice.isposinf()).any())
-    ranked, scored = rule.route(logits)[0], rule._choice(rule.scores(logits), rule.shut)
+    ranked, scored = rule.route(logits)[0], rule._choice(rule.scores(logits), rule.excluded_score)
     # ties (shut experts at zero) may be broken either way: what is compared is the score of what is taken
     taken = choice.topk(3).indices
     torch.testing.assert_close(scored.gather(-1, taken).sum(-1), scored.gather(-1, ranked).sum(-1), rtol=0, atol=1e-6)

@@ -67,16 +67,16 @@ def test_groups_by_their_maximum() -> None:
     # groups {0, 1} and {2, 3}: experts 2 and 3 are together better, expert 0 is the single best
     logits = torch.tensor([[0.40, 0.01, 0.30, 0.29]]).log()
     groups: dict[str, Any] = {"n_experts": 4, "top_k": 2, "n_groups": 2, "top_groups": 1}
-    expect(route(SoftmaxTopK(**groups, group_score="max", shut=0.0), logits), [0, 1], [0.40, 0.01])
+    expect(route(SoftmaxTopK(**groups, group_score="max", excluded_score=0.0), logits), [0, 1], [0.40, 0.01])
     expect(route(SoftmaxTopK(**groups, group_score="top2"), logits), [2, 3], [0.30, 0.29])
     expect(route(SoftmaxTopK(n_experts=4, top_k=2), logits), [0, 2], [0.40, 0.30])
-    shut = SoftmaxTopK(**groups, group_score="max", shut=0.0).choice_logits(logits)
-    assert shut[0, 2:].tolist() == [-math.inf, -math.inf]
+    excluded_score = SoftmaxTopK(**groups, group_score="max", excluded_score=0.0).choice_logits(logits)
+    assert excluded_score[0, 2:].tolist() == [-math.inf, -math.inf]
 
 
 def test_the_weight_of_an_expert_in_a_shut_group_is_its_own_score() -> None:
     groups: dict[str, Any] = {"n_experts": 4, "top_k": 2, "n_groups": 2, "top_groups": 1, "group_score": "max"}
-    assert weigh(SoftmaxTopK(**groups, shut=0.0), [2, 0]) == pytest.approx([0.125, 0.5])
+    assert weigh(SoftmaxTopK(**groups, excluded_score=0.0), [2, 0]) == pytest.approx([0.125, 0.5])
 
 
 def test_normalisation_is_clamped_by_a_floor() -> None:
@@ -215,7 +215,7 @@ RULES: dict[str, RoutingRule] = {
     "softmax": SoftmaxTopK(n_experts=8, top_k=3),
     "softmax normalised": SoftmaxTopK(n_experts=8, top_k=3, normalize=True, floor=1e-12, scale=1.5),
     "softmax grouped": SoftmaxTopK(
-        n_experts=8, top_k=3, n_groups=4, top_groups=2, group_score="max", shut=0.0, sorted_slots=False
+        n_experts=8, top_k=3, n_groups=4, top_groups=2, group_score="max", excluded_score=0.0, sorted_slots=False
     ),
     "softmax scaled": SoftmaxTopK(n_experts=8, top_k=3, normalize=True, expert_scale=torch.linspace(0.5, 2, 8)),
     "sigmoid": SigmoidTopK(n_experts=8, top_k=3, bias=torch.linspace(-1, 1, 8), normalize=True, eps=1e-20, scale=2.5),

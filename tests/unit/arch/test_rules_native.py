@@ -171,8 +171,8 @@ def test_choice_logits_rank_as_the_router_does(family: str) -> None:
         ranked = spec.rule.choice_logits(logits).topk(spec.top_k, dim=-1).indices
         kept = (indices >= 0).all(-1)
         assert torch.equal(ranked.sort(-1).values[kept], indices.sort(-1).values[kept]), spec.layer
-        shut = spec.rule.choice_logits(logits).isneginf()
-        assert int(shut.sum(-1).unique()) == (4 if family in GROUPED else 0)
+        excluded = spec.rule.choice_logits(logits).isneginf()
+        assert int(excluded.sum(-1).unique()) == (4 if family in GROUPED else 0)
 
 
 GROUPED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa")

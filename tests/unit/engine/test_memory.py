@@ -31,7 +31,7 @@ def test_more_to_hold_leaves_fewer_tokens(moe: mi.MoEHooks, is_wide: bool, monke
     assert 10 < plain < CPU_TOKENS
     per_token = budget / plain
     # logits and their log-probabilities, 4 bytes each, for every token
-    read = tokens_per_pass(moe, 10, given, reads_per_token=1.0)
+    read = tokens_per_pass(moe, 10, given, predictions_per_token=1.0)
     assert read == pytest.approx(budget / (per_token + 8 * vocabulary), rel=0.02)
     # four tensors of the residual's width in each of three layers: for every token, or for the few there are
     every = tokens_per_pass(moe, 10, given, kept_layers=3, kept_tokens=10**9)

@@ -12,7 +12,7 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_interp.errors import HookError, RouteError
 from moe_interp.hooks.edits import is_edited
-from moe_interp.hooks.layer import OpenLayer, Pass, check_route
+from moe_interp.hooks.layer import LayerPass, OpenLayer, check_route
 
 
 def layer_with(name: str, hook: Any = None, direction: str = "fwd") -> OpenLayer:
@@ -84,7 +84,7 @@ def test_minus_infinity_may_be_written_to_logits_and_nan_may_pass() -> None:
 
 
 def test_a_pass_folds_tokens_into_batch_and_position() -> None:
-    run = Pass(batch=2, pos=3)
+    run = LayerPass(batch=2, pos=3)
     flat = torch.arange(12).reshape(6, 2)
     assert torch.equal(run.fold(flat), flat.reshape(2, 3, 2))
     assert run.fold(run.fold(flat)).shape == (2, 3, 2)

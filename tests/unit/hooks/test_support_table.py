@@ -8,7 +8,7 @@ import moe_interp as mi
 from moe_interp.arch.families import FAMILIES
 from moe_interp.hooks.names import HOOKS, hooks_of
 from moe_interp.hooks.support_table import support_markdown
-from moe_interp.hooks.transformer_lens_hooks import THEIR_HOOKS
+from moe_interp.hooks.transformer_lens_hooks import TRANSFORMER_LENS_HOOKS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,7 +38,7 @@ def test_transformer_lens_own_hooks_are_listed_with_their_shapes() -> None:
     assert table["olmoe", "expert_weights"] == "mlp.gate.hook_expert_weights [token expert]"
     assert table["olmoe", "expert_indices"] == "mlp.gate.hook_expert_indices [token slot]"
     assert table["granite_moe", "router_logits"] == "mlp.gate.hook_expert_indices [token expert]"
-    assert set(THEIR_HOOKS) == {family.name for family in FAMILIES}
+    assert set(TRANSFORMER_LENS_HOOKS) == {family.name for family in FAMILIES}
 
 
 def test_the_documented_table_is_up_to_date() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, HookError
-from moe_interp.hooks.passes import Span
-from moe_interp.interventions.positions import Where, merge_slots, merge_weights, pack_routes
+from moe_interp.hooks.passes import PassContext
+from moe_interp.interventions.positions import TokenSelection, merge_slots, merge_weights, pack_routes
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # rows of 3 and 5 tokens
 RIGHT = LEFT.flip(-1)
@@ -21,15 +21,15 @@ PROMPT = 5
 
 def running(n_past: int = 0, **span: Any) -> Any:
     """Hooks in a pass that finds so many columns in its cache."""
-    now = Span(n_past, **span)
-    return SimpleNamespace(span=lambda layer: now)
+    now = PassContext(n_past, **span)
+    return SimpleNamespace(pass_context=lambda layer: now)
 
 
 def touched(
     positions: Any, mask: Tensor | None = None, n_past: int = 0, pos: int = PROMPT, batch: int = 2, **span: Any
 ) -> list[str]:
     """A row's tokens as a string, "x" where touched."""
-    tokens = Where(running(n_past, **span), 1, positions, mask).tokens(torch.zeros(batch, pos, 1))
+    tokens = TokenSelection(running(n_past, **span), 1, positions, mask).tokens(torch.zeros(batch, pos, 1))
     assert tokens.dtype == torch.bool
     return ["".join("x" if t else "." for t in row) for row in tokens.tolist()]
 
@@ -109,12 +109,12 @@ def test_positions_and_masks_of_other_kinds() -> None:
 
 
 def test_a_token_has_the_same_index_and_keys_however_it_is_padded() -> None:
-    left, right = (Where(running(), 1, None, mask) for mask in (LEFT, RIGHT))
+    left, right = (TokenSelection(running(), 1, None, mask) for mask in (LEFT, RIGHT))
     value = torch.zeros(2, PROMPT, 3)
     assert left.index(value)[0, 2:].tolist() == right.index(value)[0, :3].tolist() == [0, 1, 2]
     assert torch.equal(left.keys(value, 4, 9)[0, 2:], right.keys(value, 4, 9)[0, :3])
     for mask in (LEFT, RIGHT):
-        assert Where(running(5), 1, "all", mask).index(value[:, :2]).tolist() == [[3, 4], [5, 6]]
+        assert TokenSelection(running(5), 1, "all", mask).index(value[:, :2]).tolist() == [[3, 4], [5, 6]]
     assert not torch.equal(left.keys(value, 4, 9)[0, 2:5], left.keys(value, 4, 9)[1, 0:3])
 
 
@@ -140,7 +140,7 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 
 def test_activations_without_a_batch_axis_are_refused() -> None:
     with pytest.raises(HookError, match=r"shape \(5, 2\), without its batch axis.*Run without remove_batch_dim"):
-        Where(running(), 1).tokens(torch.zeros(5, 2))
+        TokenSelection(running(), 1).tokens(torch.zeros(5, 2))
 
 
 # --- merging --------------------------------------------------------------------------------------------------

@@ -139,8 +139,8 @@ def test_a_router_sure_of_its_choice_is_heated_until_there_are_enough_routes() -
     logits = torch.tensor([[[60.0, 50.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0]]])
     sampled = GumbelTopK().sample(logits, logits.topk(2).indices, 12, keys_of(1, 2))
     assert sampled.n_distinct.tolist() == [[12, 12]]
-    assert float(sampled.heating[0, 0]) > 1.0
-    assert float(sampled.heating[0, 1]) == 1.0
+    assert float(sampled.temperature_factor[0, 0]) > 1.0
+    assert float(sampled.temperature_factor[0, 1]) == 1.0
     assert not bool(sampled.is_exhausted.any())
 
 
@@ -215,7 +215,7 @@ def test_a_tiny_temperature_ends_within_its_pool(tau: float) -> None:
     assert sampled.n_distinct.unique().tolist() == [4]
     pool = logits.topk(4).indices
     assert bool((sampled.indices.flatten(2).unsqueeze(-1) == pool.unsqueeze(2)).any(-1).all())
-    assert bool((sampled.heating > 1).all())
+    assert bool((sampled.temperature_factor > 1).all())
 
 
 def test_bad_samplers_are_refused() -> None:
