@@ -73,7 +73,7 @@ def answer_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     answer = process.stdout.readline().strip()
     if not answer:
-        raise SystemExit(f"The process of {process.args} ended before it answered; its own message is above.")
+        raise SystemExit(f"The process of {process.args!r} ended before it answered; its own message is above.")
     return answer
 
 
@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        return work(options.length, options.items)
+        work(options.length, options.items)
+        return
     if options.other is None:
         parser.error("Name the other checkout: python benchmarks/two_checkouts.py ../before")
     checkouts = [HERE, options.other.resolve()]
