@@ -29,7 +29,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from moe_interp.arch.products import linear
+from moe_interp.engine.cpu.matmul import linear
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.routes import check_routes, score_from_base

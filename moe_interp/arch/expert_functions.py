@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,9 @@ from transformers.integrations import moe as transformers_moe
 
 from moe_interp.arch.grouped_products import RowGroups, grouped_linear
 from moe_interp.arch.modules import config_value, is_native, is_watched, native_part, own_class
-from moe_interp.arch.products import is_faster, linear
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``(rows, weight, bias)`` to rows, as ``torch.nn.functional.linear``."""
 
 # what transformers gives an experts class that has no gate of its own: act(gate) * up
 _PLAIN_GATE = getattr(transformers_moe, "_default_apply_gate", object())
@@ -44,10 +47,19 @@ class StackedFunctions(ABC):
     called: tuple[Any, ...]
     """What is called in between, with the rows of one expert or of all."""
 
+    linear: Linear
+    """The product of one expert's rows."""
+
     @property
     def is_watched(self) -> bool:
         """Whether somebody looks at the calls in between, which a loop makes for one expert at a time."""
         return any(isinstance(part, nn.Module) and is_watched(part) for part in self.called)
+
+    def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        if not transposed:
+            return self.linear(rows, weight, bias)
+        out = self.linear(rows, weight.t(), None)
+        return out if bias is None else out + bias  # rounded in two steps, as those families do
 
     @abstractmethod
     def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
@@ -97,18 +109,11 @@ def _is_packed(weight: Tensor) -> bool:
     return not weight.is_floating_point() or weight.element_size() < 2
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if not transposed:
-        return linear(rows, weight, bias)
-    out = linear(rows, weight.t())
-    return out if bias is None else out + bias  # rounded in two steps, as those families do
-
-
 class StackedExperts(StackedFunctions):
     """transformers' stacked experts: 3-D weights, with or without gate, bias and transposition."""
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, module: Any, linear: Linear = nn.functional.linear) -> None:
+        self.module, self.linear = module, linear
         self.up = module.gate_up_proj if module.has_gate else module.up_proj
         self.up_bias = (
             (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
@@ -124,7 +129,7 @@ class StackedExperts(StackedFunctions):
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
         bias = None if self.up_bias is None else self.up_bias[expert]
-        return self._activated(_linear(rows, self.up[expert], bias, self.module.is_transposed))
+        return self._activated(self._linear(rows, self.up[expert], bias, self.module.is_transposed))
 
     def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
         return self._activated(grouped_linear(rows, groups, self.up, self.up_bias, self.module.is_transposed))
@@ -141,22 +146,13 @@ class StackedExperts(StackedFunctions):
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
         bias = None if self.down_bias is None else self.down_bias[expert]
-        return self._normed(_linear(hidden, self.down[expert], bias, self.module.is_transposed))
+        return self._normed(self._linear(hidden, self.down[expert], bias, self.module.is_transposed))
 
     def output_of_groups(self, hidden: Tensor, groups: RowGroups) -> Tensor:
         return self._normed(grouped_linear(hidden, groups, self.down, self.down_bias, self.module.is_transposed))
 
     def _normed(self, out: Tensor) -> Tensor:
         return self.module.post_expert_norm(out) if getattr(self.module, "has_post_expert_norm", False) else out
-
-    def write(self, hidden: Tensor, expert: int, out: Tensor) -> None:
-        """The first rows of an expert's output into ``out`` ``[row, d_out]``; without gradients."""
-        is_bare = self.down_bias is None and not getattr(self.module, "has_post_expert_norm", False)
-        weight = self.down[expert]
-        if is_bare and len(hidden) == len(out) and not is_faster(hidden, weight):
-            torch.mm(hidden, weight if self.module.is_transposed else weight.t(), out=out)
-        else:
-            out.copy_(self.output(hidden, expert)[: len(out)])
 
 
 class GatedStacks(StackedFunctions):
@@ -167,18 +163,20 @@ class GatedStacks(StackedFunctions):
         down: ``[expert, d_out, d_expert]``; ``transposed`` ``[expert, d_expert, d_out]``.
         activation: Of the gate.
         transposed: Which of the two the stacks are.
+        linear: The product of one expert's rows.
     """
 
-    def __init__(self, up: Tensor, down: Tensor, activation: Any, *, transposed: bool) -> None:
+    def __init__(self, up: Tensor, down: Tensor, activation: Any, *, transposed: bool, linear: Linear) -> None:
+        self.linear = linear
         self.up, self.down, self.activation, self.transposed = up, down, activation, transposed
         self.stacks, self.called = (up, down), (activation,)
         self.n_experts, self.d_expert = down.shape[0], down.shape[1 if transposed else 2]
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
-        return self._activated(_linear(rows, self.up[expert], None, self.transposed))
+        return self._activated(self._linear(rows, self.up[expert], None, self.transposed))
 
     def output(self, hidden: Tensor, expert: int) -> Tensor:
-        return _linear(hidden, self.down[expert], None, self.transposed)
+        return self._linear(hidden, self.down[expert], None, self.transposed)
 
     def hidden_of_groups(self, rows: Tensor, groups: RowGroups) -> Tensor:
         return self._activated(grouped_linear(rows, groups, self.up, None, self.transposed))
@@ -191,9 +189,9 @@ class GatedStacks(StackedFunctions):
         return self.activation(gate) * up
 
 
-def llama4_experts(module: Any) -> GatedStacks:
+def llama4_experts(module: Any, linear: Linear = nn.functional.linear) -> GatedStacks:
     """Llama 4: transposed stacks; the block scales the input of an expert, not its output."""
-    return GatedStacks(module.gate_up_proj, module.down_proj, module.act_fn, transposed=True)
+    return GatedStacks(module.gate_up_proj, module.down_proj, module.act_fn, transposed=True, linear=linear)
 
 
 def llama4_sizes(module: Any) -> tuple[int, int]:
@@ -203,9 +201,10 @@ def llama4_sizes(module: Any) -> tuple[int, int]:
     return down.shape[0], down.shape[1]
 
 
-def jetmoe_experts(block: Any) -> GatedStacks:
+def jetmoe_experts(block: Any, linear: Linear = nn.functional.linear) -> GatedStacks:
     """JetMoE: the stacks belong to two linear maps of the block."""
-    return GatedStacks(block.input_linear.weight, block.output_linear.weight, block.activation, transposed=False)
+    stacks = block.input_linear.weight, block.output_linear.weight
+    return GatedStacks(*stacks, block.activation, transposed=False, linear=linear)
 
 
 def jetmoe_sizes(block: Any) -> tuple[int, int]:
@@ -214,9 +213,9 @@ def jetmoe_sizes(block: Any) -> tuple[int, int]:
 
 
 class SwitchExperts:
-    """Switch Transformers: one ungated feed-forward module an expert."""
+    """Switch Transformers: one ungated feed-forward module an expert, which multiplies by itself."""
 
-    def __init__(self, module: nn.ModuleDict) -> None:
+    def __init__(self, module: nn.ModuleDict, linear: Linear = nn.functional.linear) -> None:
         self.module = module
         self.n_experts, self.d_expert = switch_sizes(module)
 

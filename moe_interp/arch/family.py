@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_interp.arch.expert_functions import ExpertFunctions, StackedExperts, sizes
+from moe_interp.arch.expert_functions import ExpertFunctions, Linear, StackedExperts, sizes
 from moe_interp.arch.modules import config_value
 from moe_interp.arch.router_outputs import RouterLayout, Triple
 from moe_interp.arch.rules import RoutingRule, SoftmaxTopK, SparseMixer, SwitchTop1
@@ -31,7 +31,7 @@ class Family:
         layout: How the router packs its return value.
         router, experts_at, shared, shared_gate: Submodules of the container; an empty ``experts_at`` is the container.
         shared_on_layer: Shared experts that are a submodule of the layer, not of the container.
-        experts: The adapter that makes functions of the experts.
+        experts: The adapter that makes functions of the experts, with the product they multiply one expert's rows by.
         sizes: From an experts module, their number and their neurons each; 0 where it does not say.
         weights_in: The submodules of ``experts_at`` that hold the weights.
         routes_at_router: Indices and weights are taken at the router, since the container calls its experts in a way of
@@ -56,7 +56,7 @@ class Family:
     shared: str | None = None
     shared_gate: str | None = None
     shared_on_layer: str | None = None
-    experts: Callable[[Any], ExpertFunctions] = StackedExperts
+    experts: Callable[[Any, Linear], ExpertFunctions] = StackedExperts
     sizes: Callable[[Any], tuple[int, int]] = sizes
     weights_in: tuple[str, ...] = ("",)
     routes_at_router: bool = False

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_interp.arch.expert_functions import ExpertFunctions, unreadable
+from moe_interp.arch.expert_functions import ExpertFunctions, Linear, unreadable
 from moe_interp.arch.family import Family
 from moe_interp.arch.modules import child, config_value, native_part
 from moe_interp.arch.offload import materialized
-from moe_interp.arch.products import linear
 from moe_interp.arch.rules import RoutingRule
 from moe_interp.errors import AttachError, HookError
 from moe_interp.types import Layer
@@ -138,13 +136,17 @@ class MoESpec:
         Raises:
             HookError: their weights cannot be read.
         """
+        return self.expert_functions_by(nn.functional.linear)
+
+    def expert_functions_by(self, linear: Linear) -> ExpertFunctions:
+        """:attr:`expert_functions` whose products of one expert's rows are another function's."""
         if reason := self.unreadable:
             raise HookError(
                 f"a computation expert by expert at layer {self.layer!r}, but {reason}",
                 "experts of the family's own class, with plain weights",
                 "Merge adapters into the weights, or load the model unquantised; hooks of the routing work as it is.",
             )
-        return self.family.experts(self.experts)
+        return self.family.experts(self.experts, linear)
 
     def reading_experts(self) -> AbstractContextManager[Any]:
         """Inside the ``with``, weights of the experts and of their projection that are kept elsewhere are real."""
@@ -175,8 +177,12 @@ class MoESpec:
     @property
     def project(self) -> Callable[[Tensor], Tensor] | None:
         """The projection to d_model without its bias; call it inside ``reading_experts``."""
+        return self.project_by(nn.functional.linear)
+
+    def project_by(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+        """:attr:`project` by another function's product."""
         weight = getattr(self.projection, "weight", None)
-        return None if weight is None else partial(linear, weight=weight)
+        return None if weight is None else lambda rows: linear(rows, weight, None)
 
     @property
     def project_bias(self) -> Tensor | None:

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_interp.arch.modules import is_watched, unwrap
-from moe_interp.arch.products import linear
 from moe_interp.engine import branch_attention
 from moe_interp.engine.attention import attention_function
 from moe_interp.engine.branch_attention import Rows
 from moe_interp.engine.cached_keys import BranchCache, SharedCache
+from moe_interp.engine.cpu.matmul import linear
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass

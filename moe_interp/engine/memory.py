@@ -10,13 +10,18 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from torch import Tensor
 
-from moe_interp.arch.products import without_compiled
+from moe_interp.engine.cpu.matmul import is_wide
 from moe_interp.engine.policy import MOST_TOKENS, Policy, policy_of
 from moe_interp.errors import ConfigError, DataError, warn
 from moe_interp.hooks.attach import MoEHooks
 
 CPU_TOKENS = MOST_TOKENS["cpu"]
+
+COMPILED_BYTES = 128 * 2**20
+"""At most so much is set aside for the code that oneDNN compiles: some .65 MiB a shape, of which a model has many."""
+
 _TOO_LARGE = object()
 
 Result = TypeVar("Result")
@@ -140,6 +145,12 @@ def free_bytes(policy: Policy) -> int:
         return policy.usable(int(free) + kept, int(total))
     memory = psutil.virtual_memory()
     return policy.usable(int(memory.available), int(memory.total))
+
+
+def without_compiled(budget: int, parameter: Tensor) -> int:
+    """What is left of a memory budget beside compiled code, for a model with such parameters; two thirds at least."""
+    is_served = is_wide() and parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    return budget - min(budget // 3, COMPILED_BYTES) if is_served else budget
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from moe_interp.arch.offload import device_of
-from moe_interp.arch.products import HAS_WIDE_PRODUCTS
+from moe_interp.engine.cpu.matmul import HAS_WIDE_PRODUCTS
 from moe_interp.hooks.attach import MoEHooks
 
 FUSED_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

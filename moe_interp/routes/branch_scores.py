@@ -13,6 +13,7 @@ from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows, take
 from moe_interp.arch.grouped_products import RowGroups
 from moe_interp.arch.routing_rule import widen
 from moe_interp.engine.branches import BranchRunner, can_share_keys
+from moe_interp.engine.expert_products import fast_experts
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.engine.recorded_pass import RecordedPass
@@ -351,7 +352,7 @@ def _expert_outputs(base: RecordedPass, layer: int, tokens: Tensor, needed: Tens
         flat.index_copy_(0, place[some], (found if project is None else project(found)).to(x.dtype))
 
     with spec.reading_experts():
-        experts, project = spec.expert_functions, spec.project
+        experts, project = fast_experts(spec)
         if takes_grouped_products(experts, x, len(place)):
             # what a part of the rows takes on its way is no larger than the outputs
             row = 2 * x.shape[-1] + 3 * experts.d_expert + spec.d_model

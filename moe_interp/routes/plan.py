@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.arch.products import without_compiled
 from moe_interp.engine.branches import can_share_keys
-from moe_interp.engine.memory import free_bytes
+from moe_interp.engine.memory import free_bytes, without_compiled
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.errors import DataError

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
 from moe_interp.arch.modules import is_watched
-from moe_interp.arch.products import linear
 from moe_interp.engine.cpu.expert_loop import LOOP
+from moe_interp.engine.cpu.matmul import linear
 from moe_interp.engine.cpu.rms_norm import rms_norm
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.replaced_forward import swapped_forward

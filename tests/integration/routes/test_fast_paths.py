@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_interp as mi
-from moe_interp.arch import products
 from moe_interp.engine import policy
+from moe_interp.engine.cpu import matmul
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
@@ -50,9 +50,9 @@ def forced(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> list[str]:
     """Many small groups, every product wide, every expert looped; gives the threads that ran groups."""
     monkeypatch.setattr(plan, "ROW_LENGTH", 4)
     monkeypatch.setattr(policy, "AT_ONCE", {"cpu": policy.AtOnce(4, 1, 1)})
-    monkeypatch.setattr(products, "HAS_WIDE_PRODUCTS", products.CAN_BE_WIDE)
-    monkeypatch.setattr(products, "_WORTH_IT", 0)
-    monkeypatch.setattr(products, "_FEW_ROWS", 0)
+    monkeypatch.setattr(matmul, "HAS_WIDE_PRODUCTS", matmul.CAN_BE_WIDE)
+    monkeypatch.setattr(matmul, "_WORTH_IT", 0)
+    monkeypatch.setattr(matmul, "_FEW_ROWS", 0)
     monkeypatch.setattr(policy, "LOOP_FROM_ROWS", 0)
     monkeypatch.setattr(policy, "LOOP_FROM_WORK", 0)
     return []

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import moe_interp as mi
-from moe_interp.arch import products
 from moe_interp.engine import memory
+from moe_interp.engine.cpu import matmul
 from moe_interp.engine.memory import CPU_TOKENS, tokens_per_pass
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.errors import ConfigError
@@ -24,7 +24,7 @@ def moe() -> mi.MoEHooks:
 @pytest.mark.parametrize("is_wide", [False, True])
 def test_more_to_hold_leaves_fewer_tokens(moe: mi.MoEHooks, is_wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = 2**23
-    monkeypatch.setattr(products, "HAS_WIDE_PRODUCTS", is_wide)
+    monkeypatch.setattr(matmul, "HAS_WIDE_PRODUCTS", is_wide)
     budget = given * 2 // 3 if is_wide else given  # a third for compiled code
     plain = tokens_per_pass(moe, 10, given)
     vocabulary, width = moe.bridge.cfg.d_vocab, moe.spec(0).d_model

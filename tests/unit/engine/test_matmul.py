@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_interp.arch import products
-from moe_interp.arch.products import linear
+from moe_interp.engine.cpu import matmul
+from moe_interp.engine.cpu.matmul import linear
 
 
 @pytest.fixture(autouse=True)
 def wherever_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on processors where it is not the faster one."""
-    monkeypatch.setattr(products, "HAS_WIDE_PRODUCTS", products.CAN_BE_WIDE)
+    monkeypatch.setattr(matmul, "HAS_WIDE_PRODUCTS", matmul.CAN_BE_WIDE)
 
 
 SHAPES = [(64, 256, 512), (37, 300, 515), (8, 2048, 128), (4096, 32, 40), (1, 512, 4096)]
@@ -52,7 +52,7 @@ def test_takes_the_wide_product_where_the_machine_has_one() -> None:
         with torch.no_grad():
             linear(x, weight)
 
-    assert wide_calls(call) == int(products.CAN_BE_WIDE)
+    assert wide_calls(call) == int(matmul.CAN_BE_WIDE)
 
 
 # torch's own, at any use of its switch, and at a process's first sparse tensor
@@ -83,22 +83,22 @@ def test_leaves_everything_else_to_torch() -> None:
 
 
 def test_rows_are_padded_to_few_sizes() -> None:
-    if not products.CAN_BE_WIDE:
-        assert products.padded(101) == 101
+    if not matmul.CAN_BE_WIDE:
+        assert matmul.padded(101) == 101
         return
-    sizes = {n: products.padded(n) for n in range(1, 4097)}
+    sizes = {n: matmul.padded(n) for n in range(1, 4097)}
     assert all(n <= size <= max(n * 9 / 8, n + 15) for n, size in sizes.items())
     assert len(set(sizes.values())) <= 48
 
 
 @pytest.mark.parametrize(("maker", "is_intel"), [("GenuineIntel", True), ("AuthenticAMD", False)])
 def test_the_maker_decides(maker: str, is_intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products.Path, "read_text", lambda path: f"vendor_id\t: {maker}\nflags\t: avx512f\n")
-    assert products._is_intel() == is_intel
+    monkeypatch.setattr(matmul.Path, "read_text", lambda path: f"vendor_id\t: {maker}\nflags\t: avx512f\n")
+    assert matmul._is_intel() == is_intel
 
     def absent(path: object) -> str:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(products.Path, "read_text", absent)
-    monkeypatch.setattr(products.platform, "processor", lambda: f"Intel64 Family 6, {maker}")
-    assert products._is_intel() == is_intel
+    monkeypatch.setattr(matmul.Path, "read_text", absent)
+    monkeypatch.setattr(matmul.platform, "processor", lambda: f"Intel64 Family 6, {maker}")
+    assert matmul._is_intel() == is_intel

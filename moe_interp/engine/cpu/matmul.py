@@ -13,9 +13,6 @@ _FEW_ROWS = 8
 _STEP = 16
 _PLAIN = (Tensor, nn.Parameter)
 
-COMPILED_BYTES = 128 * 2**20
-"""At most so much is set aside for the code that oneDNN compiles: some .65 MiB a shape, of which a model has many."""
-
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, equal to rounding, for passes without gradients.
@@ -45,9 +42,9 @@ def padded(n_rows: int) -> int:
     """The number of rows that a product of ``n_rows`` is done with: the next multiple of 16, from 256 on coarser.
 
     At most an eighth more, from 256 on. oneDNN compiles code for every number of rows and every shape of weights, and
-    keeps it: see :data:`COMPILED_BYTES`.
+    keeps it: see ``COMPILED_BYTES`` of :mod:`moe_interp.engine.memory`.
     """
-    if not _is_wide():
+    if not is_wide():
         return n_rows
     step = max(1 << max(n_rows.bit_length() - 4, 0), _STEP)
     return -(-n_rows // step) * step
@@ -56,7 +53,7 @@ def padded(n_rows: int) -> int:
 def is_faster(rows: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply these."""
     return (
-        _is_wide()
+        is_wide()
         and rows.dtype == weight.dtype == torch.float32
         and rows.device.type == weight.device.type == "cpu"
         and rows.numel() >= _FEW_ROWS * rows.shape[-1]
@@ -76,13 +73,8 @@ def _is_plain(bias: Tensor | None, weight: Tensor) -> bool:
     )
 
 
-def without_compiled(budget: int, parameter: Tensor) -> int:
-    """What is left of a memory budget beside compiled code, for a model with such parameters; two thirds at least."""
-    is_served = _is_wide() and parameter.device.type == "cpu" and parameter.dtype == torch.float32
-    return budget - min(budget // 3, COMPILED_BYTES) if is_served else budget
-
-
-def _is_wide() -> bool:
+def is_wide() -> bool:
+    """Whether this process multiplies large float32 matrices by oneDNN."""
     return HAS_WIDE_PRODUCTS and bool(torch.backends.mkldnn.enabled)
 
 
