@@ -1,32 +1,107 @@
 """Attention of branches over the keys and values that all branches of a sequence share, without a copy a row.
 
+The rest of the attention (projections, norms, rotation, gates) is the model's own: :func:`branch_attention` is
+registered with transformers as an attention implementation. What it is to read reaches it as an argument, in the place
+of the attention mask: an :class:`EarlierKeys`, which :class:`SharedKeys` is for compact rows.
+
 A branch reads the keys and values of its sequence's earlier positions, and its own. With the scores of earlier ones
 ``s_j = scale q . k_j`` and its own ``s``, both taken against their maximum m, its output is
 
     (sum_j exp(s_j - m) v_j + exp(s - m) v) / (sum_j exp(s_j - m) + exp(s - m)),
 
-a product of all branches of a sequence with the same keys and the same values. The rest of the attention (projections,
-norms, rotation, gates) is the model's own: this is registered with transformers as an attention implementation.
+a product of all branches of a sequence with the same keys and the same values.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from moe_interp.engine.branch_rows import CompactRows, RowsCache
+from moe_interp.engine.recorded_pass import RecordedPass
+
 NAME = "moe_interp_branches"
 
 
 class UnknownAttention(Exception):
     """An attention that is more than a softmax over keys, or keys that are not those of the base pass."""
+
+
+class EarlierKeys(ABC):
+    """What the branches that run read of the base pass in a layer, and how: given to it as its attention mask.
+
+    Attributes:
+        keys, values: The base pass's, ``[batch, kv_head, pos, d]``.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
+    ) -> Tensor:
+        """The attention's output ``[row, n, head, d_value]``.
+
+        Args:
+            query: ``[row, head, n, d_key]``.
+            key, value: The branches' own, ``[row, kv_head, n, d]``.
+            scale: Of the scores.
+            sinks: ``[head]``, scores that take a share, and give nothing.
+            softcap: Scores become ``softcap * tanh(score / softcap)``.
+
+        Raises:
+            UnknownAttention: what it does not serve.
+        """
+
+
+def branch_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the running branches, as transformers calls it.
+
+    Args:
+        module: The model's attention.
+        query: ``[row, head, n, d_key]``.
+        key, value: The branches' own, ``[row, kv_head, n, d]``.
+        attention_mask: What they read besides.
+        scaling: Of the scores.
+        dropout: Not in evaluation.
+        s_aux: ``[head]``, scores of sinks.
+        softcap: See :meth:`EarlierKeys.attend`.
+        others: What the mask says already, such as the width of a window.
+
+    Returns:
+        ``[row, n, head, d_value]``, and no pattern.
+
+    Raises:
+        UnknownAttention: no branches, a bias by position, or keys of another form than the recorded ones.
+    """
+    earlier = attention_mask
+    if not isinstance(earlier, EarlierKeys) or dropout or others.get("position_bias") is not None:
+        raise UnknownAttention(f"{type(earlier).__name__}, {sorted(others)}, dropout {dropout}")
+    if earlier.keys.shape[1::2] != key.shape[1::2] or earlier.values.shape[1::2] != value.shape[1::2]:
+        raise UnknownAttention(f"keys {tuple(key.shape)} beside recorded ones {tuple(earlier.keys.shape)}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return earlier.attend(query, key, value, scale, s_aux, softcap), None
+
+
+AttentionInterface.register(NAME, branch_attention)
 
 
 class Piece(NamedTuple):
@@ -39,100 +114,99 @@ class Piece(NamedTuple):
     crop: int
 
 
-@dataclass
-class Rows:
-    """The branches that are running: ``[row, n]`` positions in ``[row]`` sequences.
+class RowsOverSharedKeys(CompactRows):
+    """Compact rows that read their sequence's keys where they are.
 
     Attributes:
-        token: ``[row, n]``, index into the flattened ``[batch, pos]``.
-        crop: Keys before this position are all that any branch reads.
-        block_out: ``[row, n, d_model]``, the output of their layer's experts' block.
         scores_at_once: How many attention scores to hold together, one row's at least.
-        gathered: By id of a recorded value (which the recording holds), that value at the branches.
-        calls: By name, how often a child of the first layer has been called.
-        pieces: By number of heads, the pieces that attention takes one after the other.
-        masks: By id of a recorded mask and piece, what is added to the scores of its last keys.
     """
 
-    sequence: Tensor
-    position: Tensor
-    token: Tensor
-    crop: int
-    block_out: Tensor
-    scores_at_once: int
-    gathered: dict[int, Any] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-    pieces: dict[int, list[Piece]] = field(default_factory=dict)
-    masks: dict[tuple[int, Piece], Tensor] = field(default_factory=dict)
+    def __init__(
+        self, base: RecordedPass, sequence: Tensor, position: Tensor, block_out: Tensor, scores_at_once: int
+    ) -> None:
+        super().__init__(base, sequence, position, block_out)
+        self.scores_at_once = scores_at_once
+        self._pieces: dict[int, list[Piece]] = {}  # by number of heads
+        self._added: dict[tuple[int | None, Piece], Tensor] = {}
+
+    def cache(self) -> RowsCache:
+        return RowsCache(self)
+
+    def attends(self, layer: int) -> Any:
+        recorded = self.base.cache.recorded.get(layer)
+        return None if recorded is None else SharedKeys(self, layer, *recorded)
+
+    def pieces(self, n_heads: int) -> list[Piece]:
+        """What attention takes one after the other."""
+        if n_heads not in self._pieces:
+            self._pieces[n_heads] = list(self._cut(n_heads))
+        return self._pieces[n_heads]
+
+    def _cut(self, n_heads: int) -> Iterator[Piece]:
+        """Rows in their order, as many of one sequence at a time as their scores fit."""
+        low, end = self.position.amin(dim=-1).tolist(), self.position.amax(dim=-1).tolist()
+        sequence, n = self.sequence.tolist(), self.position.shape[1]
+        most = self.scores_at_once // (n_heads * n)
+        start = 0
+        for i in range(1, len(end) + 1):
+            fits = i < len(end) and sequence[i] == sequence[start] and (i + 1 - start) * max(end[start : i + 1]) <= most
+            if not fits:
+                # the first token reads itself only: a key that is hidden from it spares a special case
+                yield Piece(start, i, sequence[start], min(low[start:i]), max(1, *end[start:i]))
+                start = i
+
+    def added(self, number: int | None, piece: Piece) -> Tensor:
+        """``[row * n, width]``: 0, or the least number at keys that a branch's token did not read before its position.
+
+        Args:
+            number: Of the layer's mask; None where its tokens read all earlier ones.
+            piece: The rows.
+        """
+        if (number, piece) not in self._added:
+            base_mask = self.base.arguments.value(number)
+            position = self.position[piece.start : piece.stop].reshape(-1, 1)
+            # without a mask of the base pass's, every key before the piece's first position is read by all
+            low = piece.low if base_mask is None else 0
+            is_hidden = torch.arange(low, piece.crop, device=position.device) >= position
+            mask = torch.zeros(is_hidden.shape, dtype=self.block_out.dtype, device=position.device)
+            if base_mask is not None:
+                of_sequence = base_mask[piece.sequence if len(base_mask) > 1 else 0, 0, :, : piece.crop]
+                here = of_sequence[position[:, 0]]
+                if here.dtype == torch.bool:
+                    is_hidden |= ~here
+                else:
+                    mask = here
+            self._added[number, piece] = mask.masked_fill(is_hidden, torch.finfo(mask.dtype).min)
+        return self._added[number, piece]
 
 
-class _Now(threading.local):
-    """What runs in a thread: branches, and the keys and values of earlier positions at the layer just asked for."""
-
-    rows: Rows | None = None
-    earlier: tuple[Tensor, Tensor] | None = None
-
-
-_now = _Now()
-
-
-def offer(rows: Rows, earlier: tuple[Tensor, Tensor]) -> None:
-    """What this thread's next attention is to read: the branches, and their base pass's keys and values."""
-    _now.rows, _now.earlier = rows, earlier
-
-
-def forget() -> None:
-    """Let go of what a thread's attention was to read, whether it has come to that or not."""
-    _now.rows = _now.earlier = None
-
-
-def branch_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    s_aux: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention of the running branches, as transformers calls it.
+class SharedKeys(EarlierKeys):
+    """Keys of compact rows: a product with the keys that a piece of rows may read, and a mask.
 
     Args:
-        query: ``[row, head, n, d_key]``.
-        key, value: The branches' own, ``[row, kv_head, n, d]``.
-        attention_mask: The base pass's ``[batch or 1, 1, pos, pos]``; None where every token reads all earlier ones.
-        scaling: Of the scores.
-        dropout: Not in evaluation.
-        s_aux: ``[head]``, scores of sinks: they take a share, and give nothing.
-        others: What the mask says already, such as the width of a window.
-
-    Returns:
-        ``[row, n, head, d_value]``, and no pattern.
-
-    Raises:
-        UnknownAttention: a soft-cap, a bias by position, or keys of another form than the recorded ones.
+        rows: The rows.
+        layer: The layer.
+        keys, values: Its recorded ones.
     """
-    rows, earlier = _now.rows, _now.earlier
-    forget()
-    if rows is None or earlier is None or dropout or any(others.get(name) is not None for name in _BEYOND):
-        raise UnknownAttention(f"{sorted(others)}, dropout {dropout}")
-    keys, values = earlier
-    if keys.shape[1::2] != key.shape[1::2] or values.shape[1::2] != value.shape[1::2]:
-        raise UnknownAttention(f"keys {tuple(key.shape)} beside recorded ones {tuple(keys.shape)}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = []
-    for piece in _pieces(rows, query.shape[1]):
-        here = slice(piece.start, piece.stop)
-        before = keys[piece.sequence, :, : piece.crop], values[piece.sequence, :, : piece.crop]
-        mask = _mask(rows, piece, attention_mask)
-        parts.append(_attend(query[here], before, (key[here], value[here]), mask, scale, s_aux))
-    return torch.cat(parts), None
 
+    def __init__(self, rows: RowsOverSharedKeys, layer: int, keys: Tensor, values: Tensor) -> None:
+        super().__init__(keys, values)
+        number = rows.base.arguments.number(layer, "attention_mask")
+        # none where it only says that real tokens read all earlier ones
+        self.rows, self.mask = rows, number if number is not None and rows.base.hides_keys(number) else None
 
-_BEYOND = ("softcap", "position_bias")
-AttentionInterface.register(NAME, branch_attention)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
+    ) -> Tensor:
+        if softcap is not None:
+            raise UnknownAttention("a soft-cap over shared keys")
+        parts = []
+        for piece in self.rows.pieces(query.shape[1]):
+            here = slice(piece.start, piece.stop)
+            before = self.keys[piece.sequence, :, : piece.crop], self.values[piece.sequence, :, : piece.crop]
+            mask = self.rows.added(self.mask, piece)
+            parts.append(_attend(query[here], before, (key[here], value[here]), mask, scale, sinks))
+        return torch.cat(parts)
 
 
 def _attend(
@@ -181,41 +255,3 @@ def _attend(
     out = own_out.add_(read).div_(total)
     # shape: (kv_head, group, row * n, d) -> (row, n, head, d)
     return out.view(n_heads, n_rows, n, -1).permute(1, 2, 0, 3)
-
-
-def _pieces(rows: Rows, n_heads: int) -> list[Piece]:
-    if n_heads not in rows.pieces:
-        rows.pieces[n_heads] = list(_cut(rows, n_heads))
-    return rows.pieces[n_heads]
-
-
-def _cut(rows: Rows, n_heads: int) -> Iterator[Piece]:
-    """Rows in their order, as many of one sequence at a time as their scores fit."""
-    low, end = rows.position.amin(dim=-1).tolist(), rows.position.amax(dim=-1).tolist()
-    sequence, n = rows.sequence.tolist(), rows.position.shape[1]
-    most = rows.scores_at_once // (n_heads * n)
-    start = 0
-    for i in range(1, len(end) + 1):
-        fits = i < len(end) and sequence[i] == sequence[start] and (i + 1 - start) * max(end[start : i + 1]) <= most
-        if not fits:
-            # the first token reads itself only: a key that is hidden from it spares a special case
-            yield Piece(start, i, sequence[start], min(low[start:i]), max(1, *end[start:i]))
-            start = i
-
-
-def _mask(rows: Rows, piece: Piece, base_mask: Tensor | None) -> Tensor:
-    """``[row * n, width]``: 0, or the least number at keys that a branch's token did not read before its position."""
-    if (id(base_mask), piece) not in rows.masks:
-        position = rows.position[piece.start : piece.stop].reshape(-1, 1)
-        # without a mask of the base pass's, every key before the piece's first position is read by all
-        low = piece.low if base_mask is None else 0
-        is_hidden = torch.arange(low, piece.crop, device=position.device) >= position
-        mask = torch.zeros(is_hidden.shape, dtype=rows.block_out.dtype, device=position.device)
-        if base_mask is not None:
-            here = base_mask[piece.sequence if len(base_mask) > 1 else 0, 0, :, : piece.crop][position[:, 0]]
-            if here.dtype == torch.bool:
-                is_hidden |= ~here
-            else:
-                mask = here
-        rows.masks[id(base_mask), piece] = mask.masked_fill(is_hidden, torch.finfo(mask.dtype).min)
-    return rows.masks[id(base_mask), piece]

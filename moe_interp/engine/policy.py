@@ -22,6 +22,41 @@ SHARED_KEYS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Share of the largest logit by which branches over shared keys may differ from the plain forward; some families cast
 to float32. Other number formats copy the keys."""
 
+
+class GridTolerance(NamedTuple):
+    """How far a grid's logits may be from the plain forward's when it is tried.
+
+    Attributes:
+        share: Of the largest logit.
+        of_all: Whether all tokens that are tried must be that near, or half of them.
+    """
+
+    share: float
+    of_all: bool
+
+
+GRID_TOLERANCE = {
+    torch.float64: GridTolerance(1e-6, of_all=True),
+    torch.float32: GridTolerance(1e-4, of_all=True),
+    torch.bfloat16: GridTolerance(0.06, of_all=False),
+    torch.float16: GridTolerance(0.02, of_all=False),
+}
+"""At half precision every way rounds otherwise, and near-ties of later routers change the route of many tokens."""
+
+
+class GridFrom(NamedTuple):
+    """From which share of a grid's places (every route at every position) a grid runs instead of compact rows.
+
+    A place costs half of what a branch costs in compact rows, and compiled a fifth (see docs/benchmarks.md).
+    """
+
+    plain: float
+    compiled: float
+
+
+GRID_FROM = {"cuda": GridFrom(0.5, 0.25)}
+"""By kind of device; others run compact rows. Tests and benchmarks write to it."""
+
 LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 48
 """From how many rows an expert a processor's loop over experts is faster than transformers' grouped product."""
 LOOP_FROM_WORK = 2**23
@@ -94,6 +129,21 @@ class Policy:
         differ when tried; None where keys are copied."""
         return SHARED_KEYS_TOLERANCE.get(dtype)
 
+    @staticmethod
+    def grid_tolerance(dtype: torch.dtype) -> GridTolerance | None:
+        """How far a grid may be from the plain forward when tried; None where it is not."""
+        return GRID_TOLERANCE.get(dtype)
+
+    def takes_grid(self, share: float, *, compiled: bool = False) -> bool:
+        """Whether branches run as a grid, if the model can.
+
+        Args:
+            share: How many of the grid's places are scored.
+            compiled: Whether its layers are.
+        """
+        least = GRID_FROM.get(self.device.type)
+        return least is not None and share >= (least.compiled if compiled else least.plain)
+
     @property
     def shortens_modules(self) -> bool:
         """Whether norms and experts run in equal forms that are faster on a processor.
@@ -141,11 +191,14 @@ class Policy:
         branches = (
             self.at_once.branches if self.shared_keys_tolerance(self.dtype) is not None else self.at_once.branches // 3
         )
+        grid = "compact rows"
+        if self.device.type in GRID_FROM:
+            grid += f", or a grid where {GRID_FROM[self.device.type].plain:.0%} of its places are scored"
         share = f"{PROCESSOR_SHARE:.0%} of what is free"
         if self.has_memory_of_its_own:
             share = f"what is free but for {RESERVED_BYTES / 2**30:g} GiB or {RESERVED_SHARE:.0%}"
         return (
-            f"On {kind} in {name}: attention {attention}; experts by {experts}; {workers}, "
+            f"On {kind} in {name}: attention {attention}; branches in {grid}; experts by {experts}; {workers}, "
             f"{branches} branches and {self.most_tokens} tokens at once; memory: {share}"
         )
 

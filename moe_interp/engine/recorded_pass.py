@@ -5,18 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import DynamicCache
 
 from moe_interp.arch.modules import unwrap
-from moe_interp.engine.cached_keys import RecordingCache
 from moe_interp.engine.cpu.fast_modules import FastModules
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.types import Hooks
+
+_PLAIN_CACHES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # by name: the classes move between versions
+
+
+class RecordingCache(DynamicCache):
+    """Keeps each layer's keys and values whole (a sliding layer of its own would trim them) and hands them on."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        # as transformers' own cache, which holds values in the format of the keys (where rotary embeddings raise these)
+        value_states = value_states.to(torch.promote_types(key_states.dtype, value_states.dtype))
+        self.recorded[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def refusal(self, layer: int, n_pos: int) -> str | None:
+        """Why a layer's state before a token is not its plain keys and values; None where it is."""
+        kind = type(self.layers[layer]).__name__ if layer < len(self.layers) else "nothing"
+        if kind == "DummyLayer":  # a layer without attention, which sees its own token only
+            return None
+        if kind not in _PLAIN_CACHES:
+            return f"the state {kind} instead of plain keys and values"
+        keys = self.recorded.get(layer, (None,))[0]
+        if keys is None or keys.shape[-2] != n_pos:
+            return "no keys of its own for every position"
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +91,39 @@ class Recording:
     layers: dict[int, RecordedLayer] = field(default_factory=dict)
     arguments: dict[int, dict[str, Any]] = field(default_factory=dict)
     gives_tuple: dict[int, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The keyword arguments of all layers: each value once, as layers share masks and rotary tables.
+
+    Attributes:
+        values: The values.
+        numbers: By layer and name, the number of its value.
+    """
+
+    values: list[Any]
+    numbers: dict[int, dict[str, int]]
+
+    @staticmethod
+    def of(arguments: Mapping[int, Mapping[str, Any]]) -> Arguments:
+        values: list[Any] = []
+
+        def number(value: Any) -> int:
+            known = next((at for at, other in enumerate(values) if other is value), None)
+            if known is None:
+                values.append(value)
+            return len(values) - 1 if known is None else known
+
+        return Arguments(values, {layer: {n: number(v) for n, v in a.items()} for layer, a in arguments.items()})
+
+    def number(self, layer: int, name: str) -> int | None:
+        """Of the value that a layer was called with; None where it was not, or with None."""
+        number = self.numbers[layer].get(name)
+        return None if self.value(number) is None else number
+
+    def value(self, number: int | None) -> Any:
+        return None if number is None else self.values[number]
 
 
 @contextmanager
@@ -134,6 +197,9 @@ class RecordedPass:
         indices, weights: By layer, the standard route, ``[batch, pos, slot]``.
         experts_in: By layer, what the experts read, ``[batch, pos, d_in]``.
         shares_keys: Whether branches may read their sequence's keys without copies; None until it has been tried.
+        runs_grid: The same of branches that run as a grid.
+        hiding: By number of a mask among the layers' arguments, whether it hides keys, as far as that has been asked.
+        reaches: Likewise what each sequence's tokens read, for a grid.
     """
 
     moe: MoEHooks
@@ -153,6 +219,14 @@ class RecordedPass:
     weights: dict[int, Tensor]
     experts_in: dict[int, Tensor]
     shares_keys: bool | None = None
+    runs_grid: bool | None = None
+    hiding: dict[int, bool] = field(default_factory=dict)
+    reaches: dict[int | None, list[Any]] = field(default_factory=dict)
+
+    @cached_property
+    def arguments(self) -> Arguments:
+        """What the layers were called with."""
+        return Arguments.of(self.recording.arguments)
 
     def refusal(self, layer: int) -> str | None:
         """Why branches from a layer could not be exact on this model, in words; None where they are."""
@@ -181,8 +255,17 @@ class RecordedPass:
         out = answer[0] if isinstance(answer, tuple) else answer
         return out.reshape(-1, out.shape[-1])
 
-    def hides_keys(self, mask: Tensor) -> bool:
-        """Whether a recorded attention mask says more than that real tokens read all earlier ones."""
+    def hides_keys(self, number: int) -> bool:
+        """Whether a recorded attention mask says more than that real tokens read all earlier ones.
+
+        Args:
+            number: Of the mask among :attr:`arguments`.
+        """
+        if number not in self.hiding:
+            self.hiding[number] = self._hides_keys(self.arguments.values[number])
+        return self.hiding[number]
+
+    def _hides_keys(self, mask: Tensor) -> bool:
         n_pos = mask.shape[-1]
         earlier = torch.ones(n_pos, n_pos, dtype=torch.bool, device=mask.device).tril()
         is_read = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0) | ~earlier

@@ -9,15 +9,26 @@ from typing import Any
 from torch import nn
 
 
+def forward_slot(module: nn.Module) -> str:
+    """Where the instance keeps its forward: accelerate's, which moves weights in, wraps one in another attribute."""
+    return "_old_forward" if {"_hf_hook", "_old_forward"} <= module.__dict__.keys() else "forward"
+
+
 @contextmanager
-def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for a module inside the ``with``; its own again after, also after an exception."""
+def swapped_forward(module: nn.Module, forward: Callable[..., Any], slot: str = "forward") -> Iterator[None]:
+    """Another forward for a module inside the ``with``; its own again after, also after an exception.
+
+    Args:
+        module: The module.
+        forward: In the place of its own.
+        slot: ``"forward"`` goes past what accelerate does around a forward, :func:`forward_slot` inside of it.
+    """
     # in the instance's own dictionary, past the redirection of TransformerLens' components
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    before = module.__dict__.get(slot)
+    module.__dict__[slot] = forward
     try:
         yield
     finally:
-        del module.__dict__["forward"]
+        del module.__dict__[slot]
         if before is not None:
-            module.__dict__["forward"] = before
+            module.__dict__[slot] = before

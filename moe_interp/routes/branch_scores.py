@@ -92,6 +92,44 @@ def ruled_routes(base: RecordedPass, layer: int, indices: Tensor, weights: Tenso
     return LayerRoutes(indices, weights.masked_fill(indices == EMPTY, 0.0), is_given)
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is to be scored.
+
+    Attributes:
+        routes: By layer, the standard route in front, as route 0.
+        present: ``[batch, pos, route]`` bool, the branches to score.
+        averaged: ``[batch, pos, route]`` bool, those whose predictions are averaged.
+        n_averaged: Of a token, at most.
+    """
+
+    routes: dict[int, LayerRoutes]
+    present: Tensor
+    averaged: Tensor
+    n_averaged: int
+
+    @staticmethod
+    def of(
+        base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, averaged: Tensor | None = None
+    ) -> Asked:
+        """Of the arguments of :func:`branch_scores`."""
+        with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
+        present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
+        is_averaged = torch.zeros_like(present)
+        if averaged is not None:
+            is_averaged[:, :, 1:] = averaged & present[:, :, 1:]
+        return Asked(with_null, present, is_averaged, int(is_averaged.sum(dim=-1).max()))
+
+    @property
+    def first(self) -> int:
+        return min(self.routes)
+
+    @property
+    def above(self) -> dict[int, LayerRoutes]:
+        """The routes at layers above the first."""
+        return {layer: given for layer, given in self.routes.items() if layer != self.first}
+
+
 def branch_scores(
     base: RecordedPass,
     routes: Mapping[int, LayerRoutes],
@@ -114,20 +152,16 @@ def branch_scores(
         Log-probabilities of the routes ``[batch, pos, route, target]`` and of the null route ``[batch, pos, target]``,
         and the entropy of the mean prediction ``[batch, pos]`` (NaN where nothing is averaged).
     """
-    first = min(routes)
-    with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
-    present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
+    asked = Asked.of(base, routes, wanted, averaged)
+    first, present, is_averaged, n_averaged = asked.first, asked.present, asked.averaged, asked.n_averaged
+    with_null = asked.routes
     workers = n_workers(base.moe) if len(routes) == 1 else 1
     n_branches = int(present.sum())
     shares_keys = n_branches >= _WORTH_A_TRIAL and can_share_keys(base)
-    is_averaged = torch.zeros_like(present)
-    if averaged is not None:
-        is_averaged[:, :, 1:] = averaged & present[:, :, 1:]
-    n_averaged = int(is_averaged.sum(dim=-1).max())
     plan = Plan(base, first, with_null[first].indices.shape[2], memory.bytes, workers, shares_keys, n_averaged)
     at_once = min(plan.rows_at_once * plan.row_length, n_branches)
-    upper = _UpperRoutes(base, {layer: given for layer, given in with_null.items() if layer != first})
-    runner = BranchRunner(base, first, upper.hooks, at_once, shares_keys, plan.scores_at_once)
+    upper = UpperRoutes(base, asked.above)
+    runner = BranchRunner(base, first, at_once, shares_keys, plan.scores_at_once)
     with torch.inference_mode(False), torch.no_grad(), runner as run:
         scorer = _Scorer(base, plan, upper, run, is_averaged, targets, memory)
 
@@ -187,7 +221,7 @@ class _Scorer:
         self,
         base: RecordedPass,
         plan: Plan,
-        upper: _UpperRoutes,
+        upper: UpperRoutes,
         run: BranchRunner,
         averaged: Tensor,
         targets: Tensor,
@@ -280,8 +314,8 @@ class _Scorer:
 
     def _states(self, branches: _Branches, sequence: Tensor, chosen: Tensor) -> Tensor:
         token, route = branches.token[chosen], branches.route[chosen]
-        self.upper.set(token, route)
-        return self.run(sequence, token % self.plan.n_pos, branches.block_out[branches.of_chunk[chosen], route])
+        block_out = branches.block_out[branches.of_chunk[chosen], route]
+        return self.run(sequence, token % self.plan.n_pos, block_out, self.upper.hooks(token, route))
 
     def _log_probs(self, states: Tensor, targets: Tensor) -> Tensor:
         n = self.plan.logits_at_once
@@ -290,29 +324,28 @@ class _Scorer:
         return torch.cat([log_probs(self.run.logits(s), t) for s, t in zip(states.split(n), targets.split(n))])
 
 
-class _UpperRoutes:
-    """The routes of the running branches at layers above the first: hooks that put them in place."""
+class UpperRoutes:
+    """The routes of branches at layers above the first."""
 
     def __init__(self, base: RecordedPass, routes: Mapping[int, LayerRoutes]) -> None:
+        self.base, self.given = base, routes
         self.flat = {
             layer: (given.indices.flatten(0, 1), given.weights.flatten(0, 1)) for layer, given in routes.items()
         }
-        self.now: tuple[Tensor, Tensor] | None = None
-        self.hooks: Hooks = []
-        for layer, given in routes.items():
-            self.hooks.append((base.moe.hook_name("expert_indices", layer), self._setter(layer, 0)))
-            if given.has_own_weights:
-                self.hooks.append((base.moe.hook_name("expert_weights", layer), self._setter(layer, 1)))
 
-    def set(self, token: Tensor, route: Tensor) -> None:
-        self.now = token, route
+    def hooks(self, token: Tensor, route: Tensor) -> Hooks:
+        """Hooks that put the routes of some branches in place."""
+        found: Hooks = []
+        for layer, given in self.given.items():
+            for part, name in enumerate(("expert_indices", "expert_weights")):
+                if name == "expert_indices" or given.has_own_weights:
+                    put = _putting(self.flat[layer][part][token, route])
+                    found.append((self.base.moe.hook_name(name, layer), put))
+        return found
 
-    def _setter(self, layer: int, part: int) -> Any:
-        def put(value: Tensor, hook: Any) -> Tensor:
-            assert self.now is not None
-            return self.flat[layer][part][self.now][..., : value.shape[-1]]
 
-        return put
+def _putting(written: Tensor) -> Any:
+    return lambda value, hook: written[..., : value.shape[-1]]
 
 
 def block_outputs(base: RecordedPass, layer: int, routes: LayerRoutes, tokens: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.engine.branches import can_share_keys
+from moe_interp.engine.grid.rows import holds_scores
 from moe_interp.engine.memory import free_bytes, without_compiled
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
@@ -57,7 +58,7 @@ class Plan:
         policy = policy_of(base.moe)
         budget = free_bytes(policy) if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)
-        token, row, logits = self._token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
+        token, row, logits = _token_bytes(base, layer, n_routes), self._row_bytes(base, layer), _logits_bytes(base)
         token += n_averaged * (base.moe.spec(layer).d_model * base.logits.element_size())
         token += 0 if base.ends_in_head else n_averaged * base.logits.shape[-1] * base.logits.element_size()
         score, one_row = (
@@ -123,24 +124,71 @@ class Plan:
             together = group[owner[group].argsort(stable=True)]  # rows of one sequence read the same keys
             yield owner[together], table[together]
 
-    # upper estimates of what is held at once ------------------------------------------------------------------------
-    def _token_bytes(self, base: RecordedPass, layer: int, n_routes: int) -> int:
-        """A token's expert outputs, and its routes' mixing weights and block outputs."""
-        spec = base.moe.spec(layer)
-        width = spec.d_model + n_routes
-        return (spec.n_experts * (width + spec.d_expert) + 4 * n_routes * spec.d_model) * base.logits.element_size()
-
     def _row_bytes(self, base: RecordedPass, layer: int) -> int:
-        """A row's residuals, expert rows, queries, keys and values; without shared keys also copies and scores."""
-        spec, size = base.moe.spec(layer), base.logits.element_size()
-        heads, widest = _attention(base)
-        branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model) + 2 * heads * widest) * size
-        branch += 0 if base.ends_in_head else _logits_bytes(base)
+        """What a row's branches hold, and their mask; without shared keys also copies of these and scores."""
+        branch, size, heads = _branch_bytes(base, layer), base.logits.element_size(), _attention(base)[0]
         if self.shares_keys:
-            return self.row_length * (branch + self.n_pos * size)  # and its mask
+            return self.row_length * (branch + self.n_pos * size)
         cached = [(k.shape[1] + heads) * (k.shape[-1] + v.shape[-1]) for k, v in base.cache.recorded.values()]
         scores = heads * self.row_length * (2 * size + 8)
         return self.row_length * branch + (self.n_pos + self.row_length) * (scores + max(cached, default=0) * size)
+
+
+class GridPlan:
+    """The packing of one layer's branches as a grid.
+
+    Attributes:
+        fits: Whether a grid of one sequence fits into the memory at all.
+        tokens_at_once: Whose block outputs are computed together.
+        sequences_at_once: Whose block outputs and final states are held together.
+        rows_at_once: Rows of a group.
+        logits_at_once: Branches that are unembedded together.
+        scores_at_once: Attention scores held together where no kernel serves.
+
+    Args:
+        base, layer, n_routes: What is scored.
+        memory_budget: In bytes.
+    """
+
+    def __init__(self, base: RecordedPass, layer: int, n_routes: int, memory_budget: int) -> None:
+        at_once, n_pos, size = policy_of(base.moe).at_once, base.tokens.shape[1], base.logits.element_size()
+        width, heads = base.moe.spec(layer).d_model, _attention(base)[0]
+        # block outputs, twice while they are brought into order, and final states
+        kept = n_routes * 3 * width * size * n_pos
+        token, logits = _token_bytes(base, layer, n_routes), _logits_bytes(base)
+        row = n_pos * _grid_branch_bytes(base, layer)
+        quarter, half = memory_budget // 4, memory_budget // 2
+        score = _SCORE_PARTS * score_dtype(base.logits).itemsize if holds_scores(base, layer) else 0
+        one_row = heads * n_pos * n_pos
+        self.scores_at_once = max(one_row, min(at_once.scores, half // 4 // max(score, 1)))
+        rows = (half - score * self.scores_at_once) // row
+        self.sequences_at_once = min(quarter // kept, max(1, at_once.tokens_bytes // kept))
+        self.tokens_at_once = min(half // token, max(1, at_once.tokens_bytes // token))
+        self.logits_at_once = min(quarter // logits, max(at_once.logits_bytes // logits, 64))
+        self.rows_at_once = min(rows, max(1, at_once.branches // n_pos))
+        self.fits = min(rows, self.sequences_at_once, self.tokens_at_once, self.logits_at_once) > 0
+
+
+# upper estimates of what is held at once ----------------------------------------------------------------------------
+def _token_bytes(base: RecordedPass, layer: int, n_routes: int) -> int:
+    """A token's expert outputs, and its routes' mixing weights and block outputs."""
+    spec = base.moe.spec(layer)
+    width = spec.d_model + n_routes
+    return (spec.n_experts * (width + spec.d_expert) + 4 * n_routes * spec.d_model) * base.logits.element_size()
+
+
+def _branch_bytes(base: RecordedPass, layer: int) -> int:
+    """A branch's residuals, expert rows, queries, keys and values."""
+    spec, size = base.moe.spec(layer), base.logits.element_size()
+    heads, widest = _attention(base)
+    branch = (12 * spec.d_model + 3 * spec.top_k * (spec.d_expert + spec.d_model) + 2 * heads * widest) * size
+    return branch + (0 if base.ends_in_head else _logits_bytes(base))
+
+
+def _grid_branch_bytes(base: RecordedPass, layer: int) -> int:
+    """As :func:`_branch_bytes`, with what the merge of a grid's attention holds: products, values, logarithms."""
+    heads, widest = _attention(base)
+    return _branch_bytes(base, layer) + heads * (2 * widest * base.logits.element_size() + 32)
 
 
 def _attention(base: RecordedPass) -> tuple[int, int]:
@@ -151,8 +199,10 @@ def _attention(base: RecordedPass) -> tuple[int, int]:
 
 
 def _logits_bytes(base: RecordedPass) -> int:
-    """One branch's logits, at their own width and twice at that of the scores."""
-    return base.logits.shape[-1] * (base.logits.element_size() + 2 * score_dtype(base.logits).itemsize)
+    """One branch's logits: on a processor at their own width and twice at that of the scores, elsewhere twice."""
+    size = base.logits.element_size()
+    each = size + 2 * score_dtype(base.logits).itemsize if base.logits.is_cpu else 2 * size
+    return base.logits.shape[-1] * each
 
 
 def score_dtype(logits: Tensor) -> torch.dtype:

@@ -7,16 +7,23 @@ from torch import Tensor
 
 from moe_interp.routes.plan import score_dtype
 
-_ROWS = 16  # of logits at a time, which stay in the processor's cache
+_ROWS = 16  # of logits at a time on a processor, which stay in its cache
+_WIDE_BYTES = 2**26  # of logits at the width of scores at a time elsewhere
 
 
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """``[..., vocab]`` and ``[..., target]`` ids to log-probabilities ``[..., target]``, at float32 at least."""
-    logits = logits.to(score_dtype(logits))
-    if logits.is_cuda:
-        return logits.gather(-1, targets) - logits.logsumexp(dim=-1, keepdim=True)
-    rows = zip(logits.reshape(-1, logits.shape[-1]).split(_ROWS), targets.reshape(-1, targets.shape[-1]).split(_ROWS))
-    return torch.cat([row.log_softmax(dim=-1).gather(-1, ids) for row, ids in rows]).view(targets.shape)
+    """``[..., vocab]`` and ``[..., target]`` ids to log-probabilities ``[..., target]``, at float32 at least.
+
+    ``logit[target] - log sum exp(logits)``, in nats. Logits of a lower precision are widened a few rows at a time.
+    """
+    dtype, n = score_dtype(logits), _rows_at_once(logits)
+    rows = zip(logits.reshape(-1, logits.shape[-1]).split(n), targets.reshape(-1, targets.shape[-1]).split(n))
+    found = [row.log_softmax(dim=-1, dtype=dtype).gather(-1, ids) for row, ids in rows]
+    return torch.cat(found).view(targets.shape) if found else logits.new_empty(targets.shape, dtype=dtype)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return _ROWS if logits.is_cpu else max(1, _WIDE_BYTES // (logits.shape[-1] * score_dtype(logits).itemsize))
 
 
 def averaged_log_probs(logits: Tensor, targets: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,26 +37,35 @@ def averaged_log_probs(logits: Tensor, targets: Tensor, averaged: Tensor) -> tup
     Returns:
         Log-probabilities ``[token, route, target]``, and entropies ``[token]`` in nats; NaN where nothing is averaged.
     """
+    if not logits.is_cpu:
+        return averaged_without_waiting(logits, targets, averaged)
     if not bool(averaged.any()):
         nothing = logits.new_full((len(logits),), float("nan"), dtype=score_dtype(logits))
         return log_probs(logits, targets.unsqueeze(1).expand(-1, logits.shape[1], -1)), nothing
-    scores, sums = (_on_cuda if logits.is_cuda else _row_by_row)(logits, targets, averaged)
-    # 0 / 0 where nothing is averaged
-    mean = sums.div_(averaged.sum(dim=-1, keepdim=True))
-    return scores, mean_entropy(mean)
+    scores, sums = _row_by_row(logits, targets, averaged)
+    return scores, _entropy_of_sums(sums, averaged)
+
+
+def averaged_without_waiting(logits: Tensor, targets: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`averaged_log_probs`, without looking at values on the host."""
+    n = max(1, _rows_at_once(logits) // logits.shape[1])
+    scores, entropies = [], []
+    for some, ids, flags in zip(logits.split(n), targets.split(n), averaged.split(n)):
+        log = some.log_softmax(dim=-1, dtype=score_dtype(logits))
+        scores.append(log.gather(-1, ids.unsqueeze(1).expand(-1, log.shape[1], -1)))
+        sums = log.exp_().masked_fill_(~flags.unsqueeze(-1), 0.0).sum(dim=1)
+        entropies.append(_entropy_of_sums(sums, flags))
+    return torch.cat(scores), torch.cat(entropies)
+
+
+def _entropy_of_sums(sums: Tensor, averaged: Tensor) -> Tensor:
+    """``[token]``, of the mean of ``[token, vocab]`` summed predictions; NaN (0 / 0) where nothing is averaged."""
+    return mean_entropy(sums.div_(averaged.sum(dim=-1, keepdim=True)))
 
 
 def mean_entropy(mean: Tensor) -> Tensor:
     """The entropy of a distribution ``[..., vocab]``, in nats."""
     return torch.special.entr(mean).sum(dim=-1)
-
-
-def _on_cuda(logits: Tensor, targets: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits.to(score_dtype(logits))
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    scores = logits.gather(-1, targets.unsqueeze(1).expand(-1, logits.shape[1], -1)) - total
-    probabilities = (logits - total).exp_().masked_fill_(~averaged.unsqueeze(-1), 0.0)
-    return scores, probabilities.sum(dim=1)
 
 
 def _row_by_row(logits: Tensor, targets: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:

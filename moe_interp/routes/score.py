@@ -18,7 +18,8 @@ from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError, DataError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import set_routes
-from moe_interp.routes.branch_scores import LayerRoutes, RouteScores, branch_scores
+from moe_interp.routes.branch_scores import LayerRoutes, RouteScores
+from moe_interp.routes.grid_scores import exact_scores
 from moe_interp.routes.inputs import by_label, check_routes, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
 from moe_interp.routes.predictions import log_probs, mean_entropy
@@ -153,7 +154,7 @@ def score_from_base(
     standard = log_probs(base.logits, ids).masked_fill(~wanted.unsqueeze(-1), float("nan"))
     chosen = _method(base, routes, method)
     if chosen == "branch":
-        logp, null, entropy = branch_scores(base, routes, wanted, ids, memory, averaged)
+        logp, null, entropy = exact_scores(base, routes, wanted, ids, memory, averaged)
         if method == "auto" and _is_off(null, standard, wanted, base.logits.dtype):
             chosen = _slowly(base, min(routes), "the standard route does not come out as in the plain forward")
     if chosen == "naive":
@@ -218,7 +219,7 @@ def _is_off(null: Tensor, standard: Tensor, wanted: Tensor, dtype: torch.dtype) 
 def _naive_scores(
     base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, targets: Tensor, averaged: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One ``run_with_hooks`` a route, the standard route's among them; as :func:`branch_scores`."""
+    """One ``run_with_hooks`` a route, the standard route's among them; as :func:`exact_scores`."""
     with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
     present = torch.stack([given.present for given in with_null.values()]).all(dim=0)
     present[:, :, 0] = True  # also of a token whose experts were all full

@@ -73,8 +73,8 @@ def test_a_null_route_that_misses_the_plain_forward_is_noticed(monkeypatch: pyte
     routes, run = random_routes(moe, 0, TOKENS), BranchRunner.__call__
     naive = score_routes(moe, TOKENS, 0, routes, positions=[3, 5], method="naive")
 
-    def misplaced(self: BranchRunner, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
-        return run(self, sequence, (position - 1).clamp(min=1), block_out)
+    def misplaced(self: BranchRunner, sequence: Tensor, position: Tensor, *others: Any) -> Tensor:
+        return run(self, sequence, (position - 1).clamp(min=1), *others)
 
     monkeypatch.setattr(BranchRunner, "__call__", misplaced)
     with pytest.warns(SlowRoutesWarning, match="standard route"):

@@ -89,8 +89,8 @@ def test_branches_are_checked_against_full_passes_on_every_layer_of_a_plain_fami
 def test_branches_that_read_the_wrong_keys_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = BranchRunner.__call__
 
-    def wrong(self: BranchRunner, sequence: Tensor, position: Tensor, block_out: Tensor) -> Tensor:
-        return right(self, sequence, (position - 1).clamp(min=0), block_out)
+    def wrong(self: BranchRunner, sequence: Tensor, position: Tensor, *others: Any) -> Tensor:
+        return right(self, sequence, (position - 1).clamp(min=0), *others)
 
     monkeypatch.setattr(BranchRunner, "__call__", wrong)
     table = attached("olmoe").verify()

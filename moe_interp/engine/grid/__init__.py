@@ -1,0 +1,1 @@
+"""Branches as a grid: a GPU's way to run them."""
