@@ -1,12 +1,14 @@
 """From what users hand in (texts, chat messages, lists of ids) to token ids: the one place that tokenises.
 
+Here also stands how long a sequence may be, and the one check of it.
+
 A sequence begins with what ``bridge.to_tokens`` puts in front of a text (BOS, where ``bridge.cfg.default_prepend_bos``
 says so), exactly once: also where the text or a chat template writes it already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,6 +210,36 @@ def check_messages(value: Any, place: str) -> Messages:
             given = f"{place}: message {number} is {str(message)[:60]}"
             raise DataError(given, expected, "Give each message its role and its content.")
     return tuple(dict(message) for message in value)
+
+
+def context_length(bridge: TransformerBridge) -> int | None:
+    """The most tokens of a sequence, as the model's own configuration says (``max_position_embeddings``, of its text
+    part); None where it says nothing, as in models with relative positions (T5)."""
+    config: Any = getattr(getattr(bridge, "original_model", None), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def check_context(bridge: TransformerBridge, lengths: Iterable[tuple[str, int]]) -> None:
+    """Refuse sequences that are longer than the model's context. Rotary models run them, and compute something else.
+
+    Args:
+        bridge: The model.
+        lengths: Of each sequence, where it stands, for the error, and how many tokens it has, padding included.
+
+    Raises:
+        DataError: it names the first five.
+    """
+    context = context_length(bridge)
+    long = [(place, n) for place, n in lengths if context is not None and n > context]
+    if long:
+        named = "; ".join(f"{place}: {n} tokens" for place, n in long[:5])
+        raise DataError(
+            named + (f"; and {len(long) - 5} more" if len(long) > 5 else ""),
+            f"at most the model's context of {context}",
+            "Shorten what is longer, or leave it out.",
+        )
 
 
 def warn_of_two_bos(bridge: TransformerBridge, tokens: Tensor, attention_mask: Tensor | None = None) -> None:

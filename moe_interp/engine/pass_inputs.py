@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_interp.engine.memory import Memory
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.tokenization import TextReader, padded_ids, warn_of_two_bos
+from moe_interp.tokenization import TextReader, check_context, padded_ids, warn_of_two_bos
 
 Tokens = Tensor | str | Sequence[str]
 
@@ -51,14 +51,7 @@ def check_tokens(moe: MoEHooks, tokens: Tokens, attention_mask: Tensor | None = 
         beside = "" if mask is None else f" with a mask of shape {tuple(mask.shape)}"
         raise DataError(f"tokens of shape {tuple(ids.shape)} and dtype {ids.dtype}{beside}", expected, remedy)
     _check_ids(ids, int(getattr(moe.bridge.cfg, "d_vocab", 0) or 2**31))
-    model: Any = moe.bridge.original_model
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and ids.shape[1] > context:
-        raise DataError(
-            f"sequences of {ids.shape[1]} tokens",
-            f"at most {context}, the model's context",
-            "Split the sequences.",
-        )
+    check_context(moe.bridge, [("each sequence" if len(ids) > 1 else "the sequence", ids.shape[1])])
     if not is_text:
         warn_of_two_bos(moe.bridge, ids, mask)
     return ids.long(), mask

@@ -12,7 +12,7 @@ from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.passes import StateBetweenPasses
 from moe_interp.interventions.positions import TokenSelection
-from moe_interp.tokenization import TextReader
+from moe_interp.tokenization import TextReader, check_context
 from moe_interp.types import Layer
 
 Reference = Tensor | str | Sequence[Any] | Mapping[str, Tensor] | None
@@ -143,6 +143,7 @@ def _tokens(reference: Any) -> Tensor:
 def _run(moe: MoEHooks, layer: Layer, tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """One pass of the model as it is, hooks included; what the layer's experts give in it."""
     _check_mask(mask, tuple(tokens.shape))
+    check_context(moe.bridge, [("the reference", tokens.shape[1])])
     found: dict[str, Tensor] = {}
     names = [moe.hook_name(name, layer) for name in ("expert_indices", "expert_out")]
     recorders: Any = [(name, lambda value, hook, name=name: found.__setitem__(name, value.clone())) for name in names]

@@ -16,7 +16,7 @@ from moe_interp.arch.offload import device_of
 from moe_interp.engine.eval_mode import eval_mode
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.tokenization import TextReader
+from moe_interp.tokenization import TextReader, check_context
 from moe_interp.types import Layer
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -171,9 +171,7 @@ def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int 
     if isinstance(tokens, str):
         reader = TextReader(bridge)
         row = reader.start(tokens, "the text", "tokens")
-        context = int(getattr(bridge.cfg, "n_ctx", 0) or len(row))
-        if len(row) > context:
-            raise DataError(f"a text of {len(row)} tokens", f"at most the model's context of {context}", "Shorten it.")
+        check_context(bridge, [("the text", len(row))])
         reader.warn("text")
         if not row:
             raise DataError("a text without a token", "at least one token", "Give a longer text.")
@@ -189,11 +187,10 @@ def as_tokens(bridge: TransformerBridge, tokens: Tensor | str | None, seed: int 
             "integer ids [batch, pos]",
             "Pass bridge.to_tokens(text), or leave tokens out.",
         )
-    context = int(getattr(bridge.cfg, "n_ctx", 0) or tokens.shape[1])
     vocabulary = int(bridge.cfg.d_vocab)
-    if tokens.shape[1] > context or not tokens.numel():
-        given = f"{tokens.shape[1]} tokens"
-        raise DataError(given, f"at least one, and at most the model's context of {context}", "Pass others.")
+    if not tokens.numel():
+        raise DataError("no tokens", "at least one", "Pass others.")
+    check_context(bridge, [("each sequence" if len(tokens) > 1 else "the sequence", tokens.shape[1])])
     if bad := [i for i in tokens.flatten().tolist() if not 0 <= i < vocabulary]:
         raise DataError(f"token id {bad[0]}", f"ids from 0 to {vocabulary - 1}", "Tokenise for this model.")
     return tokens.to(device)

@@ -16,7 +16,7 @@ from moe_interp.checks import check_name
 from moe_interp.engine.rerun import TargetPredictions
 from moe_interp.errors import DataError
 from moe_interp.jsonlines import read_json_lines
-from moe_interp.tokenization import Messages, TextReader, id_row, prompt_of
+from moe_interp.tokenization import Messages, TextReader, check_context, id_row, prompt_of
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[Tok
     Warns:
         RepeatedBOSWarning: prompts that begin with BOS themselves, or ids that begin with two; once, naming the items.
     """
-    reader, context = TextReader(bridge), int(getattr(bridge.cfg, "n_ctx", 0) or 0)
+    reader = TextReader(bridge)
     special = set(getattr(bridge.tokenizer, "all_special_ids", ()) or ())
     tokenized = []
     for item in items:
@@ -225,13 +225,8 @@ def tokenize_items(bridge: TransformerBridge, items: Sequence[Item]) -> list[Tok
                 "an answer of ordinary tokens",
                 "Leave it out; if the tokenizer adds it although told not to, give the answer as a list of ids.",
             )
-        if context and len(prompt) + len(answer) > context:
-            raise DataError(
-                f"{item.place}: {len(prompt)} + {len(answer)} tokens",
-                f"at most the model's context of {context}",
-                "Shorten the item, or leave it out.",
-            )
         tokenized.append(TokenizedItem(item, prompt, answer))
+    check_context(bridge, ((one.item.place, len(one)) for one in tokenized))
     reader.warn("item")
     return tokenized
 

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from moe_interp.checks import check_whole
 from moe_interp.errors import DataError
 from moe_interp.experiments.inputs.sequence_texts import as_sequence_text
-from moe_interp.tokenization import TextReader, check_messages
+from moe_interp.tokenization import TextReader, check_context, check_messages
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def read_sequences(bridge: TransformerBridge, sequences: Any) -> list[ScoredSequ
         places = [one.place for one in read if one.id == twice[0] and one.place != f"sequence {one.id!r}"]
         given = f"sequence id {twice[0]!r} more than once" + (f": {', '.join(places)}" if places else "")
         raise DataError(given, "unique ids", "Rename one of them.")
-    _check_context(bridge, read)
+    check_context(bridge, ((one.place or f"sequence {one.id!r}", len(one)) for one in read))
     reader.warn("sequence")
     return read
 
@@ -185,16 +185,3 @@ def _flags(mask: Any, place: str, n_tokens: int) -> NDArray[np.bool_]:
             "Tokenise the text first and mark its tokens, or give score_from.",
         )
     return flags.astype(bool)
-
-
-def _check_context(bridge: TransformerBridge, sequences: list[ScoredSequence]) -> None:
-    model: Any = bridge.original_model
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    long = [sequence for sequence in sequences if context is not None and len(sequence) > context]
-    if long:
-        named = "; ".join(f"{one.place or f'sequence {one.id!r}'}: {len(one)} tokens" for one in long[:5])
-        raise DataError(
-            named + (f"; and {len(long) - 5} more" if len(long) > 5 else ""),
-            f"at most the model's context of {context}",
-            "Shorten what is longer, or leave it out.",
-        )

@@ -303,7 +303,7 @@ def test_bad_layers() -> None:
 def test_bad_sequences() -> None:
     moe = attached("olmoe")
     long = tiny.random_tokens(1, 65)
-    with pytest.raises(DataError, match=r"sequences of 65 tokens.*at most 64"):
+    with pytest.raises(DataError, match=r"the sequence: 65 tokens.*the model's context of 64"):
         score_routes(moe, long, 1, random_routes(moe, 1, long))
     with pytest.raises(DataError, match="no token to score"):
         score_routes(moe, TOKENS[:, :1], 1, random_routes(moe, 1, TOKENS[:, :1]))
