@@ -21,10 +21,10 @@ from moe_interp.engine.rerun import PrefixRunner
 from moe_interp.errors import DataError
 from moe_interp.experiments.best_experts import best_experts, split_items
 from moe_interp.experiments.identity.naming import model_name
+from moe_interp.experiments.inputs.batches import batches_of_like_length
 from moe_interp.experiments.inputs.items import (
     Item,
     ItemBatch,
-    batches_of_like_length,
     check_items,
     predictions_per_token,
     tokenize_items,

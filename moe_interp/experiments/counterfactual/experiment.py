@@ -27,8 +27,9 @@ from moe_interp.experiments.counterfactual.data import CounterfactualPlan, count
 from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from moe_interp.experiments.identity.model import model_identity, value_identity, weights_of
 from moe_interp.experiments.identity.naming import model_name
+from moe_interp.experiments.inputs.batches import batches_of_run
 from moe_interp.experiments.inputs.repeats import distinct_sequences
-from moe_interp.experiments.inputs.sequences import ScoredSequence, SequenceBatch, batches_of_sequences, read_sequences
+from moe_interp.experiments.inputs.sequences import ScoredSequence, SequenceBatch, read_sequences
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.random_keys import uniform_keys
 from moe_interp.progress import Report, reporting
@@ -111,6 +112,13 @@ def counterfactual_routes(
     _check_pool(moe, chosen, sampler)
     n_routes, seed = int(n_routes), int(seed)
     identity = model_identity(moe)
+    batches = batches_of_run(
+        read,
+        lambda: _tokens_per_batch(moe, read, chosen, memory_budget),
+        memory_budget,
+        store,
+        names=[sequence.id for sequence in read],
+    )
     plan = CounterfactualPlan(
         model=model_name(moe),
         weights=weights_of(identity),
@@ -122,7 +130,7 @@ def counterfactual_routes(
         n_random=n_routes if controls else 0,
         seed=seed,
         method=method,
-        batches=_batches(moe, read, chosen, memory_budget, store),
+        batches=tuple(map(tuple, batches)),
     )
     cells = None
     if store is not None:
@@ -327,20 +335,6 @@ def _check_pool(moe: MoEHooks, layers: Sequence[int], sampler: RouteSampler) -> 
     if isinstance(sampler, GumbelTopK) and sampler.pool is not None and sampler.pool <= top_k:
         given, expected = f"pool={sampler.pool} of a model that takes {top_k} experts a token", f"more than {top_k}"
         raise ConfigError(given, expected, "Widen the pool, or leave it out.")
-
-
-def _batches(
-    moe: MoEHooks,
-    sequences: list[ScoredSequence],
-    layers: Sequence[int],
-    memory_budget: int | None,
-    store: str | os.PathLike[str] | None,
-) -> tuple[tuple[int, ...], ...]:
-    """Sequences that run together; without a budget as in the store."""
-    kept = CellStore.batches_of(store, len(sequences)) if store is not None and memory_budget is None else None
-    if kept is None:
-        kept = batches_of_sequences(sequences, _tokens_per_batch(moe, sequences, layers, memory_budget))
-    return tuple(map(tuple, kept))
 
 
 def _tokens_per_batch(

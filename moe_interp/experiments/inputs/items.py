@@ -268,15 +268,3 @@ class ItemBatch:
 def predictions_per_token(items: Sequence[TokenizedItem]) -> float:
     """The largest share of an item's tokens whose prediction is read."""
     return max(len(item.answer) / len(item) for item in items)
-
-
-def batches_of_like_length(items: Sequence[TokenizedItem], tokens_per_batch: int) -> list[list[int]]:
-    """Item indices, longest first, cut so that rows x width stays within the budget (at least one item each)."""
-    order = sorted(range(len(items)), key=lambda i: (-len(items[i]), i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and len(items[batches[-1][0]]) * (len(batches[-1]) + 1) <= tokens_per_batch:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

@@ -82,18 +82,6 @@ def read_sequences(bridge: TransformerBridge, sequences: Any) -> list[ScoredSequ
     return read
 
 
-def batches_of_sequences(sequences: Sequence[ScoredSequence], tokens_per_batch: int) -> list[list[int]]:
-    """Indices of sequences, longest first, cut so that rows x width stays within the budget (at least one each)."""
-    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i].id))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and len(sequences[batches[-1][0]]) * (len(batches[-1]) + 1) <= tokens_per_batch:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 @dataclass(frozen=True, eq=False)
 class SequenceBatch:
     """Sequences padded on the right, so that a position counts from the sequence's own start.

@@ -22,11 +22,11 @@ from moe_interp.engine.memory import Memory, out_of_memory_in_words, tokens_per_
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.identity.model import model_identity, weights_of
 from moe_interp.experiments.identity.naming import model_name
+from moe_interp.experiments.inputs.batches import batches_of_run
 from moe_interp.experiments.inputs.items import (
     Item,
     ItemBatch,
     TokenizedItem,
-    batches_of_like_length,
     check_items,
     predictions_per_token,
     tokenize_items,
@@ -116,7 +116,7 @@ def isolate_experts(
         kept_tokens=len(tokenized) * width,
         predictions_per_token=predictions_per_token(tokenized),
     )
-    batches = _batches(tokenized, tokens, memory_budget, store)
+    batches = batches_of_run(tokenized, lambda: tokens, memory_budget, store)
     options = {"random_draws": random_draws, "seed": int(seed), "method": method}
     cells = None if store is None else CellStore(store, stored_plan(plan, tokenized, identity, options, batches))
     memory = Memory(moe, memory_budget)
@@ -182,14 +182,6 @@ def _plan(
         mass=tuple(mass) if mode == "force" else ("natural",),
         baselines=tuple(baselines),
     )
-
-
-def _batches(
-    items: list[TokenizedItem], tokens: int, memory_budget: int | None, store: str | os.PathLike[str] | None
-) -> list[list[int]]:
-    """Items that run together; without a budget as in the store."""
-    kept = CellStore.batches_of(store, len(items)) if store is not None and memory_budget is None else None
-    return batches_of_like_length(items, tokens) if kept is None else kept
 
 
 def _draw(seed: int, layer: int, n_experts: int, size: int, draws: int) -> tuple[ExpertSet, ...]:

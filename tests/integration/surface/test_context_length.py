@@ -1,4 +1,4 @@
-"""How long a sequence may be: one limit, from the model's own configuration, refused alike wherever tokens are given."""
+"""How long a sequence may be: one limit, the model's own, and the same refusal wherever tokens are given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from moe_interp.tokenization import context_length
 from tests import tiny
 
 CONTEXT = 64
-SAID = f"{CONTEXT + 1} tokens. Expected: at most the model's context of {CONTEXT}. Shorten what is longer, or leave it out."
+LIMIT = f"at most the model's context of {CONTEXT}"
+SAID = f"{CONTEXT + 1} tokens. Expected: {LIMIT}. Shorten what is longer, or leave it out."
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,7 @@ ENTRANCES: dict[str, Callable[[MoEHooks, int], Any]] = {
     "score_routes, ids": lambda moe, n: scored(moe, long_ids(n)),
     "score_routes, text": lambda moe, n: scored(moe, text(n)),
     "sequences": lambda moe, n: read_sequences(moe.bridge, [{"id": "a", "tokens": [5] * n}]),
-    "items": lambda moe, n: tokenize_items(
-        moe.bridge, [Item(id="a", domain="d", prompt=text(n - 1), answer="w6")]
-    ),
+    "items": lambda moe, n: tokenize_items(moe.bridge, [Item(id="a", domain="d", prompt=text(n - 1), answer="w6")]),
     "verify, ids": lambda moe, n: moe.verify(long_ids(n), layers=[1]),
     "verify, text": lambda moe, n: moe.verify(text(n), layers=[1]),
     "an ablation's reference": lambda moe, n: mi.ablate_experts(moe, 1, [0], mode="mean", reference=long_ids(n)),
