@@ -27,11 +27,19 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from moe_interp.hooks.support_table import support_table as support_table
     from moe_interp.interventions import (
         ablate_experts as ablate_experts,
+        ablate_neurons as ablate_neurons,
         bias_router as bias_router,
+        change_top_k as change_top_k,
+        clamp_neurons as clamp_neurons,
         force_experts as force_experts,
+        promote_experts as promote_experts,
         random_routing as random_routing,
         replay_routes as replay_routes,
+        router_temperature as router_temperature,
+        routes_from as routes_from,
         set_routes as set_routes,
+        suppress_experts as suppress_experts,
+        swap_experts as swap_experts,
         uniform_routing as uniform_routing,
     )
     from moe_interp.results import load_result as load_result
@@ -82,6 +90,14 @@ _HOME = {
     "replay_routes": "moe_interp.interventions",
     "set_routes": "moe_interp.interventions",
     "uniform_routing": "moe_interp.interventions",
+    "ablate_neurons": "moe_interp.interventions",
+    "change_top_k": "moe_interp.interventions",
+    "clamp_neurons": "moe_interp.interventions",
+    "promote_experts": "moe_interp.interventions",
+    "router_temperature": "moe_interp.interventions",
+    "routes_from": "moe_interp.interventions",
+    "suppress_experts": "moe_interp.interventions",
+    "swap_experts": "moe_interp.interventions",
     "stats": "moe_interp.stats",
 }
 

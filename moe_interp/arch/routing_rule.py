@@ -75,6 +75,20 @@ class RoutingRule(ABC):
         """
         return logits
 
+    def ranking(self, logits: Logits, scores: Logits | None = None, raised: Tensor | None = None) -> Logits:
+        """:meth:`choice_logits`, also of edited scores, and with something added to it before groups are chosen.
+
+        Args:
+            logits: ``[*token, expert]``.
+            scores: Edited scores ``[*token, expert]`` in the place of those of ``logits``.
+            raised: Added to the choice logits, ``[*token, expert]``, in nats; a group is ranked by what its experts
+                then have (derived).
+        """
+        choice = (
+            self.choice_logits(logits) if scores is None else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        )
+        return choice if raised is None else choice + raised
+
     def log_policy(self, logits: Logits) -> Logits:
         """A log-distribution over experts: log-softmax of the logits (derived; sigmoid families override).
 

@@ -10,6 +10,7 @@ weight 0.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,13 +80,29 @@ class ScoreRule(RoutingRule):
         log_scores = None if self._is_biased() else self._log_scores(logits)
         if self.group_score is None and log_scores is not None:
             return log_scores
-        scores = self._scores(logits)
-        choice = self._choice(scores, excluded_score=float("-inf"))
+        return self._ranked(self._biased(self._scores(logits)), log_scores)
+
+    def ranking(self, logits: Logits, scores: Logits | None = None, raised: Tensor | None = None) -> Logits:
+        if scores is None and raised is None:
+            return self.choice_logits(logits)
+        log_scores = self._log_scores(logits) if scores is None and not self._is_biased() else None
+        choice = self._biased(self._scores(logits) if scores is None else scores)
+        if raised is not None:
+            shared = self._shared_bias()
+            choice = _exp_extended(_log_extended(choice.double() - shared) + raised) + shared
+            log_scores = None if log_scores is None else log_scores + raised
+        return self._ranked(choice, log_scores)
+
+    def _ranked(self, biased: Tensor, log_scores: Tensor | None) -> Tensor:
+        """The log of what the experts are chosen by, as :meth:`choice_logits` says; of ``biased`` or as given."""
+        if self.group_score is None:
+            return _log_extended(biased.double() - self._shared_bias()) if log_scores is None else log_scores
+        choice = self._limited(biased, excluded_score=float("-inf"))
         is_excluded = choice.isneginf()
         if self.excluded_score == 0:
             has_enough = (choice > 0).sum(dim=-1, keepdim=True) >= self.top_k
             is_excluded = is_excluded & has_enough
-            choice = torch.where(has_enough, choice, self._choice(scores, excluded_score=0.0))
+            choice = torch.where(has_enough, choice, self._limited(biased, excluded_score=0.0))
             log_scores = log_scores if bool(has_enough.all()) else None
         if log_scores is None:
             # in double precision, in which scores that differ still do after the logarithm
@@ -133,7 +150,13 @@ class ScoreRule(RoutingRule):
         ).indices
 
     def _choice(self, scores: Tensor, excluded_score: float) -> Tensor:
-        choice = scores if self.bias is None else scores + self.bias
+        return self._limited(self._biased(scores), excluded_score)
+
+    def _biased(self, scores: Tensor) -> Tensor:
+        return scores if self.bias is None else scores + self.bias
+
+    def _limited(self, choice: Tensor, excluded_score: float) -> Tensor:
+        """The choice scores, with ``shut`` at the experts of shut groups."""
         if self.group_score is None:
             return choice
         # shape: (*token, expert) -> (*token, group, expert of the group)
@@ -366,3 +389,9 @@ def _divide(weights: Tensor, total: Tensor, indices: Tensor) -> Tensor:
 def _log_extended(scores: Tensor) -> Tensor:
     """The logarithm, and below ``_SMALLEST`` a straight line that goes on from it: finite, and rising throughout."""
     return scores.clamp_min(_SMALLEST).log() + _SLOPE * (scores - _SMALLEST).clamp_max(0.0)
+
+
+def _exp_extended(logs: Tensor) -> Tensor:
+    """The inverse of :func:`_log_extended`."""
+    bend = math.log(_SMALLEST)
+    return logs.clamp_min(bend).exp() + (logs - bend).clamp_max(0.0) / _SLOPE

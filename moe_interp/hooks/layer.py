@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -53,6 +53,18 @@ class LayerPass:
         if self.scores is not None:
             return self.rule.weights_from_scores(self.scores, indices)
         return self.rule.weights(self.logits, indices)
+
+    def ranking(self, raised: Tensor | None = None, top_k: int | None = None) -> Tensor:
+        """What the family ranks experts by, ``[batch, pos, expert]``, from the logits (or scores) as edited.
+
+        Args:
+            raised: Added before groups are chosen, in nats.
+            top_k: Another number of experts a token.
+        """
+        assert self.rule is not None
+        assert self.logits is not None
+        rule = self.rule if top_k is None else replace(self.rule, top_k=top_k)
+        return rule.ranking(self.logits, self.scores, raised)
 
 
 class _RunningPass(PerThread):

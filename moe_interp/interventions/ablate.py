@@ -11,11 +11,11 @@ from torch import Tensor
 from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.interventions.force import checked_experts
+from moe_interp.interventions.named import checked_experts
 from moe_interp.interventions.positions import Positions, TokenSelection
 from moe_interp.interventions.random_keys import layer_labels
 from moe_interp.interventions.reference import Reference, ReferenceOutputs, RunningPassOutputs, outputs_of
-from moe_interp.interventions.route_writer import RouteWriter
+from moe_interp.interventions.route_writer import RouteWriter, demands_of
 from moe_interp.types import EMPTY, Hooks, Layer
 
 Ablation = Literal["zero", "mean", "resample", "reroute"]
@@ -153,12 +153,12 @@ def _reroute(moe: MoEHooks, layer: Layer, gone: Tensor, selection: TokenSelectio
 
     def route(value: Tensor) -> Tensor:
         run = moe.running(layer)
-        assert run.logits is not None
-        choice = moe.spec(layer).rule.choice_logits(run.logits)
+        choice = run.ranking()
         is_gone = torch.isin(value, gone.to(value))
         taken = (value.unsqueeze(-1) == all_experts.to(value)).any(dim=-2) | torch.isin(all_experts, gone).to(
             value.device
         )
+        taken = taken | demands_of(run, layer).banned
         best = choice.masked_fill(taken, float("-inf")).topk(min(value.shape[-1], len(all_experts)), dim=-1)
         rank = torch.arange(best.indices.shape[-1], device=value.device)
         is_needed = (rank < is_gone.sum(dim=-1, keepdim=True)) & (best.values > float("-inf"))

@@ -1,4 +1,4 @@
-"""Force given experts, or whole routes, on tokens."""
+"""Force given experts, or whole routes, on tokens; swap two experts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moe_interp.checks import as_whole
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.hooks.layer import check_route
+from moe_interp.interventions.named import checked_experts
 from moe_interp.interventions.positions import Positions, TokenSelection, pack_routes
 from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
@@ -104,7 +103,55 @@ def set_routes(
     selection = TokenSelection(moe, layer, positions, attention_mask)
 
     weigh = None if fixed is None else partial(_broadcast, fixed, selection)
-    return RouteWriter(moe, layer, selection, partial(_broadcast, routes, selection), weigh).hooks
+    return RouteWriter(moe, layer, selection, partial(_broadcast, routes, selection), weigh, is_named=True).hooks
+
+
+def swap_experts(
+    moe: MoEHooks,
+    layer: Layer,
+    a: int,
+    b: int,
+    weights: Literal["family", "kept"] = "family",
+    positions: Positions = None,
+    attention_mask: Tensor | None = None,
+) -> Hooks:
+    """Send tokens that are routed to expert ``a`` to ``b``, and the reverse, in the same slot.
+
+    A token that uses both, or neither, keeps its set of experts.
+
+    Args:
+        moe: Attached hooks.
+        layer: An MoE layer.
+        a, b: Two experts.
+        weights: "family": the family's own weights for the new set, in which an expert that the router scored low
+            weighs little. "kept": each slot keeps the weight that the family gave its former expert, so that only what
+            is computed changes.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
+
+    Raises:
+        RouteError: an id out of range, or the same expert twice.
+        ConfigError: other weights.
+    """
+    check_attached(moe)
+    one, other = (checked_experts(moe, layer, expert, "swap_experts") for expert in (a, b))
+    pair = checked_experts(moe, layer, [*one.tolist(), *other.tolist()], "swap_experts")
+    if len(pair) != 2 or weights not in ("family", "kept"):
+        raise ConfigError(
+            f"a={a!r}, b={b!r}, weights={weights!r}", 'two experts, and "family" or "kept"', "Correct the arguments."
+        )
+    before = object()  # the key of what the pass remembers
+    first, second = pair.tolist()
+
+    def route(value: Tensor) -> Tensor:
+        run = moe.running(layer)
+        run.notes[before] = run.family_weights(value)
+        return torch.where(value == first, second, torch.where(value == second, first, value))
+
+    def keep(value: Tensor) -> Tensor:
+        return moe.running(layer).notes[before].to(value)
+
+    selection = TokenSelection(moe, layer, positions, attention_mask)
+    return RouteWriter(moe, layer, selection, route, keep if weights == "kept" else None).hooks
 
 
 class NaturalMass:
@@ -134,7 +181,7 @@ def _force_one(moe: MoEHooks, layer: Layer, forced: Tensor, mass: Mass, selectio
     def weigh(value: Tensor) -> Tensor:
         return torch.ones_like(value[..., :1]) if mass == "one" else natural.take()
 
-    return RouteWriter(moe, layer, selection, route, weigh).hooks
+    return RouteWriter(moe, layer, selection, route, weigh, is_named=True).hooks
 
 
 def _broadcast(values: Tensor, selection: TokenSelection, like: Tensor) -> Tensor:
@@ -150,33 +197,6 @@ def _broadcast(values: Tensor, selection: TokenSelection, like: Tensor) -> Tenso
             f"a shape that broadcasts to [{batch}, {pos}, slot]",
             "Give one route, one a position, or one a token; the model was left as it was.",
         ) from None
-
-
-def checked_experts(moe: MoEHooks, layer: Layer, experts: int | Sequence[int] | Tensor, where: str) -> Tensor:
-    """``[expert]`` ids of one or several different experts of a layer.
-
-    Raises:
-        ConfigError: no experts.
-        RouteError: an id that is no integer or out of range, or an expert twice.
-    """
-    n_experts = moe.spec(layer).n_experts
-    if not isinstance(experts, Tensor):
-        flat = np.asarray(experts, dtype=object).reshape(-1).tolist()
-        if strange := [e for e in flat if as_whole(e) is None]:
-            given, expected = f"experts {strange[:4]} for {where}", f"integers from 0 to {n_experts - 1}"
-            raise RouteError(given, expected, "Name existing experts.")
-        experts = [int(e) for e in flat]
-    ids = torch.as_tensor(experts).reshape(-1)
-    if not len(ids):
-        raise ConfigError(f"no experts for {where}", f"ids from 0 to {n_experts - 1}", "Name at least one expert.")
-    if ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
-        raise RouteError(
-            f"experts {ids.tolist()} for {where}",
-            f"integers from 0 to {n_experts - 1}",
-            "Name existing experts; set_routes takes -1 for an empty slot.",
-        )
-    check_route(ids, n_experts, where)
-    return ids.long()
 
 
 def check_mass(mass: str) -> None:

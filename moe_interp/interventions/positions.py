@@ -80,10 +80,7 @@ class TokenSelection:
         if self.named == "all":
             return real
         if self.named == "listed":
-            listed = self.listed.to(value.device)
-            if bool((listed < 0).any()):
-                listed = torch.where(listed < 0, listed + self._prompt_lengths(context, columns), listed)  # [batch, n]
-            return real & (columns.index(context.n_past).unsqueeze(-1) == listed.unsqueeze(-2)).any(dim=-1)
+            return real & (self.listed_at(value) >= 0)
         if self.named == "new" and context.prompt is None and self.attention_mask is None and context.n_past:
             _warn_of_nothing_new(self.layer)
         is_prompt = torch.arange(context.n_past, real.shape[1] + context.n_past, device=value.device) < columns.prompt
@@ -92,6 +89,17 @@ class TokenSelection:
     def index(self, value: Tensor) -> Tensor:
         """``[batch, pos]`` position of each token in its unpadded sequence; of padding, any number."""
         return self._columns(value).index(self._context(value).n_past)
+
+    def listed_at(self, value: Tensor) -> Tensor:
+        """``[batch, pos]``: which of the listed positions each token is at, the first of equal ones; -1 at none."""
+        context, columns = self._context(value), self._columns(value)
+        listed = self.listed.to(value.device)
+        if bool((listed < 0).any()):
+            listed = torch.where(listed < 0, listed + self._prompt_lengths(context, columns), listed)  # [batch, n]
+        is_at = columns.index(context.n_past).unsqueeze(-1) == listed.unsqueeze(-2)
+        if not len(self.listed):
+            return is_at.new_full(is_at.shape[:2], -1, dtype=torch.int64)
+        return is_at.int().argmax(dim=-1).masked_fill(~is_at.any(dim=-1), -1)
 
     def is_real(self, value: Tensor) -> Tensor:
         """``[batch, pos]``: not padding. What is generated is real."""

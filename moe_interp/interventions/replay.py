@@ -1,34 +1,20 @@
-"""Replay recorded routes."""
+"""Replay recorded routes, at their own places or at others."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.hooks.find_layers import find_layers
-from moe_interp.hooks.layer import plain_label
-from moe_interp.interventions.positions import Positions, TokenSelection, pack_routes
+from moe_interp.interventions.positions import Positions, TokenSelection
+from moe_interp.interventions.recorded import OUTSIDE, columns, is_cache, reader, recorded_routes, rows
 from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
-
-# not TransformerLens' flat `blocks.1.mlp.hook_expert_indices`
-_OUR_HOOK = re.compile(r"(encoder_|decoder_)?blocks\.\d+\.hook_expert_indices")
-
-
-class Routes(Protocol):
-    """What of a ``RoutingTrace`` is replayed: arrays ``[token, layer, slot]``, sequences one after the other."""
-
-    expert_indices: Any
-    expert_weights: Any
-    sequence: Any
-    layers: tuple[Any, ...]
-    n_experts: int
 
 
 def replay_routes(
@@ -57,165 +43,131 @@ def replay_routes(
         ConfigError: ``layers`` of another kind.
     """
     check_attached(moe)
-    from_cache = not hasattr(trace, "expert_indices")
-    chosen = _chosen(moe, layers)
-    recorded = _of_cache(moe, trace, chosen) if from_cache else _of_trace(moe, trace, chosen)
     hooks: Hooks = []
-    for layer, (indices, weights) in recorded.items():
+    for layer, (indices, weights) in recorded_routes(moe, trace, layers).items():
         name, selection = moe.hook_name("expert_indices", layer), TokenSelection(moe, layer, positions, attention_mask)
-        weigh = None if weights is None else _reader(selection, weights, from_cache, name)
-        hooks += RouteWriter(moe, layer, selection, _reader(selection, indices, from_cache, name), weigh).hooks
+        same = partial(_same_place, selection, is_cache(trace))
+        weigh = None if weights is None else reader(selection, weights, same, name)
+        hooks += RouteWriter(moe, layer, selection, reader(selection, indices, same, name), weigh).hooks
     return hooks
 
 
-# [sequence, pos, slot] each; indices are -2 beyond a sequence's end
-Recorded = dict[Layer, tuple[Tensor, Tensor | None]]
+def _same_place(selection: TokenSelection, by_column: bool, value: Tensor) -> tuple[Tensor, Tensor]:
+    return rows(value), columns(selection, value) if by_column else selection.index(value)
 
 
-def _chosen(moe: MoEHooks, layers: Any) -> list[Layer] | Literal["moe"] | None:
-    if layers is None:
-        return None
-    if isinstance(layers, str) and layers == "moe":
-        return "moe"
-    if isinstance(layers, str) or not isinstance(layers, Iterable) or not (chosen := list(layers)):
-        raise ConfigError(f"layers={layers!r}", f'layers among {list(moe.layers)}, or "moe"', "Name the layers.")
-    return [moe.layer_label(layer) for layer in chosen]
+def routes_from(
+    moe: MoEHooks,
+    source: Any,
+    layers: Sequence[Layer] | None = None,
+    positions: Positions = None,
+    source_positions: Sequence[int] | Tensor | None = None,
+    source_rows: int | Sequence[int] | None = None,
+    weights: Literal["recorded", "family"] = "recorded",
+    attention_mask: Tensor | None = None,
+    source_mask: Tensor | None = None,
+) -> Hooks:
+    """Give chosen positions the routes that other positions, or other prompts, had in another run.
+
+    All positions count in the sequence without its padding. ``replay_routes`` is the case in which every token takes
+    the route of its own place.
+
+    Args:
+        moe: Attached hooks.
+        source: A cache with ``expert_indices`` (and ``expert_weights``), or a ``RoutingTrace``.
+        layers: Layers, as the source labels them; by default all that were recorded.
+        positions, attention_mask: The tokens that take a route: see :class:`.positions.TokenSelection`.
+        source_positions: For each of ``positions``, which then are integers, the position that its route is from;
+            negative ones count from the end of the source's sequence. By default the same positions.
+        source_rows: For each row of the batch the source's row (sequence); one for all; by default the same row, or the
+            only one of the source.
+        weights: "recorded": those of the other run, where the source has them. "family": the family's own for the
+            taken experts, from this run's logits.
+        source_mask: ``[row, pos]``, 1 at the real tokens of a cache; without it, its columns are its positions.
+
+    Raises:
+        RouteError: nothing recorded at a layer, routes of another model, a mask that is not the source's; when it runs,
+            a position that the source does not have, or a left-padded batch of which the source's padding is not known.
+        ConfigError: source positions that do not match ``positions``, or other weights.
+    """
+    check_attached(moe)
+    if weights not in ("recorded", "family"):
+        raise ConfigError(f"weights={weights!r}", '"recorded" or "family"', "Correct the weights.")
+    hooks: Hooks = []
+    for layer, (indices, recorded) in recorded_routes(moe, source, layers).items():
+        name, selection = moe.hook_name("expert_indices", layer), TokenSelection(moe, layer, positions, attention_mask)
+        place = OtherPlace(selection, indices, is_cache(source), source_positions, source_rows, source_mask)
+        weigh = None if recorded is None or weights == "family" else reader(selection, recorded, place, name)
+        hooks += RouteWriter(moe, layer, selection, reader(selection, indices, place, name), weigh).hooks
+    return hooks
 
 
-def _of_cache(moe: MoEHooks, cache: Mapping[str, Tensor], layers: list[Layer] | Literal["moe"] | None) -> Recorded:
-    """By the hooks' names, which say the layer."""
-    ours = {moe.hook_name("expert_indices", layer) for layer in moe.layers}
-    foreign = [name for name in cache if _OUR_HOOK.fullmatch(name) and name not in ours]
-    if foreign and not isinstance(layers, list):
-        raise RouteError(
-            f"routes of {foreign[0]}, which is no attached MoE layer of this model",
-            f"routes of {list(moe.layers)}",
-            "Replay a run of this model, or name the layers to replay: layers=[...].",
-        )
-    found: Recorded = {}
-    for layer in layers if isinstance(layers, list) else moe.layers:
-        name = moe.hook_name("expert_indices", layer)
-        if name in cache:
-            weights = moe.hook_name("expert_weights", layer)
-            found[layer] = pack_routes(_batched(cache, name), _batched(cache, weights) if weights in cache else None)
-        elif layers is not None:
-            raise _nothing_recorded(layer)
-    if not found:
-        raise _nothing_recorded(moe.layers[0])
-    return found
+class OtherPlace:
+    """From the tokens of a running pass to the recorded sequences and positions that their routes are from."""
 
-
-def _batched(cache: Mapping[str, Tensor], name: str) -> Tensor:
-    """A cached activation with its batch axis, also from a cache that dropped it."""
-    value = cache[name]
-    value = value if getattr(cache, "has_batch_dim", True) else value.unsqueeze(0)
-    if value.ndim != 3:
-        raise RouteError(
-            f"{name} of shape {tuple(value.shape)} in the cache",
-            "[batch, pos, slot]",
-            "Record whole sequences, without pos_slice.",
-        )
-    return value
-
-
-def _of_trace(moe: MoEHooks, trace: Routes, layers: list[Layer] | Literal["moe"] | None) -> Recorded:
-    columns = _columns_by_place(moe, trace) if layers == "moe" else _columns_by_label(moe, trace, layers)
-    found: Recorded = {}
-    for layer, column in columns.items():
-        if trace.n_experts != moe.spec(layer).n_experts:
+    def __init__(
+        self, selection: TokenSelection, routes: Tensor, is_cache: bool, positions: Any, rows: Any, mask: Tensor | None
+    ) -> None:
+        self.selection, self.n_rows = selection, routes.shape[0]
+        real = (routes != OUTSIDE).all(dim=-1) if mask is None else torch.as_tensor(mask).bool()
+        if real.shape != routes.shape[:2] or (mask is not None and not is_cache):
             raise RouteError(
-                f"a trace of {trace.n_experts} experts for layer {layer} with {moe.spec(layer).n_experts}",
-                "routes of this model",
-                "Replay a trace recorded on it.",
+                f"a source_mask of shape {tuple(real.shape)} for a source of {routes.shape[0]} x {routes.shape[1]}",
+                "[row, pos] of a cache; a RoutingTrace has no padding",
+                "Pass the mask that the cached run had.",
             )
-        indices = _by_sequence(trace, torch.as_tensor(trace.expert_indices[:, column]).long(), -2)
-        weights = trace.expert_weights
-        weights = None if weights is None else _by_sequence(trace, torch.as_tensor(weights[:, column]), 0.0)
-        found[layer] = pack_routes(indices, weights)
-    return found
+        self.needs_mask = is_cache and mask is None
+        # the columns of real tokens, in order, and how many there are
+        self.column = (~real).to(torch.int8).sort(dim=-1, stable=True).indices
+        self.length = real.sum(dim=-1)
+        self.positions = None if positions is None else self._checked(positions)
+        self.rows = None if rows is None else torch.as_tensor(rows)
+        if self.rows is not None and (
+            self.rows.is_floating_point()
+            or self.rows.ndim > 1
+            or bool(((self.rows < 0) | (self.rows >= self.n_rows)).any())
+        ):
+            raise ConfigError(f"source_rows={rows!r}", f"rows from 0 to {self.n_rows - 1}", "Correct the rows.")
 
-
-def _columns_by_place(moe: MoEHooks, trace: Routes) -> dict[Layer, int]:
-    """Layer -> column, the columns being all MoE layers of the model in their order."""
-    every = tuple(find_layers(moe.bridge))
-    if len(trace.layers) != len(every):
-        raise RouteError(
-            f'layers="moe" for a trace of {len(trace.layers)} columns and a model with {len(every)} MoE layers',
-            f"one column for each of {list(every)}",
-            "Label the trace's columns, RoutingTrace.from_arrays(..., layers=[...]), and leave this out.",
-        )
-    if every != moe.layers:
-        raise RouteError(
-            f'layers="moe" with hooks on {list(moe.layers)} only',
-            f"hooks on all MoE layers, {list(every)}",
-            "Attach to all, or label the trace's columns and name the layers to replay.",
-        )
-    return {layer: column for column, layer in enumerate(every)}
-
-
-def _columns_by_label(moe: MoEHooks, trace: Routes, layers: list[Layer] | None) -> dict[Layer, int]:
-    """Layer -> column, by the trace's labels; refused where these may be places instead."""
-    labels, every = [plain_label(layer) for layer in trace.layers], tuple(find_layers(moe.bridge))
-    unknown = [label for label in labels if label not in every]
-    counted = len(labels) == len(every) and labels == list(range(len(labels))) and tuple(labels) != every
-    if counted or (layers is None and (unknown or any(label not in moe.layers for label in labels))):
-        bad = unknown or [label for label in labels if label not in moe.layers]
-        by_place = len(labels) == len(every)
-        if not by_place and not set(labels) & set(every):
-            raise _nothing_recorded(moe.layers[0])
-        raise RouteError(
-            f"a trace of layers {_brief(labels)}, of which layer {bad[0]!r} "
-            + ("is no MoE layer of this model" if unknown else "is not attached"),
-            f"layers among the {'attached ' if not unknown else ''}MoE layers {_brief(moe.layers)}",
-            'If its columns are the MoE layers in order, as inference engines record them, pass layers="moe".'
-            if by_place and unknown
-            else "Name those to replay: layers=[...].",
-        )
-    for layer in layers or ():
-        if layer not in labels:
-            raise _nothing_recorded(layer)
-    return {layer: labels.index(layer) for layer in (labels if layers is None else layers)}
-
-
-def _brief(layers: Sequence[Layer]) -> str:
-    """All of few layers; the first and the last of many."""
-    return str(list(layers)) if len(layers) <= 8 else f"{layers[0]!r} to {layers[-1]!r} ({len(layers)})"
-
-
-def _by_sequence(trace: Routes, tokens: Tensor, fill: float) -> Tensor:
-    """``[token, slot]`` to ``[sequence, pos, slot]``, filled beyond each sequence's end."""
-    lengths = torch.bincount(torch.as_tensor(trace.sequence))
-    return torch.nn.utils.rnn.pad_sequence(list(tokens.split(lengths.tolist())), batch_first=True, padding_value=fill)
-
-
-def _reader(selection: TokenSelection, recorded: Tensor, by_column: bool, name: str) -> Callable[[Tensor], Tensor]:
-    def read(value: Tensor) -> Tensor:
-        tokens = selection.tokens(value)
-        batch, pos = value.shape[:2]
-        n_past = selection.moe.pass_context(selection.layer).n_past
-        raw = torch.arange(n_past, n_past + pos, device=value.device).expand(batch, pos)
-        at = raw if by_column else selection.index(value)
-        source = recorded.to(value.device)
-        row = torch.arange(batch, device=value.device).unsqueeze(1).expand(batch, pos)
-        outside = tokens & ((at >= source.shape[1]) | (row >= source.shape[0]))
-        at, row = at.clamp(0, source.shape[1] - 1), row.clamp(max=source.shape[0] - 1)
-        new = source[row, at]
-        outside |= tokens & (new == -2).any(dim=-1)
-        if bool(outside.any()):
-            b, p = outside.nonzero()[0].tolist()
+    def __call__(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        row, at = self._row(value), self.selection.index(value)
+        if self.positions is not None:
+            place = self.selection.listed_at(value)
+            at = self.positions.to(value.device)[place.clamp(min=0)]
+        length = self.length.to(value.device)[row]
+        at = torch.where(at < 0, at + length, at) if self.positions is not None else at
+        if self.needs_mask and bool(
+            (self.selection.tokens(value) & (self.selection.index(value) != columns(self.selection, value))).any()
+        ):
             raise RouteError(
-                f"row {b}, position {p + n_past} at {name}, which the trace does not hold",
-                f"at most {source.shape[0]} sequences with recorded positions",
-                "Replay on the recorded tokens, or limit `positions`; the model was left as it was.",
+                "a left-padded batch and a cache without its mask",
+                "source_mask, which tells where the cached sequences begin",
+                "Pass the mask that the cached run had; the model was left as it was.",
             )
-        return new
+        is_inside = (at >= 0) & (at < length)
+        column = self.column.to(value.device)[row, at.clamp(0, self.column.shape[1] - 1)]
+        return row, torch.where(is_inside, column, self.column.shape[1])
 
-    return read
+    def _row(self, value: Tensor) -> Tensor:
+        if self.rows is None:
+            return rows(value) if self.n_rows > 1 else torch.zeros_like(rows(value))
+        batch, chosen = value.shape[0], self.rows.to(value.device).reshape(-1)
+        if len(chosen) not in (1, batch):
+            raise ConfigError(
+                f"{len(chosen)} source_rows for a pass of {batch} rows", "one, or one a row", "Correct the rows."
+            )
+        return chosen.expand(batch).unsqueeze(1).expand(value.shape[:2])
 
-
-def _nothing_recorded(layer: Layer) -> RouteError:
-    return RouteError(
-        f"no recorded routes for layer {layer!r}",
-        "a RoutingTrace, or a cache with expert_indices",
-        'Record them with run_with_cache(names_filter=moe.filter("expert_indices", "expert_weights")).',
-    )
+    def _checked(self, positions: Any) -> Tensor:
+        try:
+            chosen = torch.as_tensor(positions)
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.empty(0)
+        n = len(self.selection.listed) if self.selection.named == "listed" else 0
+        if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.numel() != n or not n:
+            raise ConfigError(
+                f"source_positions={positions!r} for {n} listed positions",
+                "one integer for each of `positions`, which are integers too",
+                "Name both, in the same order.",
+            )
+        return chosen.reshape(-1).long()

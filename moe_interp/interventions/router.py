@@ -1,7 +1,8 @@
-"""Change how a whole layer routes: uniformly, at random, or with a bias."""
+"""Change how a whole layer routes: uniformly, at random, with a bias or at a temperature."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from moe_interp.checks import check_seed
 from moe_interp.errors import ConfigError, warn
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, NaturalMass, check_mass
+from moe_interp.interventions.named import Layers, chosen_layers
 from moe_interp.interventions.positions import Positions, TokenSelection
 from moe_interp.interventions.random_keys import layer_labels
 from moe_interp.interventions.reach import limits
 from moe_interp.interventions.route_writer import RouteWriter
-from moe_interp.types import Hooks, Layer
+from moe_interp.types import HookFunction, Hooks, Layer
 
 
 class BiasLimitWarning(UserWarning):
@@ -103,7 +105,8 @@ def bias_router(
     - a capacity (Switch Transformers): tokens beyond it get no expert.
 
     Where the rule and the correction bias of this layer leave a biased expert uncertain, a :class:`BiasLimitWarning`
-    names it. ``force_experts`` and ``ablate_experts`` act whatever the family ranks by.
+    names it. ``promote_experts`` and ``suppress_experts`` have their way in every family, for certain or by a margin on
+    what the family ranks by.
 
     Args:
         moe: Attached hooks.
@@ -131,6 +134,58 @@ def bias_router(
     return [(moe.hook_name("router_logits", layer), add)]
 
 
+def router_temperature(
+    moe: MoEHooks,
+    layer: Layers,
+    temperature: float,
+    positions: Positions = None,
+    attention_mask: Tensor | None = None,
+) -> Hooks:
+    """Divide the router's logits by a temperature: below 1 the weights sharpen, above 1 they even out.
+
+    What follows is the family's own rule on the divided logits:
+
+    - ranked by the logits or their softmax (Mixtral, OLMoE, Qwen, GPT-OSS, Granite, Phi-MoE, ...): the choice and its
+      order stay, and the weights change. Where weights are not normalised over the chosen (OLMoE, Jamba, DeepSeek-V2),
+      their sum changes too. Phi-MoE's mask of distant experts does not depend on the scale of the logits.
+    - sigmoid and other scores of each expert alone (Llama 4, DeepSeek-V3, GLM-4, LFM2, ...): each score moves to that
+      of logit 0. Without a correction bias the order stays.
+    - a correction bias, or groups ranked by a sum of scores: the scores move and the bias does not, so **the choice may
+      change** as well. ``set_routes`` with the natural routes after this keeps the choice.
+    - one expert a token, normalised over the chosen, or a hash layer with a constant score: there is nothing to change.
+      Laguna's soft-cap comes after the division.
+
+    Args:
+        moe: Attached hooks.
+        layer: An MoE layer, several, or None for all.
+        temperature: Above 0, and finite; 1 changes nothing.
+        positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
+
+    Raises:
+        ConfigError: another temperature.
+
+    At half precision, quotients of close logits may round to the same number; ties go to the family's own order.
+    """
+    check_attached(moe)
+    try:
+        number = math.nan if isinstance(temperature, bool) else float(temperature)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConfigError(f"temperature={temperature!r}", "a finite number above 0", "Correct the temperature.")
+
+    def divide(selection: TokenSelection) -> HookFunction:
+        def hook_function(value: Tensor, hook: Any) -> Tensor:
+            return torch.where(selection.tokens(value).unsqueeze(-1), value / number, value)
+
+        return hook_function
+
+    return [
+        (moe.hook_name("router_logits", label), divide(TokenSelection(moe, label, positions, attention_mask)))
+        for label in chosen_layers(moe, layer)
+    ]
+
+
 def _warn_of_limits(moe: MoEHooks, layer: Layer, added: Tensor) -> None:
     """Say which biased experts the family's rule leaves uncertain, however large the bias."""
     spec = moe.spec(layer)
@@ -152,7 +207,7 @@ def _warn_of_limits(moe: MoEHooks, layer: Layer, added: Tensor) -> None:
 
 
 def _warn(layer: Layer, family: str, text: str) -> None:
-    remedy = "force_experts and set_routes, or ablate_experts, act for certain."
+    remedy = "promote_experts and suppress_experts act for certain."
     warn(f"layer {layer!r} ({family}) {text}. {remedy}", BiasLimitWarning)
 
 

@@ -12,10 +12,17 @@ from torch import Tensor
 from moe_interp.interventions import (
     ablate_experts,
     bias_router,
+    change_top_k,
+    clamp_neurons,
     force_experts,
+    promote_experts,
     random_routing,
     replay_routes,
+    router_temperature,
+    routes_from,
     set_routes,
+    suppress_experts,
+    swap_experts,
     uniform_routing,
 )
 from moe_interp.types import Hooks
@@ -48,6 +55,14 @@ def recorded_elsewhere(model: Opened, **where: Any) -> Hooks:
     return replay_routes(model.moe, cache, [model.last], **where)
 
 
+def taken_from_elsewhere(model: Opened, **where: Any) -> Hooks:
+    tokens = tiny.random_tokens(8, 20, seed=8)
+    names = model.moe.filter("expert_indices", "expert_weights")
+    with torch.no_grad():
+        cache = model.bridge.run_with_cache(tokens, names_filter=names)[1]
+    return routes_from(model.moe, cache, [model.last], source_mask=torch.ones_like(tokens), **where)
+
+
 def ablated_by_reference(model: Opened, mode: Any, **where: Any) -> Hooks:
     reference = tiny.random_tokens(8, 20, seed=7)
     return ablate_experts(model.moe, model.last, range(8), mode=mode, seed=2, reference=reference, **where)
@@ -67,6 +82,17 @@ INTERVENTIONS: dict[str, Intervention] = {
     "mean": lambda m, **where: ablated_by_reference(m, "mean", **where),
     "resample": lambda m, **where: ablated_by_reference(m, "resample", **where),
     "reroute": lambda m, **where: ablate_experts(m.moe, m.last, [0, 2, 4, 6], mode="reroute", **where),
+    "promoted": lambda m, **where: promote_experts(m.moe, m.last, 7, **where),
+    "suppressed": lambda m, **where: suppress_experts(m.moe, m.last, [0, 2, 4, 6], **where),
+    "top k": lambda m, **where: change_top_k(m.moe, m.last, 3 - m.moe.spec(m.last).top_k, **where),
+    "temperature": lambda m, **where: router_temperature(m.moe, m.last, 3.0, **where),
+    "swapped": lambda m, **where: [
+        hook for a, b in ((0, 4), (1, 5), (2, 6), (3, 7)) for hook in swap_experts(m.moe, m.last, a, b, **where)
+    ],
+    "neurons": lambda m, **where: [
+        hook for e in range(8) for hook in clamp_neurons(m.moe, m.last, e, [0, 3], 2.0, **where)
+    ],
+    "from elsewhere": taken_from_elsewhere,
 }
 
 
