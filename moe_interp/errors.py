@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 _INSIDE = (str(Path(__file__).parent), contextlib.__file__)
+_OF_TORCH = str(Path("torch", "utils", "_contextlib.py"))
 
 
 class MoEInterpError(Exception):
@@ -58,6 +59,11 @@ class TrainingError(MoEInterpError):
 def warn(text: str, category: type[Warning]) -> None:
     """Warn at the user's own line: the nearest one outside of the package and its decorators."""
     frame, level = sys._getframe(0), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, category, stacklevel=level)
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a line of the package, or of what it is decorated with."""
+    return file.startswith(_INSIDE) or file.endswith(_OF_TORCH)

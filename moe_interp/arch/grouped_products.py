@@ -121,6 +121,8 @@ def _try(like: Tensor) -> bool:
     groups = RowGroups.of_sorted(torch.arange(4, device=like.device) // 2, 2)
     try:
         grouped_linear(rows, groups, weights, None, transposed=False)
+    except torch.OutOfMemoryError:  # says nothing of what there is
+        raise
     except RuntimeError:  # torch has none for this dtype or device (NotImplementedError is one of them)
         return False
     return True
@@ -139,9 +141,14 @@ def can_be_grouped(rows: Tensor, *stacks: Tensor) -> bool:
         and _is_taken_as_it_is(rows)
         and all(_is_taken_as_it_is(s) and s.dtype == rows.dtype and s.device == rows.device for s in stacks)
         and all(len(stack) <= _MOST_GROUPS and _is_aligned(stack) for stack in stacks)
-        and not torch.is_autocast_enabled(rows.device.type)  # which casts what a linear map reads
+        and not _is_cast(rows.device.type)
         and has_grouped_product(rows)
     )
+
+
+def _is_cast(device: str) -> bool:
+    """Whether autocast, which not every kind of device has, casts what a linear map reads."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _is_taken_as_it_is(tensor: Tensor) -> bool:

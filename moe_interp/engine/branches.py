@@ -30,7 +30,7 @@ from moe_interp.engine.attention import attention_function
 from moe_interp.engine.branch_attention import NAME, RowsOverSharedKeys
 from moe_interp.engine.branch_rows import CompactRows, Rows
 from moe_interp.engine.cpu.matmul import linear
-from moe_interp.engine.memory import Memory
+from moe_interp.engine.memory import Memory, is_out_of_memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.engine.replaced_forward import forward_slot, swapped_forward
@@ -68,9 +68,9 @@ def _shares_keys(base: RecordedPass) -> bool:
                 lambda part: run.logits(run(sequence[part], position[part], block_out[part])[:, 0]), _TRIED, "tried"
             )
             found = torch.cat(parts)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a model that reads the mask or the keys in a way of its own, whatever it then says
+    except Exception as error:  # a model that reads the mask or the keys in a way of its own, whatever it then says
+        if is_out_of_memory(error):
+            raise
         return False
     # a near-tie of a later router fails the trial too: copies are exact as well
     return float((found - plain).abs().max()) <= tolerance * float(plain.abs().max())

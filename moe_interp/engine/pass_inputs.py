@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.offload import device_of
 from moe_interp.engine.memory import Memory
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.attach import MoEHooks, check_attached
@@ -33,7 +34,7 @@ def check_tokens(moe: MoEHooks, tokens: Tokens, attention_mask: Tensor | None = 
     check_attached(moe)
     expected = "integer ids [batch, pos], and a mask of that shape if any; or texts alone"
     remedy = "Tokenise the text and pad it to one width."
-    device = moe.bridge.cfg.device
+    device = device_of(moe.bridge.original_model)
     is_text = isinstance(tokens, str) or (
         isinstance(tokens, list | tuple) and any(isinstance(text, str) for text in tokens)
     )

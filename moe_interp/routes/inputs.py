@@ -17,13 +17,16 @@ from moe_interp.routes.branch_scores import LayerRoutes, ruled_routes
 from moe_interp.types import Layer
 
 
-def scorable(base: RecordedPass, positions: Sequence[int] | Tensor | None = None) -> Tensor:
+def scorable(real: Tensor, positions: Sequence[int] | Tensor | None = None) -> Tensor:
     """``[batch, pos]`` bool: real tokens with a real next token, among the positions asked.
+
+    Args:
+        real: ``[batch, pos]`` bool, False at padding.
+        positions: See :func:`moe_interp.routes.score_routes`.
 
     Raises:
         DataError: there is none, positions that no sequence reaches, or that are neither integers nor a mask.
     """
-    real = base.is_real
     wanted = torch.zeros_like(real)
     wanted[:, :-1] = real[:, :-1] & real[:, 1:]
     if positions is not None:
@@ -69,12 +72,23 @@ def check_routes(base: RecordedPass, layer: int, indices: Tensor, weights: Tenso
     """Routes of one layer, with their weights, refused where no token could take them.
 
     Raises:
+        RouteError, DataError: as :func:`checked_experts`.
+    """
+    return ruled_routes(base, layer, *checked_experts(base.moe, base.tokens, layer, indices, weights))
+
+
+def checked_experts(
+    moe: MoEHooks, tokens: Tensor, layer: int, indices: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Experts of some tokens' routes, and their weights where they are given, on the tokens' device; no pass is run.
+
+    Raises:
         RouteError: another shape, another number of slots, repeated or out-of-range experts, or weights that
             do not fit.
         DataError: no route.
     """
-    spec, (batch, pos) = base.moe.spec(layer), base.tokens.shape
-    given = as_routes(indices, "routes").to(base.tokens.device)
+    spec, (batch, pos) = moe.spec(layer), tokens.shape
+    given = as_routes(indices, "routes").to(tokens.device)
     if given.ndim == 4 and given.shape[2] == 0:
         raise DataError("no route to score", "at least one route a token", "Sample routes first.")
     if remedy := _misfit(given, batch, pos, spec.top_k):
@@ -85,14 +99,14 @@ def check_routes(base: RecordedPass, layer: int, indices: Tensor, weights: Tenso
         )
     given = given.long()
     check_route(given, spec.n_experts, f"layer {layer}")
-    fixed = None if weights is None else as_routes(weights, "weights").to(base.tokens.device)
+    fixed = None if weights is None else as_routes(weights, "weights").to(tokens.device)
     if fixed is not None and (fixed.shape != given.shape or not bool(fixed.isfinite().all())):
         raise RouteError(
             f"weights of shape {tuple(fixed.shape)}" + ("" if fixed.shape != given.shape else " that are not finite"),
             f"a finite weight for each slot, of shape {tuple(given.shape)}",
             "Leave weights out for the family's own.",
         )
-    return ruled_routes(base, layer, given, fixed)
+    return given, fixed
 
 
 def _misfit(routes: Tensor, batch: int, pos: int, slots: int) -> str | None:

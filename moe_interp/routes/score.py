@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -15,12 +14,12 @@ from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import Memory, out_of_memory_in_words
 from moe_interp.engine.pass_inputs import Tokens, check_memory, check_tokens
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
-from moe_interp.errors import ConfigError, DataError, RouteError
+from moe_interp.errors import ConfigError, DataError, RouteError, warn
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import set_routes
-from moe_interp.routes.branch_scores import LayerRoutes, RouteScores
+from moe_interp.routes.branch_scores import LayerRoutes, RouteScores, ruled_routes
 from moe_interp.routes.grid_scores import exact_scores
-from moe_interp.routes.inputs import by_label, check_routes, decoder_layer, scorable
+from moe_interp.routes.inputs import by_label, checked_experts, decoder_layer, scorable
 from moe_interp.routes.plan import score_dtype
 from moe_interp.routes.predictions import log_probs, mean_entropy
 from moe_interp.types import EMPTY, Layer
@@ -120,9 +119,22 @@ def score_joint_routes(
             "at least one layer, the same numbers at all, and weights for layers with routes only",
             "Route r of one layer is taken with route r of the others.",
         )
-    base = record_pass(moe, ids, sorted(indices), mask)
-    given = {layer: check_routes(base, layer, tensor, fixed.get(layer)) for layer, tensor in indices.items()}
-    return score_from_base(base, given, positions, None, method, memory_budget)
+    _check_method(method)
+    given = {layer: checked_experts(moe, ids, layer, tensor, fixed.get(layer)) for layer, tensor in indices.items()}
+    wanted = scorable(torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(), positions)
+    memory = check_memory(moe, memory_budget)
+
+    def score(rows: slice) -> RouteScores:
+        base = record_pass(moe, ids[rows], sorted(given), None if mask is None else mask[rows])
+        routes = {
+            layer: ruled_routes(base, layer, experts[rows], None if weights is None else weights[rows])
+            for layer, (experts, weights) in given.items()
+        }
+        return score_wanted(base, routes, wanted[rows], None, method, memory, range(len(ids))[rows])
+
+    found = _joined(memory.in_parts(score, len(ids), "sequences"))
+    memory.say()
+    return found
 
 
 def score_from_base(
@@ -149,7 +161,22 @@ def score_from_base(
         averaged: ``[batch, pos, route]`` bool, the routes of a token whose predictions are averaged, for
             ``mean_entropy``.
     """
-    wanted, memory = scorable(base, positions), check_memory(base.moe, memory_budget)
+    _check_method(method)
+    wanted, memory = scorable(base.is_real, positions), check_memory(base.moe, memory_budget)
+    return score_wanted(base, routes, wanted, targets, method, memory, names, averaged)
+
+
+def score_wanted(
+    base: RecordedPass,
+    routes: Mapping[int, LayerRoutes],
+    wanted: Tensor,
+    targets: Tensor | None,
+    method: Method,
+    memory: Memory,
+    names: Sequence[Any] | None = None,
+    averaged: Tensor | None = None,
+) -> RouteScores:
+    """As :func:`score_from_base`, at the tokens ``wanted`` ``[batch, pos]``, which may be none."""
     ids = base.tokens.roll(-1, dims=1).unsqueeze(-1) if targets is None else targets
     standard = log_probs(base.logits, ids).masked_fill(~wanted.unsqueeze(-1), float("nan"))
     chosen = _method(base, routes, method)
@@ -166,6 +193,18 @@ def score_from_base(
     return RouteScores(logp, standard, null, router_logp(base, routes), chosen, mean_entropies)
 
 
+def _joined(parts: list[RouteScores]) -> RouteScores:
+    """Scores of all sequences, from those of some each, without mean predictions."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    method = "naive" if any(part.method == "naive" for part in parts) else "branch"
+    return RouteScores(whole("logp"), whole("logp_standard"), whole("logp_null"), whole("router_logp"), method)
+
+
 def router_logp(base: RecordedPass, routes: Mapping[int, LayerRoutes]) -> Tensor:
     """``sum_e log pi(e)`` over each route's experts (and over layers), ``[batch, pos, route]``; NaN where absent."""
     total: Tensor | float = 0.0
@@ -178,9 +217,12 @@ def router_logp(base: RecordedPass, routes: Mapping[int, LayerRoutes]) -> Tensor
     return total
 
 
-def _method(base: RecordedPass, routes: Mapping[int, LayerRoutes], method: Method) -> str:
+def _check_method(method: Method) -> None:
     if method not in ("auto", "branch", "naive"):
         raise ConfigError(f"method={method!r}", '"auto", "branch" or "naive"', 'Use "auto".')
+
+
+def _method(base: RecordedPass, routes: Mapping[int, LayerRoutes], method: Method) -> str:
     if method == "naive":
         return "naive"
     reason = base.refusal(min(routes))
@@ -201,11 +243,7 @@ def _slowly(base: RecordedPass, layer: int, reason: str) -> str:
     if reason not in said:
         said.add(reason)
         family = base.moe.spec(layer).family.name
-        warnings.warn(
-            f"Routes of {family} at layer {layer} are scored by one full forward each: {reason}.",
-            SlowRoutesWarning,
-            stacklevel=4,
-        )
+        warn(f"Routes of {family} at layer {layer} are scored by one full forward each: {reason}.", SlowRoutesWarning)
     return "naive"
 
 
@@ -259,7 +297,7 @@ def _naive_logits(base: RecordedPass, routes: Mapping[int, LayerRoutes], sequenc
 
 
 def _refuse_non_finite(
-    logp: Tensor, routes: Mapping[int, LayerRoutes], wanted: Tensor, names: Sequence[str] | None
+    logp: Tensor, routes: Mapping[int, LayerRoutes], wanted: Tensor, names: Sequence[Any] | None
 ) -> None:
     present = torch.stack([given.present for given in routes.values()]).all(dim=0) & wanted.unsqueeze(-1)
     bad = present & ~logp.isfinite().all(dim=-1)

@@ -30,11 +30,11 @@ from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes.audit import ScreenAudit
-from moe_interp.routes.branch_scores import LayerRoutes, block_outputs
-from moe_interp.routes.inputs import by_label, check_routes, decoder_layers, scorable
+from moe_interp.routes.branch_scores import LayerRoutes, block_outputs, ruled_routes
+from moe_interp.routes.inputs import by_label, checked_experts, decoder_layers, scorable
 from moe_interp.routes.plan import Plan
 from moe_interp.routes.predictions import log_probs
-from moe_interp.routes.score import score_from_base
+from moe_interp.routes.score import score_wanted
 from moe_interp.types import Layer
 
 
@@ -96,7 +96,7 @@ def screen_routes(
     of each token, chosen for being good: it shows gaps and regrets, not alignment or the share of better routes.
     Source: derived (first-order attribution of routes).
     """
-    _check_counts(keep, audit, seed)
+    keep, audit, seed = _check_counts(keep, audit, seed)
     ids, mask = check_tokens(moe, tokens, attention_mask)
     labels, indices = decoder_layers(moe, layers), by_label(moe, routes)
     if set(labels) - set(indices):
@@ -105,9 +105,18 @@ def screen_routes(
             "routes at each layer",
             "Give routes for every layer to screen.",
         )
-    base = record_pass(moe, ids, labels, mask)
-    given = {layer: check_routes(base, layer, indices[layer]) for layer in labels}
-    return screen_from_base(base, given, keep, audit, positions, seed, memory_budget)
+    given = {layer: checked_experts(moe, ids, layer, indices[layer])[0] for layer in labels}
+    wanted = scorable(torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(), positions)
+    memory, audited = check_memory(moe, memory_budget), _sample(wanted, audit, seed)
+
+    def screen(rows: slice) -> dict[int, ScreenedRoutes]:
+        base = record_pass(moe, ids[rows], labels, None if mask is None else mask[rows])
+        chosen = {layer: ruled_routes(base, layer, experts[rows]) for layer, experts in given.items()}
+        return _screened(base, chosen, keep, wanted[rows], audited[rows], memory)
+
+    parts = memory.in_parts(screen, len(ids), "sequences")
+    memory.say()
+    return parts[0] if len(parts) == 1 else {layer: _joined([part[layer] for part in parts]) for layer in labels}
 
 
 def screen_from_base(
@@ -121,12 +130,40 @@ def screen_from_base(
 ) -> dict[int, ScreenedRoutes]:
     """As :func:`screen_routes`, on the sequences of a base pass; layers are screened one by one, not jointly."""
     keep, audit, seed = _check_counts(keep, audit, seed)
-    wanted, memory = scorable(base, positions), check_memory(base.moe, memory_budget)
+    wanted, memory = scorable(base.is_real, positions), check_memory(base.moe, memory_budget)
+    return _screened(base, routes, keep, wanted, _sample(wanted, audit, seed), memory)
+
+
+def _screened(
+    base: RecordedPass,
+    routes: Mapping[int, LayerRoutes],
+    keep: int,
+    wanted: Tensor,
+    audited: Tensor,
+    memory: Memory,
+) -> dict[int, ScreenedRoutes]:
     credits = route_credits(base, routes, wanted, memory)
     return {
-        layer: _screen(base, layer, given, credits[layer], wanted, keep, _sample(wanted, audit, seed), memory)
+        layer: _screen(base, layer, given, credits[layer], wanted, keep, audited, memory)
         for layer, given in routes.items()
     }
+
+
+def _joined(parts: list[ScreenedRoutes]) -> ScreenedRoutes:
+    """Of all sequences, from those of some each."""
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    starts = np.cumsum([0, *(len(part.credit) for part in parts)])
+    audit = ScreenAudit(
+        np.concatenate([part.audit.sequence + start for part, start in zip(parts, starts)]),
+        np.concatenate([part.audit.advantage for part in parts]),
+        np.concatenate([part.audit.advantage_kept for part in parts]),
+    )
+    return ScreenedRoutes(
+        whole("credit"), whole("logp"), whole("logp_standard"), whole("logp_null"), whole("is_kept"), audit
+    )
 
 
 def _check_counts(keep: int, audit: int, seed: int) -> tuple[int, int, int]:
@@ -223,6 +260,8 @@ class _Recorder:
 def _rows(plan: Plan, wanted: Tensor, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Sequences ``[row]`` and flat tokens ``[row, n]``: fewer rows at once than branches take, as the graph is kept."""
     token = wanted.reshape(-1).nonzero().flatten()
+    if not len(token):
+        return
     n = max(1, plan.rows_at_once // depth)
     for sequence, chosen in plan.rows(token):
         yield from zip(sequence.split(n), token[chosen].split(n))
@@ -273,9 +312,9 @@ def _screen(
     order = ranked.topk(min(keep, ranked.shape[-1]), dim=-1).indices
     slots = order.unsqueeze(-1).expand(-1, -1, -1, routes.indices.shape[-1])
     kept = LayerRoutes(routes.indices.gather(2, slots), routes.weights.gather(2, slots), routes.has_own_weights)
-    scores = score_from_base(base, {layer: kept}, wanted, None, "branch", memory)
+    scores = score_wanted(base, {layer: kept}, wanted, None, "branch", memory)
     logp = torch.full_like(credit, float("nan"), dtype=scores.logp.dtype).scatter(2, order, scores.logp)
-    whole = score_from_base(base, {layer: routes}, audited, None, "branch", memory)
+    whole = score_wanted(base, {layer: routes}, audited, None, "branch", memory)
     is_kept = torch.zeros_like(routes.present).scatter(2, order, True) & routes.present & wanted.unsqueeze(-1)
     return ScreenedRoutes(
         credit, logp, scores.logp_standard, scores.logp_null, is_kept, _audit(whole.logp, whole.logp_standard, is_kept)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from moe_interp.engine.memory import is_out_of_memory
 from moe_interp.verification.finding import Finding, excepted
 from moe_interp.verification.model_under_test import ModelUnderTest, difference
 
@@ -42,6 +43,8 @@ def why_no_cache(tested: ModelUnderTest) -> str | None:
     try:
         list(in_chunks(tested))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # with nothing hooked: the model's own limit
         return f"the model does not continue a cached prefix ({type(error).__name__})"
     return None

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from moe_interp.engine import threads_asleep
+from moe_interp.engine.memory import is_out_of_memory, out_of_memory_in_words
 from moe_interp.engine.policy import policy_of
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
@@ -51,6 +52,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
+@out_of_memory_in_words()
 @threads_asleep()
 def verify(
     moe: MoEHooks,
@@ -89,6 +91,7 @@ def verify(
         AttachError: the hooks have been detached.
         ConfigError: tokens of another shape.
         HookError: a layer that is not attached.
+        DataError: no room for a pass of these tokens; a check that alone has none has failed, and says so.
     """
     if not moe.is_attached:
         raise AttachError("hooks that have been detached", "an attached model", "Attach anew, then verify.")
@@ -109,5 +112,7 @@ def _guarded(check: Check, tested: ModelUnderTest) -> Iterator[Finding]:
         yield from check(tested)
     except Exception as error:
         note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if is_out_of_memory(error):
+            note += ". Give fewer or shorter tokens"
         name = check.__name__.replace("_", " ")
         yield Finding(check=name, layer=tested.layers[0], hook="all", figure=float("inf"), note=note)

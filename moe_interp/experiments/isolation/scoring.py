@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_interp.engine.attention import can_fuse
-from moe_interp.engine.memory import Memory
+from moe_interp.engine.memory import Memory, is_out_of_memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedLayer
 from moe_interp.engine.rerun import PrefixRunner, TargetPredictions
@@ -115,11 +116,20 @@ class PrefixScorer:
     def _distance(self, natural: Tensor, layers: Sequence[int]) -> float:
         """The largest change of a prediction by resuming at each layer with nothing changed; infinite if it fails."""
         copies, self._failure = [min(2, self._per_pass()), *[1] * (len(layers) - 1)], ""
+
+        def resumed(layer: int, part: slice) -> Tensor:
+            n = part.stop - part.start
+            return self._run(layer, n, []) - natural.repeat(n)
+
         try:
-            found = [self._run(layer, n, []) - natural.repeat(n) for layer, n in zip(layers, copies)]
-        except torch.OutOfMemoryError:
-            raise
+            found = [
+                part
+                for layer, n in zip(layers, copies)
+                for part in self.memory.in_parts(partial(resumed, layer), n, "sets of experts")
+            ]
         except Exception as error:  # whatever a model's layers miss that others before them have not handed on
+            if is_out_of_memory(error):
+                raise
             self._failure = f" ({type(error).__name__}: {error})"
             return float("inf")
         return float(torch.cat(found).abs().max())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import moe_interp as mi
+from moe_interp.arch import grouped_products
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine.memory import HalvedBatchWarning, Memory, is_out_of_memory
 from moe_interp.errors import DataError
-from moe_interp.routes import score_routes
+from moe_interp.routes import branch_scores, score_joint_routes, score_routes
 from tests import tiny
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -29,15 +31,23 @@ def attached(family: str = "olmoe") -> mi.MoEHooks:
 
 
 @contextmanager
-def room_for(moe: mi.MoEHooks, rows: int, per_row: int | None = None) -> Iterator[list[tuple[int, ...]]]:
+def room_for(
+    moe: mi.MoEHooks,
+    rows: int,
+    per_row: int | None = None,
+    error: Exception | None = None,
+    only_with_gradients: bool = False,
+) -> Iterator[list[tuple[int, ...]]]:
     """The last layer runs out of memory above so many rows (or tokens); gives the shapes that it was asked for."""
     asked: list[tuple[int, ...]] = []
 
     def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         asked.append(tuple(hidden.shape))
+        if only_with_gradients and not torch.is_grad_enabled():
+            return
         if hidden.shape[0] > rows or (per_row is not None and hidden.shape[0] * hidden.shape[1] > per_row):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     handle = unwrap(moe.bridge.blocks[-1]).register_forward_pre_hook(refuse, with_kwargs=True)
     try:
@@ -88,12 +98,149 @@ def test_parts_of_a_row_are_taken_at_last_and_then_it_is_refused_in_words() -> N
     with room_for(moe, 2, per_row=40), pytest.warns(HalvedBatchWarning):
         parts = score_routes(moe, tokens, 0, routes)
     torch.testing.assert_close(parts, whole, atol=2e-5, rtol=0, equal_nan=True)
-    with (
-        room_for(moe, 1),
-        pytest.raises(DataError, match=r"out of memory \(CUDA.*Take shorter"),
-    ):
-        score_routes(moe, tokens, 0, routes)  # a plain pass is not cut: its sequences are the caller's
+    with room_for(moe, 0), pytest.raises(DataError, match=r"out of memory \(CUDA.*Take shorter"):
+        score_routes(moe, tokens, 0, routes)
     assert state_of(moe) == before
+
+
+def unequal(moe: mi.MoEHooks) -> tuple[Tensor, Tensor]:
+    """Five sequences, of which the second is padded on the left, and their mask."""
+    tokens = tiny.random_tokens(5, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    return tokens, mask
+
+
+@pytest.mark.parametrize(
+    "method, positions", [("branch", None), ("branch", [2, -3]), ("branch", "first"), ("naive", "first")]
+)
+def test_sequences_are_scored_in_halves(method: Any, positions: Any) -> None:
+    moe = attached("gpt_oss")
+    tokens, mask = unequal(moe)
+    if positions == "first":  # nothing is left to score in the other halves
+        positions = torch.zeros_like(mask, dtype=torch.bool)
+        positions[0, 2:4] = True
+    routes, before = routes_of(moe, tokens, 0, 3), state_of(moe)
+    whole = score_routes(moe, tokens, 0, routes, positions, attention_mask=mask, method=method)
+    with room_for(moe, 2), pytest.warns(HalvedBatchWarning, match="3 sequences at once") as said:
+        halved = score_routes(moe, tokens, 0, routes, positions, attention_mask=mask, method=method)
+    assert [w.filename for w in said] == [__file__]
+    torch.testing.assert_close(halved, whole, atol=2e-5, rtol=0, equal_nan=True)
+    assert state_of(moe) == before
+
+
+def test_joint_routes_and_a_sequence_that_is_not_finite_keep_their_names_in_halves() -> None:
+    moe, tokens = attached(), tiny.random_tokens(5, 9)
+    routes = {layer: routes_of(moe, tokens, layer, 3) for layer in moe.layers[:2]}
+    whole = score_joint_routes(moe, tokens, routes)
+    with room_for(moe, 1), pytest.warns(HalvedBatchWarning):
+        halved = score_joint_routes(moe, tokens, routes)
+    for name in ("logp", "logp_standard", "logp_null", "router_logp"):
+        torch.testing.assert_close(getattr(halved, name), getattr(whole, name), atol=2e-5, rtol=0, equal_nan=True)
+    weights = torch.ones(*routes[0].shape)
+    weights[3, 2, 1] = 3e38
+    with (
+        room_for(moe, 2),
+        pytest.warns(HalvedBatchWarning),
+        pytest.raises(DataError, match="of sequence 3, position 2 under route 1"),
+    ):
+        score_routes(moe, tokens, 0, routes[0], weights=weights)
+
+
+def test_screened_sequences_in_halves_are_the_same() -> None:
+    moe = attached("deepseek_v3")
+    tokens, mask = unequal(moe)
+    layers = moe.layers[-2:]
+    routes = {layer: routes_of(moe, tokens, layer, 6) for layer in layers}
+    options: dict[str, Any] = {"keep": 2, "audit": 7, "attention_mask": mask}
+    whole, before = mi.screen_routes(moe, tokens, layers, routes, **options), state_of(moe)
+    with room_for(moe, 2), pytest.warns(HalvedBatchWarning) as said:
+        halved = mi.screen_routes(moe, tokens, layers, routes, **options)
+    assert [w.filename for w in said] == [__file__]
+    for layer in layers:
+        for name in ("credit", "logp", "logp_standard", "logp_null"):
+            found, expected = getattr(halved[layer], name), getattr(whole[layer], name)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0, equal_nan=True)
+        assert torch.equal(halved[layer].is_kept, whole[layer].is_kept)
+        audits = halved[layer].audit, whole[layer].audit
+        assert (audits[0].sequence == audits[1].sequence).all()
+        np.testing.assert_allclose(audits[0].advantage, audits[1].advantage, atol=2e-5)
+        np.testing.assert_allclose(audits[0].advantage_kept, audits[1].advantage_kept, atol=2e-5)
+    assert state_of(moe) == before
+
+
+def test_routers_of_domains_in_halves_score_the_same() -> None:
+    moe = attached()
+    isolated = mi.isolate_experts(moe, items(), random_draws=2, **QUIET)
+    whole, before = mi.score_domain_router(moe, items(), isolated, **QUIET), state_of(moe)
+    with room_for(moe, 2), pytest.warns(HalvedBatchWarning) as said:
+        halved = mi.score_domain_router(moe, items(), isolated, **QUIET)
+    assert [w.filename for w in said] == [__file__]
+    np.testing.assert_allclose(halved.data["score"], whole.data["score"], atol=2e-5)
+    np.testing.assert_allclose(halved.data["score_first"], whole.data["score_first"], atol=2e-5)
+    assert state_of(moe) == before
+    with room_for(moe, 0), pytest.raises(DataError, match="out of memory"):
+        mi.score_domain_router(moe, items(), isolated, **QUIET)
+    assert state_of(moe) == before
+
+
+def test_one_item_that_fits_alone_is_isolated_although_its_copies_do_not_fit() -> None:
+    moe, one = attached(), items()[:1]
+    whole = mi.isolate_experts(moe, one, random_draws=2, **QUIET)
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate")):
+        with room_for(moe, 1, error=error), pytest.warns(HalvedBatchWarning):
+            halved = mi.isolate_experts(moe, one, random_draws=2, **QUIET)
+        np.testing.assert_allclose(halved.data["delta"], whole.data["delta"], atol=2e-5)
+        assert float(halved.data.attrs["null_difference"]) < 1e-5  # it was resumed in the middle, not run whole
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_experts_outputs_of_branches_in_halves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, tokens = attached(family), tiny.random_tokens(2, 10)
+    routes = routes_of(moe, tokens)
+    whole, native, asked = score_routes(moe, tokens, 0, routes), branch_scores.block_outputs, []
+
+    def outputs(base: Any, layer: int, given: Any, some: Tensor) -> Tensor:
+        asked.append(len(some))
+        if len(some) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return native(base, layer, given, some)
+
+    monkeypatch.setattr(branch_scores, "block_outputs", outputs)
+    with pytest.warns(HalvedBatchWarning, match="9 tokens with their routes at once") as said:
+        halved = score_routes(moe, tokens, 0, routes)
+    assert len(said) == 1
+    assert asked == [18, 9, 5, 5, 5, 3]
+    torch.testing.assert_close(halved, whole, atol=2e-5, rtol=0, equal_nan=True)
+
+
+def test_verify_says_what_had_no_room() -> None:
+    moe = attached()
+    before = state_of(moe)
+    with room_for(moe, 0), pytest.raises(DataError, match=r"out of memory.*Take shorter"):
+        moe.verify()
+    assert state_of(moe) == before
+    last = moe.layers[-1]
+    with room_for(moe, 2, only_with_gradients=True):
+        table = moe.verify(tiny.random_tokens(3, 6), [last])
+    failed = table[~table["passed"]]
+    assert set(failed["check"]) == {"gradients arrive"}
+    assert failed["note"].str.contains("out of memory.*Give fewer or shorter tokens").all()
+    hooks, forwards, *others = state_of(moe)  # the hook points were taken off and put on again
+    assert (hooks, [f is None for f in forwards], *others) == (before[0], [f is None for f in before[1]], *before[2:])
+
+
+def test_a_grouped_product_that_runs_out_of_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    rows = torch.zeros(4, 16)
+    monkeypatch.setattr(grouped_products, "_TRIED", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(grouped_products, "_PRODUCT", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            grouped_products.has_grouped_product(rows)
+    assert grouped_products.has_grouped_product(rows)
 
 
 def test_memory_that_runs_out_in_a_users_hook_leaves_the_model_as_it_was() -> None:
@@ -103,11 +250,43 @@ def test_memory_that_runs_out_in_a_users_hook_leaves_the_model_as_it_was() -> No
     def fail(value: Tensor, hook: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    def elsewhere() -> Tensor:
+        """A pass with hooks in another thread, which is refused while the model is somebody's."""
+        hooks = [(moe.hook_name("router_logits", moe.layers[0]), lambda value, hook: None)]
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(moe.bridge.run_with_hooks, tokens, fwd_hooks=hooks).result()
+
     for point in ("router_logits", "expert_indices", "expert_out", "routed_out"):
+        hooks = [(moe.hook_name(point, moe.layers[-1]), fail)]
         with pytest.raises(torch.OutOfMemoryError):
-            moe.bridge.run_with_hooks(tokens, fwd_hooks=[(moe.hook_name(point, moe.layers[-1]), fail)])
+            moe.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        with pytest.raises(torch.OutOfMemoryError), moe.bridge.hooks(fwd_hooks=hooks):
+            moe.bridge(tokens)
         assert state_of(moe) == before
+        assert not any(p.has_hooks() for p in moe.bridge.hook_dict.values())
         assert torch.equal(moe.bridge(tokens), plain)
+        assert torch.equal(elsewhere(), plain)
+
+
+def test_memory_that_runs_out_in_a_hook_that_stays_is_told_in_words_by_an_experiment() -> None:
+    """The hook is a part of every pass, and fails in passes of any size."""
+    moe = attached()
+    before = state_of(moe)
+
+    def fail(value: Tensor, hook: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    name = moe.hook_name("routed_out", moe.layers[-1])
+    moe.bridge.add_hook(name, fail)
+    for run in (
+        lambda: mi.isolate_experts(moe, items(), random_draws=2, **QUIET),
+        lambda: score_routes(moe, tiny.random_tokens(3, 6), 0, routes_of(moe, tiny.random_tokens(3, 6), 0, 2)),
+    ):
+        with pytest.raises(DataError, match="out of memory"):
+            run()
+        assert [len(p.fwd_hooks) for p in moe.bridge.hook_dict.values() if p.has_hooks()] == [1]
+    moe.bridge.reset_hooks(including_permanent=True)
+    assert state_of(moe) == before
 
 
 def items() -> list[dict[str, Any]]:
