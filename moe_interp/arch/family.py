@@ -37,6 +37,7 @@ class Family:
         routes_at_router: Indices and weights are taken at the router, since the container calls its experts in a way of
             its own.
         weight_on_input: A slot's weight scales the expert's input.
+        experts_read: The container's module between what its router reads and what its experts read.
         latent: The container's projection from the experts' latent width back to d_model.
         block_scale: The container's factor on the weighted sum after the experts.
         output_bias: The container's bias, added after the weighted sum.
@@ -61,6 +62,7 @@ class Family:
     weights_in: tuple[str, ...] = ("",)
     routes_at_router: bool = False
     weight_on_input: bool = False
+    experts_read: str | None = None
     latent: str | None = None
     block_scale: str | None = None
     output_bias: str | None = None

@@ -148,6 +148,11 @@ class MoESpec:
             )
         return self.family.experts(self.experts, linear)
 
+    def experts_in(self, router_in: Tensor) -> Tensor:
+        """What the experts read ``[..., d_in]`` where the router reads this ``[..., d_model]``."""
+        between = self.family.experts_read
+        return router_in if between is None else child(self.container, between)(router_in)
+
     def reading_experts(self) -> AbstractContextManager[Any]:
         """Inside the ``with``, weights of the experts and of their projection that are kept elsewhere are real."""
         return self.materialized(self.experts, self.projection)
