@@ -108,6 +108,9 @@ RESULT_KINDS = {
     "counterfactual": "moe_interp.experiments.counterfactual.result",
     "testbed": "moe_interp.testbed.comparison",
     "patching": "moe_interp.patching.result",
+    "logit_attribution": "moe_interp.patching.logits.attribution",
+    "expert_tokens": "moe_interp.patching.logits.expert_tokens",
+    "decomposition": "moe_interp.patching.decomposition",
 }
 # what a result asks to be shown by -> where it is, imported when a figure or a page is asked for
 RESULT_VIEWS = {

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moe_interp.arch.expert_functions import ExpertFunctions, Linear, unreadable
 from moe_interp.arch.family import Family
+from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows
+from moe_interp.arch.grouped_products import RowGroups
 from moe_interp.arch.modules import child, config_value, native_part
 from moe_interp.arch.offload import materialized
 from moe_interp.arch.rules import RoutingRule
@@ -152,6 +154,13 @@ class MoESpec:
         """What the experts read ``[..., d_in]`` where the router reads this ``[..., d_model]``."""
         between = self.family.experts_read
         return router_in if between is None else child(self.container, between)(router_in)
+
+    def outputs_of_rows(self, rows: Tensor, groups: RowGroups) -> Tensor:
+        """Experts on rows ``[row, d_in]`` that are sorted by expert: ``[row, d_model]``, before a weight."""
+        with self.reading_experts():
+            experts, project = self.expert_functions, self.project
+            outputs = output_of_rows(experts, hidden_of_rows(experts, rows, groups), groups, rows.shape[-1])
+            return outputs if project is None else project(outputs)
 
     def reading_experts(self) -> AbstractContextManager[Any]:
         """Inside the ``with``, weights of the experts and of their projection that are kept elsewhere are real."""

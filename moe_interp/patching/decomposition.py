@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_interp.arch.grouped_products import sort_by_expert
+from moe_interp.arch.spec import MoESpec
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import eval_mode
 from moe_interp.engine.memory import out_of_memory_in_words
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.positions import merge_slots, merge_weights
 from moe_interp.patching.cells import position_mask
-from moe_interp.patching.expert_outputs import slot_outputs
 from moe_interp.patching.inputs import (
     PatchInputs,
     cached_activation,
@@ -65,8 +66,7 @@ def decompose(
 
         routed = sum over i in I of  weight(z, I)_i E_i(x),
 
-    each of I, z, x is replaced alone, in pairs, and all together: eight values of the metric a layer (the full factorial
-    of three). effect = patched - corrupted. "together" replaces the routed output by the clean one. "interaction" =
+    each of I, z, x is replaced alone, in pairs, and all together: eight values of the metric a layer (a full factorial). effect = patched - corrupted. "together" replaces the routed output by the clean one. "interaction" =
     together - sum of the three alone: what no factor does by itself. ``shapley`` shares the whole among the three, each
     factor's increase averaged over the six orders of adding them; it sums to "together".
 
@@ -88,8 +88,8 @@ def decompose(
         ConfigError: positions that are not there, or a metric of another form (after one pass).
 
     Weights depend on the experts they belong to: the weight of an expert that only one run uses is the family's own for
-    it from the other run's logits, a value that neither run computed. Shared experts, which read the same input, are not
-    part of it. A small effect of "experts" does not say that routing is unimportant: two routes may hold experts that
+    it from the other run's logits, a value that neither run computed. Shared experts are not part of it, though they
+    read the same input. A small effect of "experts" does not say that routing is unimportant: two routes may hold experts that
     compute much the same there. The pass is one ``run_with_hooks`` for each of seven subsets and layer.
 
     Source: derived (a factorial of activation patching; Shapley 1953).
@@ -123,9 +123,8 @@ class Decomposition(EffectResult, kind="decomposition"):
         lines = ["Routing against computation, mean effect (patched - corrupted) by layer:"]
         for row in self.by_layer().to_dict("records"):
             parts = ", ".join(f"{name} {row[name]:+.3g}" for name in (*FACTORS, INTERACTION))
-            lines.append(
-                f"  layer {row['layer']}: together {row[TOGETHER]:+.3g} = {parts} ({row['route_change']:.0%} of slots differ)"
-            )
+            differ = f"{row['route_change']:.0%} of slots differ"
+            lines.append(f"  layer {row['layer']}: together {row[TOGETHER]:+.3g} = {parts} ({differ})")
         return "\n".join(lines)
 
 
@@ -170,12 +169,37 @@ def subset_hooks(
     return [(moe.hook_name(writers[f][0], layer), writers[f][1]) for f in FACTORS if f in subset]
 
 
+@torch.no_grad()
+def slot_outputs(spec: MoESpec, read: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """What ``expert_out`` would hold if the experts of a route read something else; zero at empty slots.
+
+    Args:
+        spec: The layer.
+        read: ``[batch, pos, d_in]``, what the experts read.
+        indices, weights: ``[batch, pos, slot]``; the weights enter where the family scales its experts' input.
+
+    Returns:
+        ``[batch, pos, slot, d_model]``.
+    """
+    slots = indices.shape[-1]
+    # pairs of a token and one of its slots, sorted by expert; empty slots come last and give zero
+    order, groups = sort_by_expert(indices.reshape(-1), spec.n_experts)
+    rows = read.reshape(-1, read.shape[-1])[order // slots]
+    if spec.weight_on_input:
+        rows = rows * weights.reshape(-1)[order].unsqueeze(-1).to(rows.dtype)
+    pairs = spec.outputs_of_rows(rows, groups)
+    return torch.empty_like(pairs).index_copy_(0, order, pairs).view(*indices.shape, -1)
+
+
 def _factorial(
     inputs: PatchInputs, cache: Any, metrics: Metrics, where: Tensor, progress: bool | Report | None
 ) -> Decomposition:
     routes: dict[Layer, Tensor] = {}
     reads: Hooks = [
-        (inputs.moe.hook_name("expert_indices", layer), lambda value, hook, layer=layer: routes.__setitem__(layer, value))
+        (
+            inputs.moe.hook_name("expert_indices", layer),
+            lambda value, hook, layer=layer: routes.__setitem__(layer, value),
+        )
         for layer in inputs.layers
     ]
     baseline = metrics.first(inputs.forward(hooks=reads), "the corrupted run")
@@ -192,7 +216,7 @@ def _factorial(
             report(number + 1, len(inputs.layers))
     parts, effect = _parts(values)
     shapley = np.stack([_shapley(by_subset) for by_subset in values], axis=1)
-    axes = {"layer": list(inputs.layers), "part": parts}
+    axes: dict[str, Sequence[Any]] = {"layer": list(inputs.layers), "part": parts}
     data = effect_dataset(
         metrics, axes, effect, len(inputs.tokens),
         baseline=((METRIC, EXAMPLE), baseline.cpu().double().numpy()),

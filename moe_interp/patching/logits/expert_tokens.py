@@ -14,11 +14,11 @@ from moe_interp.checks import check_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import out_of_memory_in_words
-from moe_interp.engine.residual_stream import record_stream
+from moe_interp.engine.residual.linear import record_stream
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching.inputs import PatchInputs, check_patch_inputs
-from moe_interp.patching.logit_contributions import factor_after_head
+from moe_interp.patching.logits.contributions import factor_after_head
 from moe_interp.results import Result
 from moe_interp.types import Hooks, Layer
 
@@ -129,6 +129,8 @@ class ExpertTokens(Result, kind="expert_tokens"):
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _add_written(
     inputs: PatchInputs,
     tokens: Tensor,
@@ -154,7 +156,7 @@ def _add_written(
     gains = stream.gradients(stream.before_norm, list(blocks.values()), torch.ones_like(stream.before_norm))
     with torch.no_grad():
         factor, _ = factor_after_head(stream.head(stream.head_in[:1]), stream.logits[:1], stream.head_in.dtype)
-        for (layer, block), gain in zip(blocks.items(), gains):
+        for layer, gain in zip(blocks, gains):
             if layer not in inputs.layers:
                 continue
             spec, indices = moe.spec(layer), kept["expert_indices", layer]

@@ -18,9 +18,8 @@ from moe_interp.engine.memory import out_of_memory_in_words
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching.inputs import PatchInputs, check_patch_inputs
-from moe_interp.patching.logit_contributions import Contributions, contributions
+from moe_interp.patching.logits.contributions import Contributions, contributions
 from moe_interp.patching.result import EXAMPLE, EffectResult
-from moe_interp.types import EMPTY
 
 Tokens = int | str | Sequence[Any] | Tensor
 _NEEDS = ("expert_indices", "expert_weights", "expert_out")
@@ -118,7 +117,13 @@ class LogitAttribution(EffectResult, kind="logit_attribution"):
 
     def by_kind(self) -> pd.DataFrame:
         """Mean contribution over examples by layer and kind; layer -1 is the embedding and the last biases."""
-        summed = self.data["effect"].mean(EXAMPLE).to_series().groupby([self.data["layer"].values, self.data["kind"].values]).sum()
+        summed = (
+            self.data["effect"]
+            .mean(EXAMPLE)
+            .to_series()
+            .groupby([self.data["layer"].values, self.data["kind"].values])
+            .sum()
+        )
         return summed.rename_axis(["layer", "kind"]).rename("mean").reset_index()
 
     def experts(self) -> pd.DataFrame:
@@ -146,12 +151,14 @@ class LogitAttribution(EffectResult, kind="logit_attribution"):
             "  " + ", ".join(f"{kind} {float(value):+.4g}" for kind, value in zip(kinds["kind"].values, kinds.values)),
         ]
         for row in self.experts().head(3).to_dict("records"):
-            control = "" if np.isnan(row.get("percentile", np.nan)) else (
-                f"; above {row['percentile']:.0%} of the layer's unused experts at its weight"
+            control = (
+                ""
+                if np.isnan(row.get("percentile", np.nan))
+                else (f"; above {row['percentile']:.0%} of the layer's unused experts at its weight")
             )
             lines.append(
-                f"  layer {row['layer']}, expert {row['expert']}: {row['contribution']:+.4g} in the {row['n_used']} examples "
-                f"that use it{control}"
+                f"  layer {row['layer']}, expert {row['expert']}: {row['contribution']:+.4g} "
+                f"in the {row['n_used']} examples that use it{control}"
             )
         lines.append(f"norms frozen at the run's scale; largest remainder {float(abs(self.remainder()).max()):.1e}")
         return "\n".join(lines)
@@ -205,7 +212,9 @@ def _token_ids(inputs: PatchInputs, given: Any, name: str) -> Tensor:
                 return bridge.to_single_token(value)
             except Exception as error:  # TransformerLens asserts that the text is one token
                 raise ConfigError(
-                    f"{name} {value!r}, which is not one token ({str(error)[:80]})", "a text of one token", "Pass its id."
+                    f"{name} {value!r}, which is not one token ({str(error)[:80]})",
+                    "a text of one token",
+                    "Pass its id.",
                 ) from error
         return [ids(each) for each in value] if isinstance(value, list | tuple) else value
 
@@ -215,7 +224,13 @@ def _token_ids(inputs: PatchInputs, given: Any, name: str) -> Tensor:
         raise ConfigError(f"{name} that make no tensor ({error})", expected, "Pass token ids.") from None
     found = found.expand(n) if found.ndim == 0 else found
     found = found.unsqueeze(1) if found.ndim == 1 else found
-    if found.ndim != 2 or len(found) != n or not found.shape[1] or found.is_floating_point() or found.dtype == torch.bool:
+    if (
+        found.ndim != 2
+        or len(found) != n
+        or not found.shape[1]
+        or found.is_floating_point()
+        or found.dtype == torch.bool
+    ):
         raise ConfigError(f"{name} of shape {tuple(found.shape)} and dtype {found.dtype}", expected, "Reshape them.")
     vocabulary = int(getattr(bridge.cfg, "d_vocab", 0) or 2**31)
     if bool(((found < 0) | (found >= vocabulary)).any()):
@@ -228,7 +243,9 @@ def _dataset(
     inputs: PatchInputs, found: Contributions, columns: Tensor, right: Tensor, wrong: Tensor | None
 ) -> xr.Dataset:
     labels: list[tuple[str, str, int, int]] = []
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in ("effect", "weight", "percentile", "others_mean", "others_sd")}
+    rows: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("effect", "weight", "percentile", "others_mean", "others_sd")
+    }
     absent = np.full(len(columns), np.nan)
 
     def add(label: str, kind: str, layer: int, expert: int, **values: np.ndarray) -> None:
@@ -247,11 +264,12 @@ def _dataset(
     variables: dict[str, Any] = {name: (("component", EXAMPLE), np.stack(column)) for name, column in rows.items()}
     if not found.others:
         variables = {name: value for name, value in variables.items() if name in ("effect", "weight")}
+    position = (inputs.is_real.long().cumsum(dim=1) - 1).gather(1, columns.unsqueeze(1))[:, 0]
     variables |= {
         "kind": ("component", kinds), "layer": ("component", layers), "expert": ("component", experts),
         "logit_difference": (EXAMPLE, found.logit_difference.cpu().numpy()),
         "before_cap": (EXAMPLE, found.metric.cpu().numpy()),
-        "position": (EXAMPLE, (inputs.is_real.long().cumsum(dim=1) - 1).gather(1, columns.unsqueeze(1))[:, 0].cpu().numpy()),
+        "position": (EXAMPLE, position.cpu().numpy()),
     }  # fmt: skip
     data = xr.Dataset(variables, coords={"component": names, EXAMPLE: np.arange(len(columns))})
     data = data.set_coords(["kind", "layer", "expert"])

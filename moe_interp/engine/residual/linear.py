@@ -26,14 +26,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from moe_interp.arch.modules import unwrap
-from moe_interp.engine.recorded_pass import RecordedLayer
-from moe_interp.engine.replaced_forward import swapped_forward
+from moe_interp.engine.residual.sublayers import PASSED_THROUGH, decoder_layers_of, detached, is_norm
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.types import Hooks
 
 Kind = Literal["embedding", "attention", "mixer", "mlp", "routed", "shared", "other", "bias"]
-_PASSED_THROUGH = (nn.Dropout, nn.Identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +106,11 @@ def record_stream(
     """
     layers, model = decoder_layers_of(moe), moe.bridge.original_model
     recorder = _Recorder(moe, ResidualStream(model.get_output_embeddings()))  # type: ignore[operator]
-    with torch.inference_mode(False), torch.enable_grad(), recorder.on(model, layers):
-        with moe.bridge.hooks(fwd_hooks=hooks or []):
-            logits = moe.bridge(tokens, attention_mask=attention_mask)
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), recorder.on(model, layers)):
+            stack.enter_context(context)
+        stack.enter_context(moe.bridge.hooks(fwd_hooks=hooks or []))
+        logits = moe.bridge(tokens, attention_mask=attention_mask)
     stream = recorder.stream
     stream.logits = logits.detach()
     if stream.head_in is None or stream.before_norm is None or not stream.head_in.requires_grad:
@@ -145,7 +145,7 @@ def frozen_norm(module: nn.Module, x: Tensor, out: Tensor) -> FrozenNorm:
         norm = FrozenNorm(gain, bias, centres)
         made = norm.linear(x) + bias
         off = (made - out).abs().amax()
-        if bool((off > 100 * _eps(out.dtype) * (1 + out.abs().amax())).item()):
+        if not bool((off <= 100 * _eps(out.dtype) * (1 + out.abs().amax())).item()):  # NaN among it
             raise ConfigError(
                 f"a norm of the class {type(unwrap(module)).__name__}, which differs by {float(off):.1e} from a frozen "
                 "scale times its weight",
@@ -171,7 +171,7 @@ class _Recorder:
                 self._watch_layer(stack, index, layer)
             for module in model.modules():
                 if id(module) not in inside and module is not self.stream.head:
-                    last = _is_norm(module)
+                    last = is_norm(module)
                     hook = self._after_norm(None, "final norm") if last else self._after_mixing
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             stack.callback(self.stream.head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
@@ -190,6 +190,7 @@ class _Recorder:
             self.stream.layer_ends[index].append(output[0] if isinstance(output, tuple) else output)
 
         stack.callback(layer.register_forward_pre_hook(begin, with_kwargs=True).remove)
+
         def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             assert self.shape is not None
@@ -202,9 +203,9 @@ class _Recorder:
             stack.callback(reader.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
         for name, child in layer.named_children():
             native = unwrap(child)
-            if isinstance(native, _PASSED_THROUGH):
+            if isinstance(native, PASSED_THROUGH):
                 continue
-            if _is_norm(child):
+            if is_norm(child):
                 hook = self._after_norm(index, name)
                 stack.callback(child.register_forward_hook(hook, with_kwargs=True).remove)
                 continue
@@ -231,7 +232,7 @@ class _Recorder:
     def _before_sublayer(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.depth += 1
         torch.set_grad_enabled(False)
-        return tree_map(_detached, args), tree_map(_detached, kwargs)
+        return tree_map(detached, args), tree_map(detached, kwargs)
 
     def _after_sublayer(self, kind: Kind, index: int, name: str) -> Callable[..., Any]:
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
@@ -271,8 +272,9 @@ class _Recorder:
     def _after_mixing(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A module that joins several residual streams, with its weights held at those of the run."""
         x = args[0] if args else next(iter(kwargs.values()), None)
-        is_join = isinstance(x, Tensor) and x.ndim == 4 and isinstance(output, Tensor) and output.ndim == 3
-        if not is_join or not x.requires_grad:
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or (x.ndim, output.ndim) != (4, 3):
+            return output
+        if not x.requires_grad:
             return output
         with torch.no_grad():
             # [batch, pos, stream]: output = sum of weight * stream, of which the streams are d_model equations
@@ -284,15 +286,7 @@ class _Recorder:
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.stream.head_in = args[0] if args else next(iter(kwargs.values()))
         # its logits are not differentiated: they would hold the vocabulary at every position
-        return tree_map(_detached, args), tree_map(_detached, kwargs)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(unwrap(module)).__name__.lower()
+        return tree_map(detached, args), tree_map(detached, kwargs)
 
 
 def _eps(dtype: torch.dtype) -> float:
@@ -304,136 +298,5 @@ def sublayers(moe: MoEHooks, layers: Sequence[nn.Module]) -> Iterator[tuple[int,
     """``(layer, name, module)`` of everything that a layer calls but its norms."""
     for index, layer in enumerate(layers):
         for name, child in layer.named_children():
-            if not isinstance(unwrap(child), _PASSED_THROUGH) and not _is_norm(child):
+            if not isinstance(unwrap(child), PASSED_THROUGH) and not is_norm(child):
                 yield index, name, child
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenSublayers:
-    """A decoder whose sublayers give what they gave in one run.
-
-    Only norms, sums, fixed factors and routers are computed anew: what is added to a sublayer's output reaches later
-    routers through the residual stream alone.
-
-    Attributes:
-        moe: The attached hooks.
-        layers: The model's layers.
-        n_examples: Of the run.
-        answers: What each sublayer gave, by layer and name.
-        blocks: By MoE layer, the name of the sublayer that its experts are.
-    """
-
-    moe: MoEHooks
-    layers: list[nn.Module]
-    n_examples: int
-    answers: dict[tuple[int, str], Any]
-    blocks: dict[int, str]
-
-    @contextmanager
-    def adding(self, layer: int, delta: Tensor) -> Iterator[None]:
-        """Inside, passes are of stacked copies of the batch, with something added to what a layer's experts give.
-
-        Args:
-            layer: An MoE layer.
-            delta: ``[copy * batch, pos, d_model]``.
-        """
-        copies = len(delta) // self.n_examples
-        with ExitStack() as stack:
-            for index, name, child in sublayers(self.moe, self.layers):
-                if (index, name) not in self.answers:
-                    continue
-                answer = RecordedLayer.stacked(self.answers[index, name], copies)
-                is_block = self.blocks.get(index) == name
-                if is_block and index == layer:
-                    answer = _plus(answer, delta)
-                if is_block and index > layer:
-                    # its router runs, and reads the stream as it is now
-                    stack.callback(child.register_forward_hook(_giving(answer)).remove)
-                else:
-                    stack.enter_context(swapped_forward(child, _giving(answer)))
-            yield
-
-
-def record_sublayers(moe: MoEHooks, forward: Callable[[], Tensor], n_examples: int) -> tuple[Tensor, FrozenSublayers]:
-    """The logits of a pass, and what its sublayers gave.
-
-    Args:
-        moe: Attached hooks of a decoder.
-        forward: Runs the pass.
-        n_examples: In its batch.
-
-    Raises:
-        ConfigError: an encoder-decoder, or layers with several residual streams, whose mixing is computed from them.
-    """
-    layers = decoder_layers_of(moe)
-    answers: dict[tuple[int, str], Any] = {}
-    blocks: dict[int, str] = {}
-    with ExitStack() as stack:
-        for index, name, child in sublayers(moe, layers):
-            if index in moe.layers:
-                spec, native = moe.spec(index), unwrap(child)
-                own = spec.container is spec.hf_layer  # Gemma 4: the experts are a sublayer, and so is their router
-                if own and native is spec.router:
-                    continue
-                if native is (spec.experts if own else spec.container):
-                    blocks[index] = name
-            stack.callback(child.register_forward_hook(_keeping(answers, (index, name))).remove)
-        for index, layer in enumerate(layers):
-            stack.callback(layer.register_forward_pre_hook(_one_stream(index), with_kwargs=True).remove)
-        logits = forward()
-    return logits, FrozenSublayers(moe, layers, n_examples, answers, blocks)
-
-
-def sublayers(moe: MoEHooks, layers: Sequence[nn.Module]) -> Iterator[tuple[int, str, nn.Module]]:
-    """``(layer, name, module)`` of everything that the layers call but their norms."""
-    for index, layer in enumerate(layers):
-        for name, child in layer.named_children():
-            if not isinstance(unwrap(child), _PASSED_THROUGH) and not _is_norm(child):
-                yield index, name, child
-
-
-def decoder_layers_of(moe: MoEHooks) -> list[nn.Module]:
-    """The transformers layers of a decoder.
-
-    Raises:
-        ConfigError: an encoder-decoder.
-    """
-    blocks: Any = moe.bridge._modules.get("blocks")
-    if blocks is None:
-        raise ConfigError(
-            f"{type(moe.bridge.original_model).__name__}, an encoder-decoder",
-            "a causal decoder",
-            "The residual streams of encoder and decoder meet in attention alone: read them by the hooks.",
-        )
-    return [unwrap(block) for block in blocks]
-
-
-def _keeping(answers: dict[tuple[int, str], Any], key: tuple[int, str]) -> Callable[..., None]:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        answers[key] = tree_map(_detached, output)
-
-    return keep
-
-
-def _giving(answer: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: answer
-
-
-def _plus(answer: Any, delta: Tensor) -> Any:
-    """A block's answer with something added to its output, which may come flat, and with router logits beside it."""
-    out, *rest = answer if isinstance(answer, tuple) else (answer,)
-    added = out + delta.reshape(out.shape).to(out.dtype)
-    return (added, *rest) if isinstance(answer, tuple) else added
-
-
-def _one_stream(index: int) -> Callable[..., None]:
-    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.ndim != 3:
-            raise ConfigError(
-                f"layer {index}, which carries several residual streams",
-                "layers with one residual stream",
-                "What mixes the streams is computed from them, so no path between experts is direct in this family.",
-            )
-
-    return check

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_interp.arch.grouped_products import RowGroups
 from moe_interp.arch.spec import MoESpec
-from moe_interp.engine.residual_stream import ResidualStream, Written, record_stream
+from moe_interp.engine.residual.linear import ResidualStream, Written, record_stream
 from moe_interp.errors import ConfigError
 from moe_interp.hooks.attach import MoEHooks
-from moe_interp.patching.expert_outputs import every_expert
 from moe_interp.types import Hooks
 
 _READ = ("expert_indices", "expert_weights", "expert_out", "shared_out")
@@ -51,6 +51,8 @@ class Contributions:
         return torch.stack([*self.parts.values(), *routed]).sum(dim=0)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def contributions(
     moe: MoEHooks,
     tokens: Tensor,
@@ -65,10 +67,9 @@ def contributions(
     assert stream.logits is not None
     assert stream.head_in is not None
     model = reader.rows(stream.logits).double()
-    with torch.enable_grad():
-        before_scale = stream.head(reader.rows(stream.head_in).unsqueeze(1))[:, 0].double()
-        factor, is_capped = factor_after_head(before_scale.detach(), model, stream.head_in.dtype)
-        metric = readout(before_scale * factor)
+    before_scale = stream.head(reader.rows(stream.head_in).unsqueeze(1))[:, 0].double()
+    factor, is_capped = factor_after_head(before_scale.detach(), model, stream.head_in.dtype)
+    metric = readout(before_scale * factor)
     with torch.no_grad():
         constant = readout(stream.head(torch.zeros_like(stream.head_in[:, :1]))[:, 0].double() * factor)
     found = Contributions(metric.detach(), readout(model), is_capped)
@@ -155,6 +156,15 @@ def _what_others_would_add(spec: MoESpec, read: Tensor, weights: Tensor, directi
     return torch.stack([(out.double() @ direction.unsqueeze(-1)).squeeze(-1) for out in slots], dim=1)
 
 
+@torch.no_grad()
+def every_expert(spec: MoESpec, read: Tensor) -> Tensor:
+    """The output of every expert on every row, before a weight: ``[row, d_in] -> [row, expert, d_model]``."""
+    n_experts, n_rows = spec.n_experts, len(read)
+    groups = RowGroups.of_sorted(torch.arange(n_experts, device=read.device).repeat_interleave(n_rows), n_experts)
+    # shape: (expert * row, d_model) -> (row, expert, d_model)
+    return spec.outputs_of_rows(read.repeat(n_experts, 1), groups).view(n_experts, n_rows, -1).transpose(0, 1)
+
+
 def factor_after_head(unembedded: Tensor, logits: Tensor, dtype: torch.dtype) -> tuple[float, bool]:
     """What the model multiplies its unembedding's output by, and whether it does more than that (a soft-cap)."""
     place = unembedded.abs().flatten().argmax()
@@ -168,21 +178,23 @@ def factor_after_head(unembedded: Tensor, logits: Tensor, dtype: torch.dtype) ->
 def _check_closed(found: Contributions, stream: ResidualStream, ends: list[Tensor], reader: _Reader) -> None:
     """Refuse a model that adds something to its residual stream which no sublayer, bias or norm accounts for."""
     off = (found.total - found.metric).abs()
-    terms = torch.stack([value.abs() for value in found.parts.values()] + [v.abs().sum(-1) for v in found.experts.values()])
+    terms = torch.stack(
+        [value.abs() for value in found.parts.values()] + [v.abs().sum(-1) for v in found.experts.values()]
+    )
     assert stream.head_in is not None
     # norms compute in float32 by name, also in a float64 model
     eps = max(torch.finfo(stream.head_in.dtype).eps, torch.finfo(torch.float32).eps)
     if bool((off <= 1000 * eps * (1 + terms.sum(dim=0))).all()):
         return
     worst = int((off / (1 + terms.sum(dim=0))).argmax())
+    # where each layer begins, and where the last one ends: what is between two of them counts for the former
+    begins = [pair[0] for pair in stream.layer_ends.values()] + [list(stream.layer_ends.values())[-1][1]]
+    at = [float(reader.summed(gradient, value)[worst]) for gradient, value in zip([*ends[::2], ends[-1]], begins)]
     jumps = {}
     for number, layer in enumerate(stream.layer_ends):
-        before, after = (
-            reader.summed(ends[2 * number + side], stream.layer_ends[layer][side])[worst] for side in (0, 1)
-        )
-        written = sum(float(v[worst]) for (_, at, _), v in found.parts.items() if at == layer)
+        written = sum(float(v[worst]) for (_, where, _), v in found.parts.items() if where == layer)
         written += float(found.experts[layer][worst].sum()) if layer in found.experts else 0.0
-        jumps[layer] = abs(float(after - before) - written)
+        jumps[layer] = abs(at[number + 1] - at[number] - written)
     layer = max(jumps, key=lambda key: jumps[key])
     raise ConfigError(
         f"layer {layer}, which changes the logit difference by {jumps[layer]:.1e} more than its sublayers write",

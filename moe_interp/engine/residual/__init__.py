@@ -1,0 +1,1 @@
+"""The residual stream of a decoder, as the sum of what its sublayers write."""
