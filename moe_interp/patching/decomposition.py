@@ -66,9 +66,10 @@ def decompose(
 
         routed = sum over i in I of  weight(z, I)_i E_i(x),
 
-    each of I, z, x is replaced alone, in pairs, and all together: eight values of the metric a layer (a full factorial). effect = patched - corrupted. "together" replaces the routed output by the clean one. "interaction" =
-    together - sum of the three alone: what no factor does by itself. ``shapley`` shares the whole among the three, each
-    factor's increase averaged over the six orders of adding them; it sums to "together".
+    each of I, z, x is replaced alone, in pairs, and all together: a full factorial, of eight values of the metric a
+    layer. effect = patched - corrupted. "together" replaces the routed output by the clean one. "interaction" =
+    together - sum of the three alone: what no factor does by itself. ``shapley`` shares the whole among the three:
+    each factor's increase, averaged over the six orders of adding them; the three sum to "together".
 
     Args:
         moe: Attached hooks, with ``expert_outputs=True``.
@@ -87,10 +88,10 @@ def decompose(
         HookError: a layer that is not there or was attached without expert outputs, or a cache without a hook; by name.
         ConfigError: positions that are not there, or a metric of another form (after one pass).
 
-    Weights depend on the experts they belong to: the weight of an expert that only one run uses is the family's own for
-    it from the other run's logits, a value that neither run computed. Shared experts are not part of it, though they
-    read the same input. A small effect of "experts" does not say that routing is unimportant: two routes may hold experts that
-    compute much the same there. The pass is one ``run_with_hooks`` for each of seven subsets and layer.
+    Weights depend on the experts they belong to: the weight of an expert that only one run uses is the family's own
+    for it from the other run's logits, a value that neither run computed. Shared experts are not part of it, though
+    they read the same input. A small effect of "experts" does not say that routing is unimportant: two routes may hold
+    experts that compute much the same there. It takes one ``run_with_hooks`` for each of seven subsets and layer.
 
     Source: derived (a factorial of activation patching; Shapley 1953).
     """

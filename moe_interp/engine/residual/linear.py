@@ -199,7 +199,7 @@ class _Recorder:
         stack.callback(layer.register_forward_hook(end).remove)
         if index in self.moe.layers:
             spec = self.moe.spec(index)
-            reader = spec.container if spec.family.own_block else spec.experts
+            reader = spec.container if spec.family.routes_at_router else spec.experts
             stack.callback(reader.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
         for name, child in layer.named_children():
             native = unwrap(child)
@@ -219,7 +219,7 @@ class _Recorder:
             # Gemma 4's layer is the container, and the experts are a child of it
             if native is (spec.experts if spec.container is spec.hf_layer else spec.container):
                 return "routed"
-            if name == spec.family.beside:
+            if name == spec.family.shared_on_layer:
                 return "shared"
         label = type(native).__name__
         kinds: dict[Kind, tuple[str, ...]] = {

@@ -137,7 +137,7 @@ def _split_block(
     outputs = kept["expert_out"].double() @ direction.unsqueeze(-1)
     found.indices[layer], found.weights[layer] = kept["expert_indices"], weights
     found.experts[layer] = outputs[..., 0] if spec.weight_on_input else outputs[..., 0] * weights
-    if "shared_out" in kept and spec.family.beside is None:
+    if "shared_out" in kept and spec.family.shared_on_layer is None:
         found.parts["shared", layer, "shared"] = (kept["shared_out"].double() * direction).sum(dim=-1)
     bias = spec.project_bias if spec.family.latent is not None else spec.output_bias
     if bias is not None:

@@ -17,7 +17,7 @@ from moe_interp.engine.residual.linear import frozen_norm, record_stream
 from moe_interp.errors import ConfigError, DataError, HookError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching import expert_tokens, logit_attribution
-from moe_interp.types import Hooks, Layer
+from moe_interp.types import Layer
 from tests import tiny
 from tests.integration.routes.helpers import DECODERS, attached, precision
 
@@ -82,7 +82,7 @@ def by_hand(name: str, moe: MoEHooks, tokens: Tensor) -> dict[tuple[Any, int], T
     norm = hf.model.norm
     handles = [norm.register_forward_pre_hook(lambda m, args: final.__setitem__("x", args[0][:, -1]))]
     for index, layer in enumerate(hf.model.layers):
-        after = getattr(layer, "post_feedforward_layernorm", None)
+        after: Any = getattr(layer, "post_feedforward_layernorm", None)
         if name == "flex_olmo":
             handles.append(
                 after.register_forward_pre_hook(lambda m, a, i=index: blocks.__setitem__(i, (m, a[0][:, -1])))
@@ -148,7 +148,7 @@ def test_the_control_is_what_other_experts_give_in_the_same_slot(name: str) -> N
         others = route.repeat(len(rest), 1, 1)
         others[:, -1, 0] = rest
         kept: dict[str, Tensor] = {}
-        hooks: Hooks = [
+        hooks: list[Any] = [
             (names["expert_indices"], lambda value, hook: others),
             (names["expert_weights"], lambda value, hook: weights.repeat(len(rest), 1, 1)),
             (names["expert_out"], lambda value, hook: kept.__setitem__("out", value.clone())),
