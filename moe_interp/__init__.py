@@ -111,6 +111,7 @@ RESULT_KINDS = {
     "logit_attribution": "moe_interp.patching.logits.attribution",
     "expert_tokens": "moe_interp.patching.logits.expert_tokens",
     "decomposition": "moe_interp.patching.decomposition",
+    "attribution": "moe_interp.patching.attribution_result",
 }
 # what a result asks to be shown by -> where it is, imported when a figure or a page is asked for
 RESULT_VIEWS = {

@@ -107,7 +107,7 @@ class PrefixRunner:
             children = dict(self.layers[layer].named_children())
             for name, answers in prefix.answers.items():
                 known = [prefix.stacked(answer, copies) for answer in answers]
-                stack.enter_context(swapped_forward(children[name], _answering(known, children[name].forward)))
+                stack.enter_context(swapped_forward(children[name], answering(known, children[name].forward)))
             return self._read(tokens, predictions, hooks, trim_after=layer)
 
     def _read(self, tokens: Tensor, predictions: TargetPredictions, hooks: Hooks, trim_after: int | None) -> Tensor:
@@ -137,19 +137,8 @@ class PrefixRunner:
         if container is None or container is self.layers[last] or self.moe.hooks_active(last):
             yield
             return
-        native = container.forward
-
-        def trimmed(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if args or kwargs:  # a hash layer's token ids belong to all positions
-                return native(hidden, *args, **kwargs)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            out = native(flat[place].unsqueeze(0))
-            read = (out[0] if isinstance(out, tuple) else out).reshape(-1, hidden.shape[-1])
-            full = torch.zeros_like(flat).index_copy(0, place, read.to(flat.dtype)).view(hidden.shape)
-            return (full, *out[1:]) if isinstance(out, tuple) else full
-
         with ExitStack() as stack:
-            stack.enter_context(swapped_forward(container, trimmed))
+            stack.enter_context(swapped_forward(container, only_at(lambda: place, container.forward)))
             if self.fuses_attention:
                 stack.enter_context(queried_only_at(self.moe.bridge.blocks[last], place))
             yield
@@ -168,7 +157,22 @@ class PrefixRunner:
         return skip
 
 
-def _answering(known: list[Any], native: Callable[..., Any]) -> Callable[..., Any]:
+def only_at(place: Callable[[], Tensor], native: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward at some positions of the flattened tokens; zero elsewhere."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:  # a hash layer's token ids belong to all positions
+            return native(hidden, *args, **kwargs)
+        flat, where = hidden.reshape(-1, hidden.shape[-1]), place()
+        out = native(flat[where].unsqueeze(0))
+        found = (out[0] if isinstance(out, tuple) else out).reshape(-1, hidden.shape[-1])
+        full = torch.zeros_like(flat).index_copy(0, where, found.to(flat.dtype)).view(hidden.shape)
+        return (full, *out[1:]) if isinstance(out, tuple) else full
+
+    return forward
+
+
+def answering(known: list[Any], native: Callable[..., Any]) -> Callable[..., Any]:
     """The known answers, call after call; calls after those come behind the experts, and are computed."""
     left = iter(known)
 

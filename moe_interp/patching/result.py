@@ -68,17 +68,8 @@ class EffectResult(Result):
             level: Of the interval.
             seed: Of the permutations.
         """
-        chosen = self.of_metric(metric)["effect"]
-        axes = self.cell_axes
-        cells = (
-            chosen.transpose(*axes, EXAMPLE) if self.is_per_example else chosen.transpose(*axes).expand_dims("_", -1)
-        )
-        flat = cells.values.reshape(-1, cells.shape[-1]).astype(np.float64)
-        index = pd.DataFrame(
-            list(itertools.product(*[cells[axis].values.tolist() for axis in axes])), columns=list(axes)
-        )
-        statistics = _statistics(flat, level, check_seed(seed), self.is_per_example)
-        return pd.concat([index, pd.DataFrame(statistics)], axis=1)
+        index, flat = self._cells(metric)
+        return self._table(index, flat, level, seed)
 
     def top(self, k: int = 10, metric: str | None = None, by: str = "abs") -> pd.DataFrame:
         """The ``k`` cells of the largest mean effect, as rows of :meth:`table`.
@@ -91,11 +82,31 @@ class EffectResult(Result):
             by: "abs" by size, "positive" or "negative" by sign.
         """
         k = check_whole(k, "k", 1)
-        table = self.table(metric).dropna(subset=["mean"])
         if by not in ("abs", "positive", "negative"):
             raise ConfigError(f"by={by!r}", "abs, positive or negative", "Choose one of these.")
-        key = {"abs": table["mean"].abs(), "positive": table["mean"], "negative": -table["mean"]}[by]
-        return table.loc[key.sort_values(ascending=False, kind="stable").index[:k]].reset_index(drop=True)
+        index, flat = self._cells(metric)
+        there = ~np.isnan(flat)
+        mean = np.where(there, flat, 0.0).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+        key = {"abs": np.abs(mean), "positive": mean, "negative": -mean}[by]
+        chosen = np.argsort(-np.where(there.any(axis=1), key, -np.inf), kind="stable")[
+            : min(k, there.any(axis=1).sum())
+        ]
+        return self._table(index.iloc[chosen].reset_index(drop=True), flat[chosen])
+
+    def _cells(self, metric: str | None) -> tuple[pd.DataFrame, NDArray[np.float64]]:
+        """The labels of all cells, and their effects ``[cell, example]``."""
+        chosen, axes = self.of_metric(metric)["effect"], self.cell_axes
+        cells = (
+            chosen.transpose(*axes, EXAMPLE) if self.is_per_example else chosen.transpose(*axes).expand_dims("_", -1)
+        )
+        labels = itertools.product(*[cells[axis].values.tolist() for axis in axes])
+        return pd.DataFrame(list(labels), columns=list(axes)), cells.values.reshape(-1, cells.shape[-1]).astype(float)
+
+    def _table(
+        self, index: pd.DataFrame, flat: NDArray[np.float64], level: float = 0.95, seed: int = 0
+    ) -> pd.DataFrame:
+        statistics = _statistics(flat, level, check_seed(seed), self.is_per_example)
+        return pd.concat([index, pd.DataFrame(statistics)], axis=1)
 
     def to_patching_result(self) -> PatchingResult:
         """The same numbers as TransformerLens' ``PatchingResult``, with its methods.

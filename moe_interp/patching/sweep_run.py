@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,32 +12,11 @@ from torch import Tensor
 from moe_interp.engine.memory import Memory
 from moe_interp.errors import DataError
 from moe_interp.patching.cells import Grid
-from moe_interp.patching.inputs import PatchInputs
 from moe_interp.patching.metric import Metrics
-from moe_interp.patching.patches import Activations, Patch
+from moe_interp.patching.passes import Cell, CorruptedRun, Method
+from moe_interp.patching.patches import Patch
 from moe_interp.patching.result import EXAMPLE, METRIC, PatchingSweep, effect_dataset
 from moe_interp.progress import Report, reporting
-from moe_interp.types import Layer
-
-Method = Literal["auto", "rerun", "naive"]
-METHODS: tuple[Method, ...] = ("auto", "rerun", "naive")
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One cell of a layer.
-
-    Attributes:
-        place: On the inner axes.
-        where: Its activations.
-        changes: ``[batch]``, the examples in which one of them differs between the runs.
-        start: The first column of a change.
-    """
-
-    place: tuple[int, ...]
-    where: Tensor
-    changes: Tensor
-    start: int
 
 
 class Sweep:
@@ -61,8 +38,9 @@ class Sweep:
 
     def run(self, clean_logits: Tensor | None, memory: Memory, progress: bool | Report | None) -> PatchingSweep:
         """All cells of all layers."""
-        logits, corrupted = recorded_activations(self.inputs, self.patch.reads)
-        baseline = self.metrics.first(logits, "the corrupted run")
+        corrupted = CorruptedRun(self.inputs, self.patch.reads, self.method, memory)
+        logits = corrupted.logits
+        baseline = self.metrics.first(logits.clone(), "the corrupted run")  # it may write into them
         clean = None if clean_logits is None else self._clean(clean_logits, logits)
         shape = (len(self.inputs.layers), *(len(labels) for labels in self.grid.axes.values()))
         n_examples = len(self.inputs.tokens)
@@ -71,12 +49,12 @@ class Sweep:
         n_skipped, total = 0, int(np.prod(shape))
         with reporting(f"patching {self.what}", progress) as report:
             for number, layer in enumerate(self.inputs.layers):
-                patch = self.patch(self.inputs, layer, self.cache, corrupted)
+                patch = self.patch(self.inputs, layer, self.cache, corrupted.activations)
                 todo = []
                 for place in itertools.product(*map(range, self.grid.size(layer))):
                     where = self.grid.where(patch, place)
                     exists = self.grid.exists(place)
-                    cell, at = self._cell(patch, place, where), (number, *place)
+                    cell, at = Cell.of(place, where, patch.differs), (number, *place)
                     value[at] = self._existing(baseline, exists)
                     counts[0][at] = where.flatten(1).sum(dim=1).cpu().numpy()
                     if self.grid.unmatched is not None:
@@ -84,28 +62,18 @@ class Sweep:
                     todo += [cell] if bool(cell.changes.any()) else []
                 n_skipped += int(np.prod(self.grid.size(layer))) - len(todo)
                 done = number * total // len(self.inputs.layers)
-                for cell, found in self._values(patch, todo):
+                for cell, found in corrupted.values(patch, todo, self.metrics):
                     value[(number, *cell.place)] = self._existing(found, self.grid.exists(cell.place))
                     done += 1
                     report(done, total)
             report(total, total)
-        return self._result(value, baseline, clean, counts, n_skipped)
-
-    def _cell(self, patch: Patch, place: tuple[int, ...], where: Tensor) -> Cell:
-        changed = where & patch.differs
-        columns = changed.flatten(2).any(dim=-1) if changed.ndim > 2 else changed
-        first = columns.any(dim=0)
-        return Cell(place, where, columns.any(dim=1), int(first.long().argmax()))
+        return self._result(value, baseline, clean, counts, n_skipped, corrupted.null_difference)
 
     def _existing(self, values: Tensor, exists: Tensor) -> Tensor:
         """``[metric, example]``, NaN where an example has no such cell; of plain numbers, where no example has."""
         if not self.metrics.is_per_example:
             exists = exists.any(dim=0, keepdim=True)
         return values.masked_fill(~exists, float("nan")).cpu()
-
-    def _values(self, patch: Patch, cells: list[Cell]) -> Iterator[tuple[Cell, Tensor]]:
-        for cell in cells:
-            yield cell, self.metrics(self.inputs.forward(hooks=patch.hooks(cell.where)))
 
     def _clean(self, clean_logits: Tensor, logits: Tensor) -> Tensor:
         if not isinstance(clean_logits, Tensor) or clean_logits.shape != logits.shape:
@@ -117,9 +85,16 @@ class Sweep:
         return self.metrics(clean_logits.to(logits.device)).cpu()
 
     def _result(
-        self, value: Tensor, baseline: Tensor, clean: Tensor | None, counts: Any, n_skipped: int
+        self,
+        value: Tensor,
+        baseline: Tensor,
+        clean: Tensor | None,
+        counts: Any,
+        n_skipped: int,
+        null_difference: float | None,
     ) -> PatchingSweep:
-        inputs, axes = self.inputs, {"layer": inputs_layers(self.inputs), **self.grid.axes}
+        inputs = self.inputs
+        axes = {"layer": list(inputs.layers), **self.grid.axes}
         # shape: (*cells, metric, example) -> (metric, *cells, example)
         ordered = value.movedim(-2, 0).double().numpy()
         before = baseline.cpu().double().numpy()
@@ -138,22 +113,7 @@ class Sweep:
             "metrics": list(self.metrics.names),
             "n_examples": len(inputs.tokens),
             "n_skipped": n_skipped,
-            "method": self.method,
-            "null_difference": None,
+            "method": "naive" if null_difference is None else "rerun",
+            "null_difference": null_difference,
         }
         return PatchingSweep(data, config={"what": self.what, "method": self.method, "layers": axes["layer"]})
-
-
-def inputs_layers(inputs: PatchInputs) -> list[Layer]:
-    return list(inputs.layers)
-
-
-def recorded_activations(inputs: PatchInputs, names: Sequence[str]) -> tuple[Tensor, Activations]:
-    """The logits of a plain pass, and activations by bare hook name and layer."""
-    found: dict[tuple[str, Layer], Tensor] = {}
-
-    def keep(key: tuple[str, Layer]) -> Any:
-        return lambda value, hook: found.__setitem__(key, value.detach().clone())
-
-    hooks = [(inputs.moe.hook_name(name, layer), keep((name, layer))) for layer in inputs.layers for name in names]
-    return inputs.forward(hooks=hooks), found

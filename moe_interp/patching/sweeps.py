@@ -17,6 +17,7 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching.cells import Grid, expert_grid, position_grid, slot_grid
 from moe_interp.patching.inputs import check_cached, check_patch_inputs, check_positions
 from moe_interp.patching.metric import Metric, Metrics
+from moe_interp.patching.passes import METHODS, Method
 from moe_interp.patching.patches import (
     ContributionsPatch,
     ExpertOutputsPatch,
@@ -28,7 +29,7 @@ from moe_interp.patching.patches import (
     SlotOutputsPatch,
 )
 from moe_interp.patching.result import PatchingSweep
-from moe_interp.patching.sweep_run import METHODS, Method, Sweep
+from moe_interp.patching.sweep_run import Sweep
 from moe_interp.progress import Report
 from moe_interp.types import Layer
 
@@ -63,6 +64,8 @@ def router_logits(
         clean_cache: Of the clean run, ``moe.bridge.run_with_cache(clean_tokens, names_filter=moe.filter(...))``.
         metric: From logits ``[batch, pos, vocab]`` to a number, or to one an example ``[batch]``, which is then kept
             and gives intervals; or several of one form, by name. It is evaluated on the whole batch for each cell.
+            Where its value on the corrupted run does not depend on any but each example's last token's logits (it is
+            tried, with NaN and with other logits in their place), only these are computed.
         layers: MoE layers; all by default.
         positions: Absolute positions in the unpadded prompts; negative ones count from each example's end. All by
             default. Padding is never patched; an example that is too short for a position has NaN there.

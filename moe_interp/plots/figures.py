@@ -11,6 +11,7 @@ from moe_interp.plots.confidence import confidence
 from moe_interp.plots.dominance import dominance
 from moe_interp.plots.layer_impact import layer_impact
 from moe_interp.plots.layer_regret import layer_regret
+from moe_interp.plots.patching import effect_map
 from moe_interp.plots.regret_curve import regret_curve
 from moe_interp.plots.router_scores import router_scores
 from moe_interp.plots.sorted_p import sorted_p
@@ -28,4 +29,6 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
     "counterfactual": {"confidence": confidence, "regret_curve": regret_curve, "layer_regret": layer_regret},
     "domain_router": {"router_scores": router_scores},
     "testbed": {"strategies": strategies},
+    "patching": {"effects": effect_map},
+    "attribution": {"effects": effect_map},
 }
