@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_interp.engine.memory import Memory, tokens_per_pass
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
-from moe_interp.engine.sequence_ends import (
+from moe_interp.engine.sequence_ends.runner import (
     ROUNDING,
     EndRunner,
     block_out_with,

@@ -1,9 +1,4 @@
-"""Ends of sequences whose experts give something else at one layer, through the rest of the model.
-
-What a layer gives at a position changes nothing before it. So a pass with a changed layer l runs layers l+1.. from the
-first changed position on, reads the keys and values of earlier positions from the recorded pass, and has the recorded
-logits there. This is exact.
-"""
+"""Running ends of sequences, and whether that is exact on a model."""
 
 from __future__ import annotations
 
@@ -15,50 +10,17 @@ from torch import Tensor, nn
 
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine.attention import attention_function, can_fuse
-from moe_interp.engine.branch_rows import CompactRows
 from moe_interp.engine.branches import BranchRunner
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.engine.rerun import answering, only_at
+from moe_interp.engine.sequence_ends.rows import EndRows
 from moe_interp.types import Hooks
 
 # what a pass may differ by from another of the same input, in nats; half precision: .1
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TRIED = 4  # sequences
-
-
-class EndRows(CompactRows):
-    """Ends of sequences, from one position on: each token reads what it reads in the recorded pass.
-
-    Args:
-        base: The recorded pass.
-        sequence: ``[row]``, which sequence of the batch each row is.
-        start: The first position.
-        block_out: ``[row, pos - start, d_model]``, the output of the first layer's experts' block.
-    """
-
-    def __init__(self, base: RecordedPass, sequence: Tensor, start: int, block_out: Tensor) -> None:
-        position = torch.arange(start, base.tokens.shape[1], device=sequence.device).expand(len(sequence), -1)
-        super().__init__(base, sequence, position, block_out)
-        self.crop = start
-        self._attended: dict[int | None, Tensor] = {}
-
-    def attends(self, layer: int) -> Tensor:
-        """``[row or 1, 1, pos - start, pos]``."""
-        number = self.base.arguments.number(layer, "attention_mask")
-        if number not in self._attended:
-            self._attended[number] = self._of(self.base.arguments.value(number))
-        return self._attended[number]
-
-    def _of(self, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            rows = mask[:, :, self.crop :]
-            return rows if len(rows) == 1 else rows[self.sequence]
-        n, n_pos = self.position.shape[1], self.base.tokens.shape[1]
-        later = torch.ones(n, n_pos, dtype=torch.bool, device=self.block_out.device).triu(self.crop + 1)
-        never = torch.finfo(self.block_out.dtype).min
-        return self.block_out.new_zeros(1, 1, n, n_pos).masked_fill(later, never)
 
 
 class EndRunner(BranchRunner):
