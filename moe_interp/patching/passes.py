@@ -131,13 +131,13 @@ class CorruptedRun:
 
     def _logits(self, run: EndRunner, sequence: Tensor, start: int, out: Tensor) -> Tensor:
         n = max(1, self._tokens_at_once() // out.shape[1])
-        found = [
-            logits
-            for rows, part in zip(sequence.split(n), out.split(n))
-            for logits in self.memory.in_parts(
-                lambda some, rows=rows, part=part: run.ends(rows[some], start, part[some]), len(rows), "sequences"
-            )
-        ]
+        found: list[Tensor] = []
+        for rows, part in zip(sequence.split(n), out.split(n)):
+
+            def some(which: slice, rows: Tensor = rows, part: Tensor = part) -> Tensor:
+                return run.ends(rows[which], start, part[which])
+
+            found += self.memory.in_parts(some, len(rows), "sequences")
         return torch.cat(found)
 
     def _metric(self, metrics: Metrics, rows: Tensor, start: int, logits: Tensor) -> Tensor:

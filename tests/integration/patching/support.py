@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.types import Hooks
 from tests import tiny
 
 N_POS, CHANGED = 9, slice(3, 5)
@@ -44,8 +45,8 @@ class Pair:
 
     def patched(self, name: str, layer: Any, write: Callable[[Tensor], Any]) -> Tensor:
         """The metric with one hook."""
-        hooks = [(self.moe.hook_name(name, layer), lambda value, hook: write(value))]
-        return self.metric(self.moe.bridge.run_with_hooks(self.corrupted, attention_mask=self.mask, fwd_hooks=hooks))
+        hooks: Hooks = [(self.moe.hook_name(name, layer), lambda value, hook: write(value))]
+        return self.metric(self.moe.bridge.run_with_hooks(self.corrupted, attention_mask=self.mask, fwd_hooks=[*hooks]))
 
     def columns(self, pos: int) -> list[tuple[int, int]]:
         """``(example, column)`` of a position in the unpadded prompts; examples that are too short are left out."""
@@ -83,7 +84,7 @@ def token_cell(given: Pair, name: str, layer: Any, pos: int) -> Tensor:
 
 def route_cell(given: Pair, layer: Any, pos: int, own_weights: bool) -> Tensor:
     moe = given.moe
-    hooks = []
+    hooks: Hooks = []
     for name in ("expert_indices", "expert_weights")[: 1 if own_weights else 2]:
         clean = moe.cached(given.cache, name, layer)
 
@@ -93,7 +94,7 @@ def route_cell(given: Pair, layer: Any, pos: int, own_weights: bool) -> Tensor:
             return value
 
         hooks.append((moe.hook_name(name, layer), write))
-    return given.metric(moe.bridge.run_with_hooks(given.corrupted, attention_mask=given.mask, fwd_hooks=hooks))
+    return given.metric(moe.bridge.run_with_hooks(given.corrupted, attention_mask=given.mask, fwd_hooks=[*hooks]))
 
 
 def expert_cell(given: Pair, layer: Any, expert: int) -> Tensor:

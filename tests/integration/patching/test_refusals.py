@@ -134,7 +134,7 @@ def test_transformer_lens_own_patching_runs_on_an_attached_bridge() -> None:
         own = their_patching.get_act_patch_resid_pre(bridge, CORRUPTED, cache, lambda logits: metric(logits).mean())
         assert torch.equal(own, plain)
         for get in (their_patching.get_act_patch_mlp_out, their_patching.get_act_patch_attn_out):
-            result = get(bridge, CORRUPTED, cache, metric, reduce="none", baseline=True)
+            result: Any = get(bridge, CORRUPTED, cache, metric, reduce="none", baseline=True)
             assert result.values.shape == (bridge.cfg.n_layers, 6, 2)
         theirs = their_patching.generic_activation_patch(
             bridge, CORRUPTED, cache, metric, their_patching.layer_pos_patch_setter, "router_logits",

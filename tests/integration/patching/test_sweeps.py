@@ -221,7 +221,8 @@ def test_an_encoder_decoder_is_patched_by_whole_passes() -> None:
     clean = tiny.random_tokens(2, 6)
     corrupted = clean.clone()
     corrupted[:, 2] = tiny.random_tokens(2, 1, seed=5)[:, 0]
-    layer, options = next(la for la in moe.layers if la[0] == "encoder"), {"decoder_input": clean.flip(-1)}
+    layer: Any = moe.layers[0]
+    options: dict[str, Any] = {"decoder_input": clean.flip(-1)}
     _, cache = moe.bridge.run_with_cache(clean, **options)
 
     def metric(logits: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def test_an_encoder_decoder_is_patched_by_whole_passes() -> None:
         value[:, 2] = logits[:, 2]
         return value
 
-    hooks = [(moe.hook_name("router_logits", layer), write)]
+    hooks: Any = [(moe.hook_name("router_logits", layer), write)]
     by_hand = metric(moe.bridge.run_with_hooks(corrupted, fwd_hooks=hooks, **options))
     assert found.data["layer"].values.tolist() == [f"encoder.{layer[1]}"]
     assert np.abs(found.data["value"].values[0, 2] - by_hand.detach().numpy()).max() <= 1e-5
