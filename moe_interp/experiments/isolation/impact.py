@@ -110,8 +110,8 @@ def layer_impact_table(
     for domain, index in groups.items():
         fit = cross_fitted(quality[index], delta[index], stats.derive_rng(seed, "layer_impact", domain))
         fits.append(fit)
-        best = quality[index].mean(0).argmax(-1)
-        naive.append(delta[index].mean(0)[np.arange(len(best)), best])
+        highest = quality[index].mean(0).argmax(-1)
+        naive.append(delta[index].mean(0)[np.arange(len(highest)), highest])
         top = fit.votes.argmax(-1)
         shares = fit.votes.max(-1) / fit.votes.sum(-1)
         best.append([f"{domain} {labels[e]} ({share:.0%})" for e, share in zip(top, shares)])
