@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.engine.branches import can_share_keys
 from moe_interp.engine.grid.rows import holds_scores
 from moe_interp.engine.memory import free_bytes, without_compiled
 from moe_interp.engine.policy import policy_of
@@ -36,7 +35,7 @@ class Plan:
         base, layer, n_routes: What is scored.
         memory_budget: In bytes; by default what is free.
         workers: Groups that may run side by side.
-        shares_keys: Whether the branches will read their keys without copies; by default where that is exact.
+        shares_keys: Whether the branches will read their keys without copies.
         n_averaged: How many of a token's branches are averaged at most: what they give is held until all are there.
 
     Raises:
@@ -50,11 +49,11 @@ class Plan:
         n_routes: int,
         memory_budget: int | None,
         workers: int = 1,
-        shares_keys: bool | None = None,
+        shares_keys: bool = False,
         n_averaged: int = 0,
     ) -> None:
         self.n_pos = base.tokens.shape[1]
-        self.shares_keys = can_share_keys(base) if shares_keys is None else shares_keys
+        self.shares_keys = shares_keys
         policy = policy_of(base.moe)
         budget = free_bytes(policy) if memory_budget is None else memory_budget
         self.row_length = min(ROW_LENGTH, n_routes * self.n_pos)

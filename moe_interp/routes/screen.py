@@ -284,7 +284,8 @@ def _credit(
     base: RecordedPass, layer: int, routes: LayerRoutes, gradient: Tensor, wanted: Tensor, memory: Memory
 ) -> Tensor:
     with_standard, flat = routes.with_standard(base, layer), gradient.flatten(0, 1)
-    plan = Plan(base, layer, with_standard.indices.shape[2], memory.bytes)
+    # of a plan for branches, only how many tokens at a time: none run here
+    plan = Plan(base, layer, with_standard.indices.shape[2], memory.bytes, shares_keys=True)
     credit = gradient.new_full((len(flat), routes.indices.shape[2]), float("nan"))
 
     def fill(tokens: Tensor) -> None:

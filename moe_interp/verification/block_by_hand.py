@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from moe_interp.arch.rules import RoutingRule
+from moe_interp.arch.spec import MoESpec
 from moe_interp.types import Layer
 from moe_interp.verification.model_under_test import ModelUnderTest
 
 
 class LayerByHand:
-    """One layer on the tested model's tokens; all tensors are flat, ``[token, ...]``.
+    """One layer on the tested model's tokens, made by :func:`layer_by_hand`; all tensors are flat, ``[token, ...]``.
 
     Attributes:
         rule: The layer's rule for the number format of its hidden states.
@@ -27,23 +28,16 @@ class LayerByHand:
         shared: The shared experts' part of the block's output, or None.
     """
 
-    def __init__(self, tested: ModelUnderTest, layer: Layer) -> None:
-        self.spec = spec = tested.specs[layer]
-        call = tested.router_calls[layer]
-        hidden = call.args[0]
+    logits: Tensor
+    indices: Tensor
+    weights: Tensor
+    shared: Tensor | None
+
+    def __init__(self, spec: MoESpec, hidden: Tensor) -> None:
+        self.spec = spec
         self.rule: RoutingRule = spec.rule_for(hidden.dtype)
-        self.logits, indices, weights = (_flat(t) for t in self.replied(hidden, call.output))
         self.router_in = self.x = _flat(hidden)
-        if layer in tested.expert_calls:
-            self.x, indices, weights = (_flat(t) for t in tested.expert_calls[layer].args[:3])
-            weights = weights if spec.block_scale == 1.0 else weights * spec.block_scale
-        self.indices, self.weights = indices, weights
         self.shared = None
-        if layer in tested.shared_calls:
-            shared = tested.shared_calls[layer]
-            with spec.materialized(spec.shared_gate):
-                gate = 1.0 if spec.shared_gate is None else torch.sigmoid(spec.shared_gate(shared.args[0]))
-            self.shared = _flat(gate * shared.output)
 
     def replied(self, hidden: Tensor, output: object) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, experts and weights (as applied) of a reply of the router."""
@@ -104,6 +98,23 @@ class LayerByHand:
             mine = (ids == expert).nonzero().flatten()
             found = found.index_copy(0, mine, function(flat[mine], expert).to(found.dtype))
         return found.view(*indices.shape, width)
+
+
+def layer_by_hand(tested: ModelUnderTest, layer: Layer) -> LayerByHand:
+    """A layer's values in the pass with nothing hooked. Runs the shared experts' gate, and some families' router."""
+    spec, call = tested.specs[layer], tested.router_calls[layer]
+    hand = LayerByHand(spec, call.args[0])
+    hand.logits, indices, weights = (_flat(t) for t in hand.replied(call.args[0], call.output))
+    if layer in tested.expert_calls:
+        hand.x, indices, weights = (_flat(t) for t in tested.expert_calls[layer].args[:3])
+        weights = weights if spec.block_scale == 1.0 else weights * spec.block_scale
+    hand.indices, hand.weights = indices, weights
+    if layer in tested.shared_calls:
+        shared = tested.shared_calls[layer]
+        with spec.materialized(spec.shared_gate):
+            gate = 1.0 if spec.shared_gate is None else torch.sigmoid(spec.shared_gate(shared.args[0]))
+        hand.shared = _flat(gate * shared.output)
+    return hand
 
 
 def _flat(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_interp.arch.rules import HashTable
 from moe_interp.types import Layer
 from moe_interp.verification import reference_rules as reference
-from moe_interp.verification.block_by_hand import LayerByHand
+from moe_interp.verification.block_by_hand import LayerByHand, layer_by_hand
 from moe_interp.verification.finding import Finding, excepted, near, relative, rounding
 from moe_interp.verification.model_under_test import Edit, ModelUnderTest, difference
 from moe_interp.verification.rule_checks import random_sets
@@ -28,7 +28,7 @@ def values_are_shown(tested: ModelUnderTest) -> Iterator[Finding]:
     """Each hook shows what the modules themselves were called with, or what the experts' weights give by hand."""
     check = "a hook shows the block's own value"
     for layer in tested.layers:
-        hand = LayerByHand(tested, layer)
+        hand = layer_by_hand(tested, layer)
         read = [(hook, layer) for hook in _OF_EXPERTS if hook in tested.moe.hooks(layer)]
         shown = {hook: value for (hook, at), value in tested.seen.items() if at == layer}
         shown |= {hook: value for (hook, _), value in tested.see(read=read)[1].items()}
@@ -94,7 +94,7 @@ def edits_do_what_they_say(tested: ModelUnderTest) -> Iterator[Finding]:
     Every token and slot is written another value, so that an edit at a wrong token, slot or sequence shows.
     """
     for layer in tested.layers:
-        hand = LayerByHand(tested, layer)
+        hand = layer_by_hand(tested, layer)
         unedited = hand.route(hand.indices, hand.weights)
         for written in _edits_of_hooks(tested, layer, hand):
             yield from _compared(tested, layer, written, unedited)

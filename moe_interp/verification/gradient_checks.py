@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.verification import reference_rules as reference
-from moe_interp.verification.block_by_hand import LayerByHand
+from moe_interp.verification.block_by_hand import LayerByHand, layer_by_hand
 from moe_interp.verification.finding import Finding, excepted, rounding, unit_of
 from moe_interp.verification.model_under_test import Edit, ModelUnderTest, Place, first
 
@@ -96,7 +96,7 @@ def _expected(tested: ModelUnderTest) -> tuple[dict[Place, Tensor], dict[Place, 
     found: dict[Place, Tensor] = {}
     floors: dict[Place, float] = {}
     for layer in tested.layers:
-        hand, spec = LayerByHand(tested, layer), tested.specs[layer]
+        hand, spec = layer_by_hand(tested, layer), tested.specs[layer]
         of_block = plain["block", layer].flatten(0, -2)
         # what the block returns is divided by its scale before it is multiplied with it
         of_routed = of_block

@@ -48,7 +48,7 @@ class Call:
 
 
 class ModelUnderTest:
-    """Forward passes of one model on one batch.
+    """Forward passes of one model on one batch; made by :func:`run_under_test`.
 
     Attributes:
         natural: The logits with nothing hooked.
@@ -60,26 +60,17 @@ class ModelUnderTest:
         seen: Every activation but those of the experts, with nothing edited.
     """
 
+    natural: Tensor
+    noise: float
+    block_outputs: dict[Layer, Tensor]
+    seen: Seen
+
     def __init__(self, moe: MoEHooks, tokens: Tensor, layers: Sequence[Layer]) -> None:
         self.moe, self.tokens, self.layers = moe, tokens, tuple(layers)
         self.specs = {layer: moe.spec(layer) for layer in layers}
         self.router_calls: dict[Layer, Call] = {}
         self.expert_calls: dict[Layer, Call] = {}
         self.shared_calls: dict[Layer, Call] = {}
-        blocks: dict[Layer, Call] = {}
-        with ExitStack() as stack:
-            for layer, spec in self.specs.items():
-                stack.enter_context(_recorded(spec.router, self.router_calls, layer))
-                stack.enter_context(_recorded(self.observed(layer), blocks, layer))
-                if not spec.family.routes_at_router:
-                    stack.enter_context(_recorded(spec.experts, self.expert_calls, layer))
-                if spec.shared is not None:
-                    stack.enter_context(_recorded(spec.shared, self.shared_calls, layer))
-            self.natural = self.run()
-        self.block_outputs: dict[Layer, Tensor] = {layer: first(call.output) for layer, call in blocks.items()}
-        self.noise = 2 * difference(self.run(), self.natural)
-        # apart: in some families reading the sums changes the last digit of what later layers see
-        self.seen = self.read(ROUTER_HOOKS) | self.read(("routed_out", "shared_out"))
 
     def read(self, names: Iterable[str]) -> Seen:
         """These activations of all layers that have them, with nothing edited."""
@@ -139,6 +130,26 @@ class ModelUnderTest:
             return self.run()
         finally:
             handle.remove()
+
+
+def run_under_test(moe: MoEHooks, tokens: Tensor, layers: Sequence[Layer]) -> ModelUnderTest:
+    """Runs the model with nothing hooked, twice, and once for each group of hooks that only read."""
+    tested = ModelUnderTest(moe, tokens, layers)
+    blocks: dict[Layer, Call] = {}
+    with ExitStack() as stack:
+        for layer, spec in tested.specs.items():
+            stack.enter_context(_recorded(spec.router, tested.router_calls, layer))
+            stack.enter_context(_recorded(tested.observed(layer), blocks, layer))
+            if not spec.family.routes_at_router:
+                stack.enter_context(_recorded(spec.experts, tested.expert_calls, layer))
+            if spec.shared is not None:
+                stack.enter_context(_recorded(spec.shared, tested.shared_calls, layer))
+        tested.natural = tested.run()
+    tested.block_outputs = {layer: first(call.output) for layer, call in blocks.items()}
+    tested.noise = 2 * difference(tested.run(), tested.natural)
+    # apart: in some families reading the sums changes the last digit of what later layers see
+    tested.seen = tested.read(ROUTER_HOOKS) | tested.read(("routed_out", "shared_out"))
+    return tested
 
 
 @contextmanager

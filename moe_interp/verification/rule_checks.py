@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_interp.arch.rules import HashTable, RoutingRule, ScoreRule, SwitchTop1
 from moe_interp.types import Layer
 from moe_interp.verification import reference_rules as reference
-from moe_interp.verification.block_by_hand import LayerByHand
+from moe_interp.verification.block_by_hand import LayerByHand, layer_by_hand
 from moe_interp.verification.finding import Finding, unit_of
 from moe_interp.verification.model_under_test import Call, ModelUnderTest, difference
 
@@ -24,7 +24,7 @@ _SCALES = (1.0, 0.5, 2.0)  # of other hidden states
 def rules_hold(tested: ModelUnderTest) -> Iterator[Finding]:
     """The router's own choice and weights bit for bit; weights of other experts, ranking and policy as defined."""
     for layer in tested.layers:
-        hand = LayerByHand(tested, layer)
+        hand = layer_by_hand(tested, layer)
         replies = list(_replies(tested, layer, hand))
         figures = [_as_the_router(tested, hand, reply) for reply in replies]
         bound = 0.0 if hand.spec.block_scale == 1.0 else 4 * unit_of(hand.weights) * float(hand.weights.abs().max())

@@ -23,7 +23,7 @@ from moe_interp.verification.edit_checks import edits_do_what_they_say, edits_in
 from moe_interp.verification.finding import Check, Finding
 from moe_interp.verification.gradient_checks import gradients_arrive
 from moe_interp.verification.intervention_checks import edits_touch_their_token
-from moe_interp.verification.model_under_test import ModelUnderTest, as_tokens, at_rest
+from moe_interp.verification.model_under_test import ModelUnderTest, as_tokens, at_rest, run_under_test
 from moe_interp.verification.reading_checks import (
     agrees_with_transformer_lens,
     detaching_restores,
@@ -98,7 +98,7 @@ def verify(
     chosen = moe.layers if layers is None else tuple(layers)
     ids = as_tokens(moe.bridge, tokens)
     with at_rest(moe.bridge):
-        tested = ModelUnderTest(moe, ids, chosen)
+        tested = run_under_test(moe, ids, chosen)
         findings = [finding for check in checks for finding in _guarded(check, tested)]
     rows = [{name: getattr(finding, name) for name in COLUMNS} for finding in findings]
     table = Verification(rows, columns=COLUMNS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,13 +34,18 @@ class FastModules:
         self._linears = [m for m in model.modules() if type(m) is nn.Linear]
         self._policy = policy_of(moe)
         is_apt = self._policy.shortens_modules
-        self._short = {id(m): rms_norm(m.original_component) for m in self._norms} if is_apt else {}
         readable = [spec.experts for spec in specs if spec.unreadable is None]
         stacked = [experts for experts in readable if not getattr(experts, "_is_expert_parallel", False)]
         configs = [getattr(experts, "config", None) for experts in stacked] if is_apt else []
         self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_experts_implementation")}
         self._rows_a_token = max(spec.top_k / spec.n_experts for spec in specs)
         self._work_a_row = max(3 * spec.d_model * spec.d_expert for spec in specs)
+
+    @cached_property
+    def _short(self) -> dict[int, Callable[[Tensor], Tensor] | None]:
+        """By id of a norm's wrapper, its short form: each is tried on a few rows when the first pass asks for it."""
+        is_apt = self._policy.shortens_modules
+        return {id(m): rms_norm(m.original_component) for m in self._norms} if is_apt else {}
 
     @contextmanager
     def modules(self) -> Iterator[None]:

@@ -64,6 +64,8 @@ def test_a_norm_that_somebody_watches_is_called() -> None:
     moe, tokens, seen = attached("olmoe"), tiny.random_tokens(2, 12), []
     native = unwrap(moe.bridge.blocks[1].ln2)
     before = FastModules(moe)
+    with before.modules():
+        logits(moe, tokens)
     handle = native.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     for fast in (before, FastModules(moe)):
         assert not seen

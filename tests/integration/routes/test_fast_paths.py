@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_interp as mi
 from moe_interp.engine import policy
+from moe_interp.engine.branches import can_share_keys
 from moe_interp.engine.cpu import matmul
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.engine.recorded_pass import record_pass
@@ -200,7 +201,7 @@ def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(policy, "AT_ONCE", {"cpu": policy.AtOnce(10**9, 10**9, 1)})
     monkeypatch.setattr(plan, "_WORKER_BYTES", 1)
     base = record_pass(moe, tokens, [0])
-    alone, both = (plan.Plan(base, 0, 40, 2**25, workers) for workers in (1, 2))
+    alone, both = (plan.Plan(base, 0, 40, 2**25, workers, can_share_keys(base)) for workers in (1, 2))
     assert (alone.workers, both.workers) == (1, 2)
     assert alone.rows_at_once // 2 >= both.rows_at_once >= 0.9 * alone.rows_at_once // 2 > 0
     assert alone.logits_at_once // 2 == both.logits_at_once > 0
@@ -208,7 +209,7 @@ def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(groups) % 2 == 0
     assert all(len(sequence) <= both.rows_at_once for sequence, _ in groups)
     monkeypatch.setattr(plan, "_WORKER_BYTES", 2**30)
-    assert plan.Plan(base, 0, 40, 2**25, 2).workers == 1
+    assert plan.Plan(base, 0, 40, 2**25, 2, can_share_keys(base)).workers == 1
 
 
 def test_offloaded_weights_are_scored_rightly() -> None:

@@ -58,7 +58,7 @@ def test_tokens_and_branches_at_once_follow_what_is_free(moe: mi.MoEHooks, monke
         monkeypatch.setattr(
             memory.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free, total=free)
         )
-        packed, given = Plan(base, 0, 32, None), Plan(base, 0, 32, free // 2)
+        packed, given = (Plan(base, 0, 32, budget, shares_keys=True) for budget in (None, free // 2))
         assert vars(packed) == vars(given)
         found.append((tokens_per_pass(moe, 10), packed.tokens_at_once, packed.rows_at_once))
         assert found[-1][0] == tokens_per_pass(moe, 10, free // 2)
