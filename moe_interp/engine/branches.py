@@ -30,10 +30,12 @@ from moe_interp.engine.attention import attention_function
 from moe_interp.engine.branch_attention import NAME, RowsOverSharedKeys
 from moe_interp.engine.branch_rows import CompactRows, Rows
 from moe_interp.engine.cpu.matmul import linear
+from moe_interp.engine.cuda.compiled import compiled_layers
 from moe_interp.engine.memory import Memory, is_out_of_memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.engine.replaced_forward import forward_slot, swapped_forward
+from moe_interp.hooks.attach import MoEHooks
 from moe_interp.types import Hooks
 
 _TRIED = 16  # branches
@@ -88,6 +90,7 @@ class BranchRunner:
         shares_keys: Whether branches read their sequence's keys without a copy, which cannot be differentiated; by
             default where that is exact.
         scores_at_once: How many attention scores to hold together over shared keys; one row's at least.
+        compile: Whether layers above that nobody hooks are compiled, where they can be; for grids.
     """
 
     def __init__(
@@ -97,7 +100,9 @@ class BranchRunner:
         at_once: int = 1,
         shares_keys: bool | None = None,
         scores_at_once: int = 2**18,
+        compile: bool = False,
     ) -> None:
+        self.compiled = compiled_layers(base.moe, NAME) if compile else None
         self.scores_at_once = scores_at_once
         self.base, self.layer, self.at_once = base, layer, at_once
         self.shares_keys = can_share_keys(base) if shares_keys is None else shares_keys
@@ -116,8 +121,10 @@ class BranchRunner:
             own = base.blocks[layer]
             stack.enter_context(swapped_forward(own, self._first_layer(own), forward_slot(own)))
             for index in range(layer + 1, len(base.blocks)):
-                handle = base.blocks[index].register_forward_pre_hook(self._feeder(index), with_kwargs=True)
-                stack.callback(handle.remove)
+                block = base.blocks[index]
+                if self.compiled is not None and (forward := self.compiled.forward(base.moe, index, block)) is not None:
+                    stack.enter_context(swapped_forward(block, forward))
+                stack.callback(block.register_forward_pre_hook(self._feeder(index), with_kwargs=True).remove)
             stack.enter_context(base.fast.modules())
             stack.enter_context(base.fast.experts(self.at_once))
             self._stack = stack.pop_all()
@@ -194,6 +201,11 @@ class BranchRunner:
             return args, given
 
         return feed
+
+
+def say_not_compiled(moe: MoEHooks, why: str) -> None:
+    """Warn, once a model, that branches which were to be compiled are not, for such a reason."""
+    compiled_layers(moe, NAME).say_once(why)
 
 
 def _answer(rows: Rows, answers: list[Any], *, is_experts: bool) -> Callable[..., Any]:

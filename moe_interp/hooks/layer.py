@@ -213,6 +213,11 @@ class Opened(ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs) if self._is_open else self.native_forward(*args, **kwargs)
 
+    @property
+    def has_class_forward(self) -> bool:
+        """Whether the module's own forward is its class's."""
+        return not self._had_forward
+
     @abstractmethod
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does while it is open."""

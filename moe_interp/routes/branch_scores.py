@@ -112,7 +112,15 @@ class Asked:
     def of(
         base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, averaged: Tensor | None = None
     ) -> Asked:
-        """Of the arguments of :func:`branch_scores`."""
+        """Routes at several layers are taken jointly, route r of one with route r of the others.
+
+        Args:
+            base: The base pass of the sequences.
+            routes: By layer.
+            wanted: ``[batch, pos]`` bool, the tokens to score.
+            averaged: ``[batch, pos, route]`` bool, the routes of a token whose predictions are averaged; none by
+                default.
+        """
         with_null = {layer: given.with_standard(base, layer) for layer, given in routes.items()}
         present = torch.stack([given.present for given in with_null.values()]).all(dim=0) & wanted.unsqueeze(-1)
         is_averaged = torch.zeros_like(present)
@@ -125,40 +133,34 @@ class Asked:
         return min(self.routes)
 
     @property
+    def sequences(self) -> Tensor:
+        """``[batch]`` bool, those of which something is scored."""
+        return self.present.flatten(1).any(dim=-1)
+
+    @property
     def above(self) -> dict[int, LayerRoutes]:
         """The routes at layers above the first."""
         return {layer: given for layer, given in self.routes.items() if layer != self.first}
 
 
-def branch_scores(
-    base: RecordedPass,
-    routes: Mapping[int, LayerRoutes],
-    wanted: Tensor,
-    targets: Tensor,
-    memory: Memory,
-    averaged: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score routes by branches; routes at several layers are taken jointly, route r of one with route r of the others.
+def branch_scores(base: RecordedPass, asked: Asked, targets: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
+    """Score routes by branches in compact rows.
 
     Args:
         base: The base pass of the sequences.
-        routes: By layer.
-        wanted: ``[batch, pos]`` bool, the tokens to score.
+        asked: What is scored.
         targets: ``[batch, pos, target]`` token ids.
         memory: What the branches may take at a time, besides the base pass.
-        averaged: ``[batch, pos, route]`` bool, the routes of a token whose predictions are averaged; none by default.
 
     Returns:
         Log-probabilities of the routes ``[batch, pos, route, target]`` and of the null route ``[batch, pos, target]``,
         and the entropy of the mean prediction ``[batch, pos]`` (NaN where nothing is averaged).
     """
-    asked = Asked.of(base, routes, wanted, averaged)
-    first, present, is_averaged, n_averaged = asked.first, asked.present, asked.averaged, asked.n_averaged
-    with_null = asked.routes
-    workers = n_workers(base.moe) if len(routes) == 1 else 1
+    first, present, is_averaged, with_null = asked.first, asked.present, asked.averaged, asked.routes
+    workers = n_workers(base.moe) if len(with_null) == 1 else 1
     n_branches = int(present.sum())
     shares_keys = n_branches >= _WORTH_A_TRIAL and can_share_keys(base)
-    plan = Plan(base, first, with_null[first].indices.shape[2], memory.bytes, workers, shares_keys, n_averaged)
+    plan = Plan(base, first, with_null[first].indices.shape[2], memory.bytes, workers, shares_keys, asked.n_averaged)
     at_once = min(plan.rows_at_once * plan.row_length, n_branches)
     upper = UpperRoutes(base, asked.above)
     runner = BranchRunner(base, first, at_once, shares_keys, plan.scores_at_once)

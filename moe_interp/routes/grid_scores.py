@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_interp.engine.branches import BranchRunner
+from moe_interp.engine.branches import BranchRunner, say_not_compiled
 from moe_interp.engine.grid.rows import GridRows, RowsOfSequence
 from moe_interp.engine.grid.trial import can_run_grid
 from moe_interp.engine.memory import Memory
@@ -15,7 +16,7 @@ from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.routes.branch_scores import Asked, LayerRoutes, UpperRoutes, block_outputs, branch_scores
 from moe_interp.routes.plan import GridPlan, score_dtype
-from moe_interp.routes.predictions import averaged_without_waiting, log_probs
+from moe_interp.routes.predictions import averaged_without_waiting, fused_averages, fused_log_probs, log_probs
 from moe_interp.types import Hooks
 
 
@@ -26,34 +27,47 @@ def exact_scores(
     targets: Tensor,
     memory: Memory,
     averaged: Tensor | None = None,
+    compile: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`branch_scores`, by a grid where the policy takes one and the model can run it."""
+    """Score routes by branches: as a grid where the policy takes one and the model can run it, else in compact rows.
+
+    Args:
+        base, routes, wanted, averaged: See :meth:`Asked.of`.
+        targets, memory: See :func:`branch_scores`, also for what is returned.
+        compile: Whether a grid's layers are compiled.
+    """
     asked = Asked.of(base, routes, wanted, averaged)
-    used = asked.present.flatten(1).any(dim=-1)
-    share = float(asked.present.sum() / (used.sum() * asked.present[0].numel()))
-    plan = _grid_plan(base, asked, memory, share)
-    if plan is None:
-        return branch_scores(base, routes, wanted, targets, memory, averaged)
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        BranchRunner(base, asked.first, plan.rows_at_once * wanted.shape[1], shares_keys=True) as run,
-    ):
+    plan = _grid_plan(base, asked, memory, compile)
+    if isinstance(plan, str):
+        if compile:
+            say_not_compiled(base.moe, plan)
+        return branch_scores(base, asked, targets, memory)
+    n_at_once = plan.rows_at_once * wanted.shape[1]
+    runner = BranchRunner(base, asked.first, n_at_once, shares_keys=True, compile=compile)
+    with torch.inference_mode(False), torch.no_grad(), runner as run:
         scorer = _GridScorer(base, asked, plan, run, targets, memory)
-        sequences = used.nonzero().flatten().tolist()
+        sequences = asked.sequences.nonzero().flatten().tolist()
         memory.in_parts(lambda part: scorer.score(sequences[part]), len(sequences), "sequences of a grid")
     memory.say()
+    if run.compiled is not None:
+        run.compiled.say()
     return scorer.logp[:, :, 1:], scorer.logp[:, :, 0], scorer.entropy
 
 
-def _grid_plan(base: RecordedPass, asked: Asked, memory: Memory, share: float) -> GridPlan | None:
-    """How a grid is packed; None where compact rows serve."""
-    if not policy_of(base.moe).takes_grid(share) or (asked.n_averaged and not base.ends_in_head):
-        return None
+def _grid_plan(base: RecordedPass, asked: Asked, memory: Memory, compile: bool) -> GridPlan | str:
+    """How a grid is packed; in words, why compact rows serve instead."""
+    policy = policy_of(base.moe)
+    if not policy.takes_grid(1.0, compiled=compile):
+        return f"on {policy.device.type} they run in compact rows, which are not compiled"
+    share = float(asked.present.sum() / (asked.sequences.sum() * asked.present[0].numel()))
+    if not policy.takes_grid(share, compiled=compile):
+        return f"{share:.0%} of a grid's places are scored, so they run in compact rows, which are not compiled"
+    if asked.n_averaged and not base.ends_in_head:
+        return "the model does more after its unembedding, so that predictions are averaged in compact rows"
     if not can_run_grid(base):
-        return None
+        return "this model's branches run in compact rows, as its attention is no function over keys that a grid serves"
     plan = GridPlan(base, asked.first, asked.present.shape[2], memory.bytes)
-    return plan if plan.fits else None
+    return plan if plan.fits else "a grid does not fit into the memory budget, and compact rows are not compiled"
 
 
 class _GridScorer:
@@ -108,11 +122,8 @@ class _GridScorer:
 
     def _rows(self, sequences: list[int], block_out: Tensor, part: slice) -> Tensor:
         """Run some rows, a group at a time: ``[row, pos, width]`` final states; scored where logits come at once."""
-        states, n_rows = block_out.new_empty(0), part.stop - part.start
-        n_groups = -(-n_rows // self.plan.rows_at_once)
-        size = -(-n_rows // n_groups)
-        for start in range(part.start, part.stop, size):
-            rows = slice(start, min(start + size, part.stop))
+        states = block_out.new_empty(0)
+        for rows in self._groups(part):
             parts = list(self._parts(sequences, rows))
             grid = GridRows(self.base, parts, block_out[rows], self.plan.scores_at_once)
             found = self.run.through(grid, self._upper_hooks(sequences, rows))
@@ -120,9 +131,21 @@ class _GridScorer:
                 self._score_logits(sequences, rows, found)
                 continue
             if not len(states):
-                states = found.new_empty(n_rows, *found.shape[1:])
-            states[start - part.start : rows.stop - part.start] = found
+                states = found.new_empty(part.stop - part.start, *found.shape[1:])
+            states[rows.start - part.start : rows.stop - part.start] = found
         return states
+
+    def _groups(self, part: slice) -> Iterator[slice]:
+        """Whole sequences, or equal parts of one: compiled code is for a shape."""
+        n, most = self.n_routes, self.plan.rows_at_once
+        needed = -(-n // most)
+        n_groups = next((g for g in range(needed, 2 * needed + 1) if n % g == 0), needed)
+        step = most // n * n if most >= n else -(-n // n_groups)
+        start = part.start
+        while start < part.stop:
+            end = part.stop if most >= n else (start // n + 1) * n
+            yield slice(start, min(start + step, end, part.stop))
+            start = min(start + step, end, part.stop)
 
     def _parts(self, sequences: list[int], rows: slice) -> Iterator[RowsOfSequence]:
         for number, sequence in enumerate(sequences):
@@ -155,12 +178,19 @@ class _GridScorer:
             logits = self.run.logits(some.flatten(0, 1)).view(*some.shape[:2], -1)
             targets = self.targets[sequence, places]
             if self.asked.n_averaged:
-                averaged = self.asked.averaged[sequence, places]
-                scores, self.entropy[sequence, places] = averaged_without_waiting(logits, targets, averaged)
+                given = logits, targets, self.asked.averaged[sequence, places]
+                scores, entropy = self._compiled(fused_averages, *given) or averaged_without_waiting(*given)
+                self.entropy[sequence, places] = entropy
             else:
-                scores = log_probs(logits, targets.unsqueeze(1).expand(-1, self.n_routes, -1))
+                ids = targets.unsqueeze(1).expand(-1, self.n_routes, -1)
+                found = self._compiled(fused_log_probs, logits, ids)
+                scores = log_probs(logits, ids) if found is None else found
             is_there = self.asked.present[sequence, places].unsqueeze(-1)
             self.logp[sequence, places] = scores.masked_fill(~is_there, float("nan"))
+
+    def _compiled(self, function: Any, *args: Tensor) -> Any:
+        """What a function gives, compiled; None without compiling, and where that fails."""
+        return None if self.run.compiled is None else self.run.compiled.run(function, *args)
 
     def _score_logits(self, sequences: list[int], rows: slice, logits: Tensor) -> None:
         """Score rows from their logits ``[row, pos, vocab]``."""

@@ -58,6 +58,21 @@ def averaged_without_waiting(logits: Tensor, targets: Tensor, averaged: Tensor) 
     return torch.cat(scores), torch.cat(entropies)
 
 
+def fused_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`log_probs`, to be compiled: one pass over the logits then, and nothing of their size is written."""
+    wide = logits.to(score_dtype(logits))
+    return wide.gather(-1, targets) - wide.logsumexp(dim=-1, keepdim=True)
+
+
+def fused_averages(logits: Tensor, targets: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`averaged_log_probs`, to be compiled."""
+    wide = logits.to(score_dtype(logits))
+    total = wide.logsumexp(dim=-1, keepdim=True)
+    scores = wide.gather(-1, targets.unsqueeze(1).expand(-1, logits.shape[1], -1)) - total
+    sums = torch.where(averaged.unsqueeze(-1), (wide - total).exp(), 0.0).sum(dim=1)
+    return scores, mean_entropy(sums / averaged.sum(dim=-1, keepdim=True))
+
+
 def _entropy_of_sums(sums: Tensor, averaged: Tensor) -> Tensor:
     """``[token]``, of the mean of ``[token, vocab]`` summed predictions; NaN (0 / 0) where nothing is averaged."""
     return mean_entropy(sums.div_(averaged.sum(dim=-1, keepdim=True)))

@@ -40,83 +40,119 @@ class Reach:
     bias: Tensor | None = None
     reads: Tensor | None = None
 
+    @property
+    def reads_earlier(self) -> bool:
+        """Whether any token reads another one."""
+        return self.stop - self.start > 1 and self.window != 1
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows of one sequence.
+
+    Attributes:
+        start, stop: Which rows.
+        reach: What the sequence's tokens read.
+        keys, values: Of its real positions but the last, ``[kv_head, n, d]``.
+        kernel: What does their attention.
+    """
+
+    start: int
+    stop: int
+    reach: Reach
+    keys: Tensor
+    values: Tensor
+    kernel: Kernel
+
+    @staticmethod
+    def of(start: int, stop: int, reach: Reach, keys: Tensor, values: Tensor) -> Piece:
+        """Of a sequence's recorded keys and values ``[kv_head, pos, d]``."""
+        read = slice(reach.start, max(reach.stop - 1, reach.start))
+        kernel = plain_kernel
+        if reach.reads_earlier:
+            kind = "bias" if reach.bias is not None else "window" if reach.window else "causal"
+            kernel = kernel_for(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], kind)
+        return Piece(start, stop, reach, keys[:, read], values[:, read], kernel)
+
 
 class GridKeys(EarlierKeys):
     """What a grid's rows read in a layer.
 
     Args:
         keys, values: The layer's recorded ones.
-        pieces: Rows by sequence: its number, where they start and stop, and what the sequence's tokens read.
+        parts: Rows by sequence: its number, where they start and stop, and what the sequence's tokens read.
         scores_at_once: How many attention scores to hold together where no kernel serves; one row's at least.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, pieces: list[tuple[int, int, int, Reach]], scores_at_once: int
+        self, keys: Tensor, values: Tensor, parts: list[tuple[int, int, int, Reach]], scores_at_once: int
     ) -> None:
         super().__init__(keys, values)
-        self.pieces, self.scores_at_once = pieces, scores_at_once
-        self.kernels = [self._kernel(reach) for *_, reach in pieces]
+        self.pieces = [Piece.of(start, stop, reach, keys[s], values[s]) for s, start, stop, reach in parts]
+        self.scores_at_once = scores_at_once
 
-    def _kernel(self, reach: Reach) -> Kernel:
-        if reach.window == 1 or reach.stop - reach.start < 2:
-            return plain_kernel
-        kind = "bias" if reach.bias is not None else "window" if reach.window else "causal"
-        return kernel_for(self.keys.device, self.keys.dtype, self.keys.shape[-1], self.values.shape[-1], kind)
+    @property
+    def holds_scores(self) -> bool:
+        """Whether some rows have no kernel that serves them."""
+        return any(piece.kernel is plain_kernel and piece.reach.reads_earlier for piece in self.pieces)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
     ) -> Tensor:
         n_rows, n_heads, n, _ = query.shape
         out = query.new_empty(n_rows, n, n_heads, value.shape[-1], dtype=value.dtype)
-        by_head = out.transpose(1, 2)
-        for (sequence, start, stop, reach), kernel in zip(self.pieces, self.kernels):
-            rows, real = slice(start, stop), slice(reach.start, reach.stop)
-            earlier = self.keys[sequence, :, real], self.values[sequence, :, real]
-            own = key[rows], value[rows]
-            if softcap is not None:
-                kernel = plain_kernel
-            self._merge(by_head[rows], query[rows], earlier, own, reach, kernel, scale, sinks, softcap)
+        group = n_heads // key.shape[1]
+        for piece in self.pieces:
+            rows = slice(piece.start, piece.stop)
+            own_score = _own_scores(query[rows], key[rows], scale, softcap)
+            own_value = value[rows].repeat_interleave(group, dim=1) if group > 1 else value[rows]
+            here = out[rows].transpose(1, 2)
+            total = own_score
+            if not piece.reach.reads_earlier:
+                here.copy_(own_value)
+            else:
+                lse = self._merge(here, piece, query[rows], own_score, own_value, scale, softcap)
+                if sinks is not None:
+                    later = slice(piece.reach.start + 1, piece.reach.stop)
+                    total = own_score.clone()
+                    total[:, :, later] = torch.logaddexp(own_score[:, :, later], lse)
+            if sinks is not None:
+                here.mul_(torch.sigmoid(total - sinks.view(1, -1, 1)).unsqueeze(-1).to(out.dtype))
         return out
 
     def _merge(
         self,
         out: Tensor,
+        piece: Piece,
         query: Tensor,
-        earlier: tuple[Tensor, Tensor],
-        own: tuple[Tensor, Tensor],
-        reach: Reach,
-        kernel: Kernel,
+        own_score: Tensor,
+        own_value: Tensor,
         scale: float,
-        sinks: Tensor | None,
         softcap: float | None,
-    ) -> None:
-        """Fills ``out`` ``[row, head, n, d_value]``, of the rows of one sequence."""
-        group = query.shape[1] // own[0].shape[1]
-        own_score = _own_scores(query, own[0], scale, softcap)
-        own_value = own[1].repeat_interleave(group, dim=1) if group > 1 else own[1]
-        first = reach.start + 1
+    ) -> Tensor:
+        """Fills ``out`` ``[row, head, n, d_value]``; gives the log-sum-exp over earlier keys of all real positions but
+        the first."""
+        reach = piece.reach
+        first, later = reach.start + 1, slice(reach.start + 1, reach.stop)
         # a branch without earlier keys; at padding anything will do that is finite
         out[:, :, :first] = own_value[:, :, :first]
         out[:, :, reach.stop :] = own_value[:, :, reach.stop :]
-        total = own_score
-        if reach.stop > first and reach.window != 1:
-            later = slice(first, reach.stop)
-            bias = None if reach.bias is None else reach.bias[1:, :-1]
-            options = {"scale": scale, "window": max(reach.window - 1, 0), "bias": bias}
-            if kernel is plain_kernel:
-                options |= {"softcap": softcap, "scores_at_once": self.scores_at_once}
-            read, lse = kernel(query[:, :, later], earlier[0][:, :-1], earlier[1][:, :-1], **options)
-            if reach.reads is not None:
-                lse = lse.masked_fill(~reach.reads[1:], float("-inf"))
-            share = torch.sigmoid(own_score[:, :, later] - lse).unsqueeze(-1).to(read.dtype)
-            out[:, :, later] = torch.lerp(read, own_value[:, :, later].to(read.dtype), share)
-            if sinks is not None:
-                total = own_score.clone()
-                total[:, :, later] = torch.logaddexp(own_score[:, :, later], lse)
-        elif reach.stop > first:
-            out[:, :, first : reach.stop] = own_value[:, :, first : reach.stop]
-        if sinks is not None:
-            out *= torch.sigmoid(total - sinks.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+        window = reach.window - 1 if reach.window else 0
+        bias = None if reach.bias is None else reach.bias[1:, :-1]
+        if softcap is not None or piece.kernel is plain_kernel:
+            read, lse = plain_kernel(
+                query[:, :, later], piece.keys, piece.values, scale=scale, window=window, bias=bias, softcap=softcap,
+                scores_at_once=self.scores_at_once,
+            )  # fmt: skip
+        else:
+            read, lse = piece.kernel(
+                query[:, :, later], piece.keys, piece.values, scale=scale, window=window, bias=bias
+            )
+        if reach.reads is not None:
+            lse = lse.masked_fill(~reach.reads[1:], float("-inf"))
+        share = torch.sigmoid(own_score[:, :, later] - lse).unsqueeze(-1).to(read.dtype)
+        out[:, :, later] = torch.lerp(read, own_value[:, :, later].to(read.dtype), share)
+        return lse
 
 
 def _own_scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_interp.engine.branch_rows import Rows, RowsCache
 from moe_interp.engine.grid.attention import GridKeys, Reach
-from moe_interp.engine.grid.kernels import NEVER, plain_kernel
+from moe_interp.engine.grid.kernels import NEVER
 from moe_interp.engine.recorded_pass import RecordedPass
 
 
@@ -71,11 +71,11 @@ class GridRows(Rows):
         recorded = self.base.cache.recorded.get(layer)
         if recorded is None:
             return None
-        reaches, pieces, start = reaches_of(self.base, layer), [], 0
+        reaches, parts, start = reaches_of(self.base, layer), [], 0
         for sequence, n_rows in self.parts:
-            pieces.append((sequence, start, start + n_rows, reaches[sequence]))
+            parts.append((sequence, start, start + n_rows, reaches[sequence]))
             start += n_rows
-        return GridKeys(*recorded, pieces, self.scores_at_once)
+        return GridKeys(*recorded, parts, self.scores_at_once)
 
     def _of_rows(self, value: Tensor) -> Tensor:
         """``[batch, ...]`` at the rows' sequences; without a copy where there is one sequence."""
@@ -142,7 +142,7 @@ def holds_scores(base: RecordedPass, layer: int) -> bool:
     for above in range(layer + 1, len(base.blocks)):
         recorded = base.cache.recorded.get(above)
         if recorded is not None:
-            pieces = [(s, 0, 1, reach) for s, reach in enumerate(reaches_of(base, above))]
-            if plain_kernel in GridKeys(*recorded, pieces, 1).kernels:
+            parts = [(s, 0, 1, reach) for s, reach in enumerate(reaches_of(base, above))]
+            if GridKeys(*recorded, parts, 1).holds_scores:
                 return True
     return False

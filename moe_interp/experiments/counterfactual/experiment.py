@@ -67,6 +67,7 @@ def counterfactual_routes(
     memory_budget: int | None = None,
     store: str | os.PathLike[str] | None = None,
     progress: bool | Report | None = None,
+    compile: bool = False,
 ) -> CounterfactualResult:
     """Score sampled routes of every token at every MoE layer, one layer at a time.
 
@@ -94,6 +95,8 @@ def counterfactual_routes(
             another model or state of it (see :func:`moe_interp.experiments.identity.model.model_identity`), of other
             sequences or options are refused.
         progress: See :func:`moe_interp.progress.reporting`.
+        compile: Run layers under ``torch.compile`` where branches run as a grid: see :func:`moe_interp.score_routes`.
+            Worth it from about a hundred thousand routes. Stores and results do not know of it.
 
     Raises:
         DataError: sequences that cannot be scored (the message names their id), or a log-probability that is not finite
@@ -136,7 +139,7 @@ def counterfactual_routes(
     if store is not None:
         identity["sampler"] = value_identity(sampler, "sampler")
         cells = CellStore(store, stored_plan(plan, len(read), identity))
-    run = _Run(moe, plan, sampler, read, cells, Memory(moe, memory_budget))
+    run = _Run(moe, plan, sampler, read, cells, Memory(moe, memory_budget), compile)
     finished: dict[tuple[int, Any], Arrays] = {}
     with reporting("scoring routes", progress) as report, torch.no_grad():
         total = len(plan.batches) * len(plan.layers)
@@ -165,9 +168,10 @@ class _Run:
         sequences: list[ScoredSequence],
         cells: CellStore | None,
         memory: Memory,
+        compile: bool,
     ) -> None:
         self.moe, self.plan, self.sampler, self.sequences = moe, plan, sampler, sequences
-        self.cells, self.memory = cells, memory
+        self.cells, self.memory, self.compile = cells, memory, compile
 
     def cells_of(self, number: int) -> Iterator[tuple[Any, Arrays]]:
         """What the batch's tokens have in common, then its layers; finished cells come from the store."""
@@ -234,7 +238,9 @@ class _Run:
         kept = targets if plan.n_second else targets[..., :1]
         given = {layer: check_routes(base, layer, routes)}
         averaged = _averaged(wanted, drawn.shape[1], plan) if plan.n_second else None
-        scores = score_from_base(base, given, wanted, kept, plan.method, self.memory, batch.names, averaged)
+        scores = score_from_base(
+            base, given, wanted, kept, plan.method, self.memory, batch.names, averaged, self.compile
+        )
         logp, policy, n = scores.logp[wanted], scores.router_logp[wanted], plan.n_routes
         standard = check_routes(base, layer, base.indices[layer].unsqueeze(2))
         cell = {

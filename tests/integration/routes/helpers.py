@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,6 +30,20 @@ def attached(name: str, dtype: torch.dtype = torch.float32, attention: str = "ea
     if dtype == torch.float64:
         tiny.set_experts_implementation(hf, "eager")
     return attach(tiny.build_bridge(hf, name))
+
+
+def with_windows(name: str, kind: str, attention: str) -> MoEHooks:
+    """A float64 model one of whose layers above the first reads a window, or a chunk, of 5 positions only."""
+    window = {"sliding_window": 5} if kind == "sliding_attention" else {"attention_chunk_size": 5}
+    kinds = (
+        ["full_attention", "full_attention", kind] if name == "llama4" else ["full_attention", kind, "full_attention"]
+    )
+    entry = {**tiny.CONFIGS[name], "config": {**tiny.CONFIGS[name]["config"], "layer_types": kinds, **window}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.CONFIGS, f"{name}-windows", entry)
+        hf = tiny.build_hf(f"{name}-windows", dtype=torch.float64, attn_implementation=attention)
+        tiny.set_experts_implementation(hf, "eager")
+        return attach(tiny.build_bridge(hf, f"{name}-windows"))
 
 
 def served_layers(name: str, moe: MoEHooks) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes import GumbelTopK, TokenKeys, branch_scores, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
@@ -19,6 +19,7 @@ from tests.integration.routes.helpers import (
     precision,
     random_routes,
     served_layers,
+    with_windows,
 )
 
 POSITIONS = [4, -2]
@@ -87,19 +88,9 @@ def test_sliding_windows_shorter_than_the_sequence() -> None:
         ("llama4", "chunked_attention", "sdpa"),
     ],
 )
-def test_windows_of_some_of_the_layers_above(
-    name: str, kind: str, attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_of_some_of_the_layers_above(name: str, kind: str, attention: str) -> None:
     """One mask for all layers would be wrong by nats: the window is shorter than the sequence, at one layer only."""
-    window = {"sliding_window": 5} if kind == "sliding_attention" else {"attention_chunk_size": 5}
-    kinds = (
-        ["full_attention", "full_attention", kind] if name == "llama4" else ["full_attention", kind, "full_attention"]
-    )
-    entry = {**tiny.CONFIGS[name], "config": {**tiny.CONFIGS[name]["config"], "layer_types": kinds, **window}}
-    monkeypatch.setitem(tiny.CONFIGS, f"{name}-windows", entry)
-    hf = tiny.build_hf(f"{name}-windows", dtype=torch.float64, attn_implementation=attention)
-    tiny.set_experts_implementation(hf, "eager")
-    moe = attach(tiny.build_bridge(hf, f"{name}-windows"))
+    moe = with_windows(name, kind, attention)
     layer = moe.layers[0]
     assert isinstance(layer, int)
     routes = random_routes(moe, layer, padded_batch()[0], n_routes=1)

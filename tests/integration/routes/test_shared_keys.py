@@ -13,6 +13,7 @@ from moe_interp.arch.modules import unwrap
 from moe_interp.engine import branch_attention, policy
 from moe_interp.engine.branch_attention import NAME, UnknownAttention
 from moe_interp.engine.branches import BranchRunner, can_share_keys
+from moe_interp.engine.grid.trial import can_run_grid
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
@@ -188,3 +189,21 @@ def test_a_mask_that_only_says_what_is_earlier_is_left_out() -> None:
     right = record_pass(moe, tokens[[0, 2]], [0], mask[[0, 2]])
     hides = [base.hides_keys(base.arguments.numbers[1]["attention_mask"]) for base in (padded, right)]
     assert hides == [True, False]  # padding on the left is hidden, on the right nothing real reads it
+
+
+@pytest.mark.parametrize(("dtype", "fault"), [(torch.float32, 1e-2), (torch.float64, 1e-4)])
+@pytest.mark.parametrize("tried", [can_share_keys, can_run_grid])
+def test_an_attention_that_is_off_by_little_is_not_used_either(
+    dtype: torch.dtype, fault: float, tried: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By less than a thousand times what rounding explains: both trials notice it."""
+
+    def faulty(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        return branch_attention.branch_attention(module, query, key, value * (1 + fault), mask, **options)
+
+    moe, (tokens, mask) = attached("olmoe", dtype), padded_batch()
+    with precision(dtype):
+        base = record_pass(moe, tokens, [0], mask)
+        assert tried(base)
+        monkeypatch.setitem(AttentionInterface._global_mapping, NAME, faulty)
+        assert not tried(record_pass(moe, tokens, [0], mask))
