@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformer_lens.model_bridge import TransformerBridge
 
 import moe_interp as mi
+from moe_interp.engine import policy
+from moe_interp.engine.cuda import compiled
 from moe_interp.engine.memory import tokens_per_pass
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.experiments.inputs.items import ItemBatch, check_items, tokenize_items
@@ -30,6 +34,7 @@ ROUTER_HOOKS = re.compile(r"blocks\.\d+\.hook_(router_in|router_logits|router_pr
 EXPERT_OUT = re.compile(r"blocks\.\d+\.hook_expert_out$")
 FIRST_PASS = 3.0  # seconds on a GPU, which loads its kernels
 PROFILER = 6.0  # seconds that the first profile takes to begin
+LAYER_COMPILING = 30.0  # seconds on a GPU: a layer, and what reads logits
 PILOT = 16  # a first try has this part of the positions
 WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize")
 
@@ -269,14 +274,16 @@ class Branches:
         self.base = record_pass(moe, bench.tokens(1, bench.sizes.pos), layers)
         self.rate = 0.0  # routes a second of the last run
 
-    def call(self, layer: int, budget: int | None, stride: int) -> tuple[Callable[[], Any], list[int], Tensor]:
+    def call(
+        self, layer: int, budget: int | None, stride: int, compile: bool = False
+    ) -> tuple[Callable[[], Any], list[int], Tensor]:
         """What scores the routes of every ``stride``-th position, those positions, and all routes."""
         sizes, spec = self.bench.sizes, self.moe.spec(layer)
         routes = random_routes((1, sizes.pos, sizes.routes), spec.n_experts, spec.top_k, self.bench.device)
         given, positions = {layer: check_routes(self.base, layer, routes)}, list(range(0, sizes.pos - 1, stride))
 
         def run() -> None:
-            score_from_base(self.base, given, positions, method="branch", memory_budget=budget)
+            score_from_base(self.base, given, positions, method="branch", memory_budget=budget, compile=compile)
 
         return run, positions, routes[0]
 
@@ -306,6 +313,40 @@ class Branches:
             bench.cells["shares"] = " / ".join(known)
             bench.cells |= {"share_default": shares["default"]} if row == "default" else {}
         return True
+
+
+@torch.no_grad()
+def measure_layouts(bench: Bench) -> None:
+    """All routes of a middle layer in compact rows, as a grid, and as a compiled grid, whatever the policy takes."""
+    chosen, backend = policy.GRID_FROM.get(bench.device.type), compiled.BACKEND
+    if not bench.on_gpu:
+        compiled.BACKEND = "eager"  # the processor's compiler is not what is measured
+    try:
+        with attach(bench.bridge) as moe:
+            branches = Branches(bench, moe)
+            for row, share, compile in (("compact", 2.0, False), ("grid", 0.0, False), ("grid_compiled", 0.0, True)):
+                policy.GRID_FROM[bench.device.type] = policy.GridFrom(share, share)
+                _measure_layout(bench, branches, row, compile)
+    finally:
+        compiled.BACKEND = backend
+        policy.GRID_FROM.pop(bench.device.type)
+        if chosen is not None:
+            policy.GRID_FROM[bench.device.type] = chosen
+
+
+def _measure_layout(bench: Bench, branches: Branches, row: str, compile: bool) -> None:
+    sizes = bench.sizes
+    n_routes, compiling = (sizes.pos - 1) * sizes.routes, LAYER_COMPILING * bench.on_gpu * compile
+    expected = n_routes / (bench.branch or 50 * bench.naive or math.inf) + compiling
+    if expected > bench.limit.left():
+        bench.say(f"{bench.name}: branches ({row}) skipped: about {expected:.1f} s needed")
+        return
+    run, *_ = branches.call(_middle(branches.moe), None, 1, compile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", compiled.NotCompiledWarning)
+        first = seconds_of(run, bench.device)
+    rate = n_routes / statistics.median(repeated(run, bench.device, 0.3 * bench.limit.left(), at_most=3))
+    bench.cells[row] = f"{rate:,.0f}" + (f", {first:.0f} s for the first time" if compile else "")
 
 
 # -- isolation -----------------------------------------------------------------------------------------------------
@@ -365,5 +406,6 @@ PARTS = (
         "naive routes", ("naive",), lambda b: 4 * b.forward * b.passes(b.sizes.copies[0] * b.sizes.pos), measure_naive
     ),
     Part("branches", ("last", "middle", "early", "default"), lambda b: 6 * b.forward, measure_branches),
+    Part("layouts of branches", ("compact", "grid", "grid_compiled"), lambda b: 6 * b.forward, measure_layouts),
     Part("isolation", ("isolation", "isolation_ratio"), lambda b: 12 * b.forward, measure_isolation),
 )

@@ -16,6 +16,8 @@ import pytest
 import torch
 import transformers
 
+from moe_interp.engine import policy
+
 ROOT = Path(__file__).parents[2]
 MODULES = ("gpu", "gpu_shapes", "gpu_timing", "gpu_model", "gpu_table", "gpu_parts", "gpu_runs", "gpu_session")
 CPU = torch.device("cpu")
@@ -82,10 +84,13 @@ def test_it_fills_every_row_at_tiny_sizes_within_its_limit(
     measured = {key: models[label] for key, label in rows.model_rows(sizes).items()}
     assert measured.pop("memory") == ["not measured"] * len(shapes)  # there is no device of its own memory
     assert all(cell != "not measured" for cells in [*measured.values(), *list(once.values())[1:]] for cell in cells)
-    for key in ("forward", "naive", "last", "middle", "early", "default", "isolation", "isolation_ratio", "read"):
+    layouts = ("compact", "grid", "grid_compiled")
+    for key in ("forward", "naive", "last", "middle", "early", "default", *layouts, "isolation", "read"):
         assert all(number(cell) > 0 for cell in measured[key]), key
     for cell in measured["shares"]:
         assert all(0 < float(part) < 1.5 for part in cell.split(" / "))
+    assert all(number(cell) > 0 for cell in measured["isolation_ratio"])
+    assert not policy.GRID_FROM.keys() - {"cuda"}  # as it was
     branches, hooks = list(once.values())[1:3]
     assert number(branches[0]) <= 2e-5
     assert number(hooks[0]) == 0

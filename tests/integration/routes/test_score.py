@@ -10,19 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_interp.engine import policy
 from moe_interp.engine.branches import BranchRunner
+from moe_interp.engine.memory import Memory
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.errors import ConfigError, DataError, HookError, RouteError
 from moe_interp.hooks.attach import attach
 from moe_interp.routes import (
     SlowRoutesWarning,
+    branch_scores,
     check_routes,
     score_from_base,
     score_joint_routes,
     score_routes,
     screen_routes,
 )
-from moe_interp.routes.inputs import decoder_layers
+from moe_interp.routes.grid_scores import exact_scores
+from moe_interp.routes.inputs import decoder_layers, scorable
 from tests import tiny
 from tests.integration.routes.helpers import attached, largest_difference, random_routes, served_layers
 
@@ -333,3 +337,22 @@ def test_a_log_probability_that_is_not_finite_names_token_and_route(method: Any)
     weights[1, 4, 1] = 3e38
     with pytest.raises(DataError, match=r"sequence 1, position 4 under route 1 \(experts by layer: \{1: \["):
         score_routes(moe, TOKENS, 1, routes, weights=weights, method=method)
+
+
+@pytest.mark.parametrize("way", ["copied keys", "shared keys", "grid"])
+def test_a_branch_that_overflows_spoils_no_other(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a row with copied keys, whoever hides the branch's key multiplies it by zero, which does not hide NaN."""
+    moe = attached("olmoe")
+    base = record_pass(moe, TOKENS, [0])
+    if way == "grid":
+        monkeypatch.setitem(policy.GRID_FROM, "cpu", policy.GridFrom(0.0, 0.0))
+    monkeypatch.setattr(branch_scores, "_WORTH_A_TRIAL", 1 if way == "shared keys" else 10**9)
+    routes, weights = random_routes(moe, 0, TOKENS), torch.full((2, 8, 2, 2), 0.4)
+    wanted, ids = scorable(base), TOKENS.roll(-1, dims=1).unsqueeze(-1)
+    expected, *_ = exact_scores(base, {0: check_routes(base, 0, routes, weights)}, wanted, ids, Memory(moe))
+    weights[1, 2, 1] = 3e38
+    found, null, _ = exact_scores(base, {0: check_routes(base, 0, routes, weights)}, wanted, ids, Memory(moe))
+    spoilt = wanted.unsqueeze(-1) & ~found[..., 0].isfinite()
+    assert spoilt.nonzero().tolist() == [[1, 2, 1]]
+    assert bool(null[wanted].isfinite().all())
+    assert float((found - expected)[wanted.unsqueeze(-1) & ~spoilt].abs().max()) <= 1e-5
