@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_interp.engine.branches import BranchRunner
 from moe_interp.engine.grid.rows import GridRows, RowsOfSequence
-from moe_interp.engine.memory import Memory
+from moe_interp.engine.memory import Memory, is_out_of_memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 
@@ -47,9 +47,9 @@ def _runs_grid(base: RecordedPass) -> bool:
                     distances.append((run.logits(states[row, at]) - base.logits[s, at]).abs().amax(dim=-1))
 
             Memory(base.moe).in_parts(distance, len(chosen), "tried")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a model that reads the mask or the keys in a way of its own, whatever it then says
+    except Exception as error:  # a model that reads the mask or the keys in a way of its own, whatever it then says
+        if is_out_of_memory(error):
+            raise
         return False
     distance_of = torch.cat(distances)
     # at half precision near-ties of later routers are common
