@@ -30,8 +30,8 @@ from tests.integration.patching.support import (
 from tests.integration.routes.helpers import attached, precision
 
 FAMILIES = ("olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "phimoe")
-# the score scales the input; a norm after the sum; shared experts outside of the block; a latent width; a block's scale
-ODD = ("llama4", "gemma4_text", "granite_moe_hybrid", "nemotron_h", "laguna")
+# the score scales the input; a norm after the sum; state-space layers; a latent width
+ODD = ("llama4", "gemma4_text", "granite_moe_hybrid", "nemotron_h")
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 POSITIONS = (2, 4, 6)
 
@@ -84,7 +84,7 @@ def check(given: Pair, tolerance: float, every: int = 2) -> float:
 def test_sweeps_are_loops(name: str, dtype: torch.dtype) -> None:
     moe = attached(name, dtype)
     with precision(dtype), torch.no_grad():
-        assert check(pair(moe), TOLERANCE[dtype], 3 if dtype == torch.float64 else 7) >= 0.05
+        assert check(pair(moe), TOLERANCE[dtype], 5 if dtype == torch.float64 else 11) >= 0.05
 
 
 @pytest.mark.parametrize("name", ODD)
