@@ -110,8 +110,10 @@ RESULT_KINDS = {
     "patching": "moe_interp.patching.result",
     "logit_attribution": "moe_interp.patching.logits.attribution",
     "expert_tokens": "moe_interp.patching.logits.expert_tokens",
-    "decomposition": "moe_interp.patching.decomposition",
+    "decomposition": "moe_interp.patching.effects.decomposition",
     "attribution": "moe_interp.patching.attribution_result",
+    "paths": "moe_interp.patching.effects.path_patching",
+    "trace": "moe_interp.patching.effects.causal_tracing",
 }
 # what a result asks to be shown by -> where it is, imported when a figure or a page is asked for
 RESULT_VIEWS = {

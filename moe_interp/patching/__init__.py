@@ -2,7 +2,9 @@
 
 from moe_interp.patching.attribution import attribution
 from moe_interp.patching.attribution_result import Agreement, AttributionResult
-from moe_interp.patching.decomposition import Decomposition, decompose
+from moe_interp.patching.effects.causal_tracing import ExpertTrace, trace_experts
+from moe_interp.patching.effects.decomposition import Decomposition, decompose
+from moe_interp.patching.effects.path_patching import PathResult, path_patching
 from moe_interp.patching.logits.attribution import LogitAttribution, logit_attribution
 from moe_interp.patching.logits.expert_tokens import ExpertTokens, expert_tokens
 from moe_interp.patching.result import EffectResult, PatchingSweep
@@ -14,14 +16,18 @@ __all__ = [
     "Decomposition",
     "EffectResult",
     "ExpertTokens",
+    "ExpertTrace",
     "LogitAttribution",
     "PatchingSweep",
     "attribution",
+    "PathResult",
     "decompose",
     "expert_out",
     "expert_tokens",
     "logit_attribution",
+    "path_patching",
     "router_logits",
     "routes",
     "shared_out",
+    "trace_experts",
 ]
