@@ -36,6 +36,7 @@ from moe_interp.types import EMPTY, Hooks
 
 Mode = Literal["zero", "mean", "clean"]
 PATHS = ("direct", "total")
+ONE_PATH = ("share", "changed_elsewhere")  # measures that take both paths, or the total one alone
 _NEEDS = ("expert_indices", "expert_weights", "expert_out")
 _READ = ("router_logits", "expert_indices")
 Activations = dict[tuple[str, Any], Tensor]
@@ -198,9 +199,8 @@ class _Paths:
                     patched, measures = self._group(layer, group, plain, frozen)
                     n_tokens[rows] = patched.sum(dim=-1).cpu().numpy()
                     for (name, target), value in measures.items():
-                        found[name][..., rows, self.targets.index(target), :, *[slice(None)] * (name == "logit")] = (
-                            value
-                        )
+                        at: Any = (rows, self.targets.index(target))
+                        found[name][at if name in ONE_PATH else (slice(None), *at)] = value
                     done += len(group)
                     report(done, len(sources))
         return PathResult(self._dataset(sources, found, n_tokens), config={"mode": self.mode})
@@ -208,7 +208,7 @@ class _Paths:
     def _empty(self, n_sources: int) -> dict[str, NDArray[np.float64]]:
         shape = (n_sources, len(self.targets), len(self.inputs.tokens))
         found = {name: np.full((2, *shape), np.nan) for name in ("effect", "probability", "changed")}
-        found |= {name: np.full(shape, np.nan) for name in ("share", "changed_elsewhere")}
+        found |= {name: np.full(shape, np.nan) for name in ONE_PATH}
         if self.by_expert:
             n_experts = max(self.inputs.moe.spec(target).n_experts for target in self.targets)
             found["logit"] = np.full((2, *shape, n_experts), np.nan)
@@ -290,14 +290,10 @@ class _Paths:
         self, sources: list[tuple[Any, int]], found: dict[str, NDArray[np.float64]], n_tokens: NDArray[np.int64]
     ) -> xr.Dataset:
         axes = ("path", "source", "layer", EXAMPLE)
-        dims = {2: axes, 1: axes[1:]}
         variables: dict[str, Any] = {
-            name: (dims[2 if value.shape[0] == 2 and value.ndim > 3 else 1], value)
+            name: (axes[1:] if name in ONE_PATH else (*axes, "expert")[: value.ndim], value)
             for name, value in found.items()
-            if name != "logit"
         }
-        if "logit" in found:
-            variables["logit"] = ((*axes, "expert"), found["logit"])
         variables["n_tokens"] = (("source", EXAMPLE), n_tokens)
         coords = {
             "path": list(PATHS),
@@ -362,19 +358,16 @@ def _over(tokens: Tensor, values: Tensor) -> Tensor:
 def _check_sources(inputs: PatchInputs, sources: Any, targets: Sequence[Any]) -> dict[Any, list[int]]:
     """By layer, the experts to patch; of layers that have a target after them."""
     moe, last = inputs.moe, max(targets)
-    if sources is None:
-        given = [layer for layer in moe.layers if layer < last]
-    else:
-        several = sources.tolist() if hasattr(sources, "tolist") else sources
-        is_pair = isinstance(several, tuple) and len(several) == 2 and all(as_whole(x) is not None for x in several)
-        given = [several] if is_pair or as_whole(several) is not None else list(several)
     found: dict[Any, list[int]] = {}
-    for each in given:
-        is_layer = as_whole(each) is not None
-        layer = check_layers(moe, each if is_layer else each[0], _NEEDS)[0]
+    for each in [layer for layer in moe.layers if layer < last] if sources is None else _several(sources):
+        pair = list(each) if isinstance(each, tuple | list) else [each]
+        numbers = [number for number in map(as_whole, pair) if number is not None]
+        if len(numbers) < len(pair) or len(pair) not in (1, 2):
+            raise ConfigError(f"source {each!r}", "a layer, or a pair (layer, expert)", "Pass such as [(0, 3), 1].")
+        (layer,) = check_layers(moe, numbers[0], _NEEDS)
         n_experts = moe.spec(layer).n_experts
-        experts = range(n_experts) if is_layer else [as_whole(each[1])]
-        if None in experts or not all(0 <= expert < n_experts for expert in experts):
+        experts = numbers[1:] or range(n_experts)
+        if not all(0 <= expert < n_experts for expert in experts):
             raise RouteError(
                 f"source {each!r}", f"a layer and an expert from 0 to {n_experts - 1}", "Name the experts to patch."
             )
@@ -386,3 +379,10 @@ def _check_sources(inputs: PatchInputs, sources: Any, targets: Sequence[Any]) ->
             "Name earlier sources or later targets.",
         )
     return {layer: found[layer] for layer in moe.layers if layer in found}
+
+
+def _several(sources: Any) -> list[Any]:
+    """One layer or one pair as a list of one."""
+    several = sources.tolist() if hasattr(sources, "tolist") else sources
+    is_pair = isinstance(several, tuple) and len(several) == 2 and all(as_whole(x) is not None for x in several)
+    return [several] if is_pair or isinstance(several, str) or not isinstance(several, Iterable) else list(several)

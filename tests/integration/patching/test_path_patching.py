@@ -112,10 +112,11 @@ def test_both_paths_are_what_a_loop_by_hand_gives(name: str) -> None:
 def test_every_family_is_served_at_later_layers_for_sources_that_are_used(name: str) -> None:
     """All decoders but the one with several residual streams."""
     moe = attached(name)
-    layer = moe.layers[0]
+    layers: Any = moe.layers
+    layer = layers[0]
     result = path_patching(moe, TOKENS[:1, :3], layer).data
     used = result["n_tokens"].isel(example=0) > 0
-    later = result.sel(layer=[target for target in moe.layers if target > layer])
+    later = result.sel(layer=[target for target in layers if target > layer])
     assert bool(later["effect"].notnull().all(dim=("path", "layer")).isel(example=0).equals(used))
     assert float(abs(later["effect"].sel(path="direct")).max()) > 1e-5
     assert bool(later["changed"].sel(source=used.values).notnull().all())
@@ -139,7 +140,11 @@ def test_means_and_clean_outputs_stand_in() -> None:
         old, new = written(run, 0, expert), written(clean, 0, expert)
         uses = (run["expert_indices", 0] == expert).any(dim=-1)
         mean = old[uses].mean(dim=0)
-        for mode, delta in (("mean", torch.where(uses.unsqueeze(-1), mean - old, 0.0)), ("clean", new - old)):
+        modes: list[tuple[Any, Tensor]] = [
+            ("mean", torch.where(uses.unsqueeze(-1), mean - old, 0.0)),
+            ("clean", new - old),
+        ]
+        for mode, delta in modes:
             result = path_patching(
                 moe, TOKENS, (0, expert), 2, mode, cache if mode == "clean" else None, positions=[-1]
             ).data.isel(source=0)
@@ -176,6 +181,8 @@ def test_what_cannot_be_is_refused_before_a_pass(monkeypatch: pytest.MonkeyPatch
         ({"mode": "zero", "clean_cache": {}}, ConfigError, "with a clean cache"),
         ({"mode": "clean", "clean_cache": {}}, HookError, r"a clean cache without blocks\.0\.hook_expert_indices"),
         ({"sources": [(0, 8)]}, RouteError, "an expert from 0 to 7"),
+        ({"sources": [(0, 1, 2)]}, ConfigError, "a layer, or a pair"),
+        ({"sources": "all"}, ConfigError, "a layer, or a pair"),
         ({"sources": 2}, ConfigError, "a router of a later layer"),
         ({"sources": [(5, 1)]}, HookError, "layer 5"),
         ({"positions": [9]}, ConfigError, "positions"),
