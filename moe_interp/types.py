@@ -12,8 +12,7 @@ from typing import Any, Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-EMPTY = -1
-"""The expert id of an empty slot: weight 0, output zero, skipped by every measure."""
+from moe_interp.slots import EMPTY as EMPTY
 
 Logits = Float[Tensor, "*token expert"]
 Indices = Int[Tensor, "*token slot"]

@@ -29,7 +29,7 @@ def fail(text: str, kind: str) -> None:
 
 
 def show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
-    """In the place of :func:`warnings.showwarning`: the text alone, without the line of code that it arose at."""
+    """In the place of ``warnings.showwarning``: the text alone, without the line of code that it arose at."""
     err.print(Text.assemble(("Warning: ", "bold yellow"), in_options(" ".join(str(message).split()))))
 
 

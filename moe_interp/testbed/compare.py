@@ -39,7 +39,7 @@ def compare(
         out: A folder for the runs' own, ``<strategy>-seed<seed>``.
         domains: The data of every run; by default the configuration's, generated anew for each seed.
         resume: Read back the finished runs in ``out`` and go on with an unfinished one.
-        mixed_precision, device, compile: As for :func:`moe_interp.testbed.train.train`.
+        mixed_precision, device, compile: As for :func:`moe_interp.testbed.train`.
 
     Raises:
         ConfigError: No strategy or seed, one given twice, a strategy that cannot be made, or a device that is not

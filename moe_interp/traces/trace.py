@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moe_interp.errors import DataError
+from moe_interp.slots import EMPTY
 from moe_interp.traces.checks import (
     as_array,
     checked_count,
@@ -25,15 +26,13 @@ from moe_interp.traces.checks import (
 )
 from moe_interp.traces.files import read_trace_file, write_trace_file
 
-EMPTY = -1  # a slot without an expert: skipped by every measure
-
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
     """The routes of a set of sequences, one row per real token (padding is not recorded).
 
-    Made by :meth:`from_arrays`, :meth:`read` or ``moe_interp.capture_routing``, which check it. A slot with index -1 is
-    empty: it has weight 0 and is skipped by every measure.
+    Made by :meth:`from_arrays` or :meth:`read`, which check it. A slot with index -1 is empty: it has weight 0 and is
+    skipped by every measure.
 
     Attributes:
         expert_indices: ``[token, layer, slot]`` int32; slots in the router's own order.

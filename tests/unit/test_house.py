@@ -20,14 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "moe_interp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "types", "checks", "progress", "disk", "jsonlines", "tokenization"}
+BASE = {"errors", "types", "slots", "checks", "progress", "disk", "jsonlines", "tokenization"}
 NUMBERS = {"stats", "results"}
 TOWER = ["arch", "hooks", "engine", "interventions"]
 METHODS = {"patching", "routes", "traces"}
 # folder -> the folders and files it may import; its own are always allowed
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "types": set(),
+    "types": {"slots"},
+    "slots": set(),
     "checks": {"errors"},
     "tokenization": {"errors", "checks"},
     "progress": {"errors", "types"},

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_interp.engine.attention import can_fuse
@@ -22,6 +20,7 @@ from moe_interp.experiments.isolation.variants import ExpertSet, Mode, ablated_r
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions import ablate_experts, force_experts, uniform_routing
 from moe_interp.interventions.force import Mass
+from moe_interp.stats.checks import FloatArray
 from moe_interp.types import Hooks
 
 NULL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # nats; half precision: .1
@@ -184,7 +183,7 @@ class NaiveScorer:
         return torch.cat(found)
 
 
-def by_item(logp: Tensor, predictions: TargetPredictions, n_rows: int) -> NDArray[np.float64]:
+def by_item(logp: Tensor, predictions: TargetPredictions, n_rows: int) -> FloatArray:
     """``[read, ...]`` log-probabilities to ``[score, row, ...]``: the mean over the answer, and its first token."""
     values = logp.double()
     sums = values.new_zeros(n_rows, *values.shape[1:]).index_add_(0, predictions.row, values)
