@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -154,22 +155,33 @@ class _Attribution:
     def exact(self, cells: Cells) -> np.ndarray:
         """The exact effects ``[metric, cell, example]`` of some cells, by place on the axes."""
         inputs = self.inputs
+        columns = inputs.columns(range(int(inputs.lengths.max())))
+        order = torch.arange(inputs.tokens.shape[1], device=columns.device)
+
+        def where(patch: SlotsPatch, expert: int, pos: int) -> Tensor:
+            return (patch.experts == expert) & (order == columns[:, pos, None]).unsqueeze(-1)
+
         with (
-            out_of_memory_in_words(), threads_asleep(), eval_mode(inputs.moe.bridge), torch.no_grad()
-        ):  # fmt: skip
+            out_of_memory_in_words(),
+            threads_asleep(),
+            eval_mode(inputs.moe.bridge),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             corrupted = CorruptedRun(inputs, (), "auto", self.memory)
             baseline = self.metrics(corrupted.logits.clone())
             effects = baseline.new_zeros(len(cells), *baseline.shape)
-            columns = inputs.columns(range(int(inputs.lengths.max())))
-            order = torch.arange(inputs.tokens.shape[1], device=columns.device)
             for number, layer in enumerate(inputs.layers):
-                patch, todo = self.patches[layer], []
-                for index, (at, expert, pos) in enumerate(cells):
-                    if at == number:
-                        where = (patch.experts == expert) & (order == columns[:, pos, None]).unsqueeze(-1)
-                        todo.append(Cell.of((index,), where, patch.differs))
-                for cell, value in corrupted.values(patch, [c for c in todo if bool(c.changes.any())], self.metrics):
-                    effects[cell.place[0]] = value - baseline
+                patch = self.patches[layer]
+                todo = [
+                    Cell.of((index,), partial(where, patch, expert, pos), patch.differs)
+                    for index, (at, expert, pos) in enumerate(cells)
+                    if at == number
+                ]
+                todo = [cell for cell in todo if bool(cell.changes.any())]
+                with closing(corrupted.values(patch, todo, self.metrics)) as values:
+                    for cell, value in values:
+                        effects[cell.place[0]] = value - baseline
         return effects.movedim(1, 0).double().cpu().numpy()
 
     def _activations(self, tokens: Tensor) -> tuple[Tensor, Activations]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,20 +40,20 @@ class Cell:
 
     Attributes:
         place: On the inner axes.
-        where: Its activations.
+        where: Gives the mask of its activations, anew each time: a sweep may have many cells.
         changes: ``[batch]``, the examples in which one of them differs between the runs.
         start: The first column of a change.
     """
 
     place: tuple[int, ...]
-    where: Tensor
+    where: Callable[[], Tensor]
     changes: Tensor
     start: int
 
     @classmethod
-    def of(cls, place: tuple[int, ...], where: Tensor, differs: Tensor) -> Cell:
+    def of(cls, place: tuple[int, ...], where: Callable[[], Tensor], differs: Tensor) -> Cell:
         """A cell of activations, of which some differ between the runs."""
-        changed = where & differs
+        changed = where() & differs
         columns = changed.any(dim=-1) if changed.ndim > 2 else changed
         return cls(place, where, columns.any(dim=1), int(columns.any(dim=0).long().argmax()))
 
@@ -100,15 +100,15 @@ class CorruptedRun:
         self._fuses = self._base is not None and fuses_attention(self._base)
         self._buffer: Tensor | None = None
 
-    def values(self, patch: Patch, cells: list[Cell], metrics: Metrics) -> Iterator[tuple[Cell, Tensor]]:
-        """Each cell with its metrics ``[metric, example]``, in any order."""
+    def values(self, patch: Patch, cells: list[Cell], metrics: Metrics) -> Generator[tuple[Cell, Tensor]]:
+        """Each cell with its metrics ``[metric, example]``, in any order; to be closed where it is left early."""
         layer = patch.layer
         if not cells:
             return
         is_fused = self._way(layer)
         if is_fused is None:
             for cell in cells:
-                yield cell, metrics(self.inputs.forward(hooks=patch.hooks(cell.where)))
+                yield cell, metrics(self.inputs.forward(hooks=patch.hooks(cell.where())))
             return
         base = self._base
         assert base is not None
@@ -123,7 +123,7 @@ class CorruptedRun:
             for some in _chunks(ordered, base.tokens.shape[1], at_once):
                 start = some[0].start
                 rows = [cell.changes.nonzero().flatten() for cell in some]
-                out = torch.cat([patch.block_out(c.where, plain, r, start) for c, r in zip(some, rows)])
+                out = torch.cat([patch.block_out(c.where(), plain, r, start) for c, r in zip(some, rows)])
                 logits = self._logits(run, torch.cat(rows), start, out)
                 for cell, row, part in zip(some, rows, logits.split([len(row) for row in rows])):
                     yield cell, self._metric(metrics, row, start, part)

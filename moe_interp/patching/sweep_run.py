@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,7 @@ class Sweep:
                 for place in itertools.product(*map(range, self.grid.size(layer))):
                     where = self.grid.where(patch, place)
                     exists = self.grid.exists(place)
-                    cell, at = Cell.of(place, where, patch.differs), (number, *place)
+                    cell, at = Cell.of(place, partial(self.grid.where, patch, place), patch.differs), (number, *place)
                     value[at] = self._existing(baseline, exists)
                     counts[0][at] = where.flatten(1).sum(dim=1).cpu().numpy()
                     if self.grid.unmatched is not None:
@@ -62,10 +64,11 @@ class Sweep:
                     todo += [cell] if bool(cell.changes.any()) else []
                 n_skipped += int(np.prod(self.grid.size(layer))) - len(todo)
                 done = number * total // len(self.inputs.layers)
-                for cell, found in corrupted.values(patch, todo, self.metrics):
-                    value[(number, *cell.place)] = self._existing(found, self.grid.exists(cell.place))
-                    done += 1
-                    report(done, total)
+                with closing(corrupted.values(patch, todo, self.metrics)) as values:
+                    for cell, found in values:
+                        value[(number, *cell.place)] = self._existing(found, self.grid.exists(cell.place))
+                        done += 1
+                        report(done, total)
             report(total, total)
         return self._result(value, baseline, clean, counts, n_skipped, corrupted.null_difference)
 

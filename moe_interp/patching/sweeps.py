@@ -255,5 +255,11 @@ def _run(
     if method not in METHODS:
         raise ConfigError(f"method={method!r}", f"one of {', '.join(METHODS)}", "Choose one of these.")
     sweep = Sweep(what, patch, grid, cache, metrics, method)
-    with out_of_memory_in_words(), threads_asleep(), eval_mode(grid.inputs.moe.bridge), torch.no_grad():
+    with (
+        out_of_memory_in_words(),
+        threads_asleep(),
+        eval_mode(grid.inputs.moe.bridge),
+        torch.inference_mode(False),  # whose tensors count no writes
+        torch.no_grad(),
+    ):
         return sweep.run(clean_logits, memory, progress)

@@ -191,6 +191,33 @@ def test_a_metric_that_writes_into_its_logits() -> None:
     assert np.abs(whole.data["value"] - spoiled.data["value"]).max() <= 2e-5
 
 
+def test_a_metric_that_fails_leaves_the_model_as_it_was() -> None:
+    given = pair(attached("olmoe"))
+    calls: list[None] = []
+
+    def failing(logits: Tensor) -> Tensor:
+        calls.append(None)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return given.metric(logits)
+
+    before = given.moe.bridge(given.corrupted, attention_mask=given.mask)
+    with pytest.raises(KeyboardInterrupt):
+        mi.patching.expert_out(given.moe, given.corrupted, given.cache, failing, attention_mask=given.mask)
+    assert torch.equal(given.moe.bridge(given.corrupted, attention_mask=given.mask), before)
+    assert not any(point.has_hooks() for point in given.moe.bridge.hook_dict.values())
+
+
+def test_within_inference_mode() -> None:
+    given = pair(attached("olmoe"))
+    expected = _call(given, mi.patching.expert_out)
+    with torch.inference_mode():
+        found = _call(pair(attached("olmoe")), mi.patching.expert_out)
+        estimates = mi.patching.attribution(given.moe, given.clean, given.corrupted, given.metric, audit=8)
+    assert np.abs(found.data["value"] - expected.data["value"]).max() <= 2e-5
+    assert np.abs(estimates.data["effect"]).max() > 0
+
+
 def test_other_hooks_on_the_model_stay_in_force() -> None:
     """An SAE's splice, say: every cell is then a whole pass, under that hook."""
     given, layer = pair(attached("olmoe")), 1
