@@ -1,6 +1,7 @@
 """The table of families: one row for every kind of MoE layer that TransformerLens bridges.
 
-A layer is recognised by the class name of its container, the transformers module that holds router and experts.
+A layer is recognised by the class name of its container, the transformers module that holds router and experts. To add
+a family, add a row; the columns are those of :class:`~moe_interp.arch.family.Family`.
 """
 
 from __future__ import annotations

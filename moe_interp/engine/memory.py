@@ -1,4 +1,8 @@
-"""What is free, what a pass holds, and what to do when it does not fit."""
+"""What is free, what a pass holds, and what to do when it does not fit.
+
+How much a whole pass takes is estimated in :func:`tokens_per_pass`; how much branches take, by the plans that pack them
+(``moe_interp/routes/plan.py``).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The first opening of a forward pass: the router, from its input to the route it hands on."""
+"""The first opening of a forward pass: the router, from its input to the route it hands on.
+
+Whether a hook has edited an activation is told by ``edits.py``.
+"""
 
 from __future__ import annotations
 

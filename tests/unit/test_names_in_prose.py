@@ -87,6 +87,16 @@ def test_references_of_docstrings(path: Path) -> None:
     assert not [target for target, owner in named if not refers(target, module, owner)]
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_docstrings_name(path: Path) -> None:
+    named = [name for _, text in docstrings(path) for name in re.findall(r"``([\w/]+\.py)``", text)]
+    assert not [
+        name
+        for name in named
+        if not any((place / name).is_file() for place in (ROOT, ROOT / "moe_interp", path.parent))
+    ]
+
+
 def test_names_that_there_are_not_are_found() -> None:
     assert exists("attach")
     assert exists("routes.score.score_routes")

@@ -31,13 +31,13 @@ class RunFolder:
         self.config, self.run, self.log = path / "config.json", path / "run.json", path / "metrics.jsonl"
         self.state, self.model = path / "state.pt", path / "model"
 
-    def check(self, config: TestbedConfig, resume: bool, beside: Record | None = None) -> None:
+    def check(self, config: TestbedConfig, resume: bool, origin: Record | None = None) -> None:
         """Refuse what this configuration may not continue; a folder without checkpoint and model is free.
 
         Args:
             config: The configuration.
             resume: Whether a run may be continued.
-            beside: What ``run.json`` must say; what is not known yet is left out.
+            origin: What ``run.json`` must say; what is not known yet is left out.
 
         Raises:
             ResultError: A run is there and ``resume`` is False; or it is of another configuration, of other data or
@@ -51,7 +51,7 @@ class RunFolder:
             )
         there, described = self._read_config(), self._read_run()
         changes = _changes(there.model_dump(mode="json"), config.model_dump(mode="json"))
-        changes += _changes({name: described.get(name) for name in beside or {}}, beside or {})
+        changes += _changes({name: described.get(name) for name in origin or {}}, origin or {})
         if changes:
             raise ResultError(
                 f"{self.path} holds a run of another configuration: {', '.join(changes)}",
@@ -76,20 +76,20 @@ class RunFolder:
             raise ResultError(f"{self.log} was changed after the run had finished", expected, RESTORE)
         return [json.loads(line) for line in content.splitlines()]
 
-    def open(self, config: TestbedConfig, history: Sequence[Record], beside: Record) -> None:
+    def open(self, config: TestbedConfig, history: Sequence[Record], origin: Record) -> None:
         """Write the configuration, and the log up to the checkpoint: later records are made again.
 
         Raises:
             ResultError: the system refuses a write.
         """
         self._write(self.config, config.model_dump_json(indent=2) + "\n")
-        self._write(self.run, json.dumps(beside, indent=1) + "\n")
+        self._write(self.run, json.dumps(origin, indent=1) + "\n")
         self._write(self.log, "".join(json.dumps(record) + "\n" for record in history))
 
-    def close(self, beside: Record) -> None:
+    def close(self, origin: Record) -> None:
         """Note that the run is finished, and which log is its own."""
         log = read_bytes(self.log, "the log of this run", RESTORE, ResultError, LARGEST_JSON)
-        self._write(self.run, json.dumps(beside | {"log": hashlib.sha256(log).hexdigest()}, indent=1) + "\n")
+        self._write(self.run, json.dumps(origin | {"log": hashlib.sha256(log).hexdigest()}, indent=1) + "\n")
 
     def add(self, record: Record) -> None:
         """Append a record to the log.

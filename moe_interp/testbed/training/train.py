@@ -114,15 +114,15 @@ def train(
         expected = "no device: each process has its own"
         raise ConfigError(f"device {device} for {accelerator.num_processes} processes", expected, "Leave it out.")
     data = load_domains(config) if domains is None else domains
-    beside = described_run(data, mixed_precision)
+    origin = described_run(data, mixed_precision)
     if folder is not None:
-        folder.check(config, resume, beside)
+        folder.check(config, resume, origin)
     trainer = Trainer(config, data, accelerator, mixed_precision, device, compile)
     if folder is not None:
         if folder.state.exists():
             trainer.load_state(folder.state)
         if accelerator.is_main_process:
-            folder.open(config, trainer.history, beside)
+            folder.open(config, trainer.history, origin)
     _run_steps(trainer, folder, min(config.steps, stop_at or config.steps), progress and accelerator.is_main_process)
     final = trainer.evaluate()
     path = None
@@ -130,7 +130,7 @@ def train(
         path = folder.model
         _save_model(trainer, path)
         if accelerator.is_main_process:
-            folder.close(beside)
+            folder.close(origin)
     trainer.bridge.eval()
     trainer.moe.detach()
     moe = attach(trainer.bridge)
