@@ -56,6 +56,12 @@ class TrainingError(MoEInterpError):
     """A training run that cannot go on, such as one with a non-finite loss."""
 
 
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of what an error of another library says: some say all that it might have been."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
+
+
 def warn(text: str, category: type[Warning]) -> None:
     """Warn at the user's own line: the nearest one outside of the package and its decorators."""
     frame, level = sys._getframe(0), 1

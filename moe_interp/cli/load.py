@@ -18,8 +18,11 @@ from transformer_lens.utilities.devices import get_device
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from moe_interp.arch.grouped_products import has_grouped_product
+from moe_interp.arch.offload import device_of
 from moe_interp.cli.options import AUTO, DEMO, DTYPES, check_dtype, check_model
-from moe_interp.errors import ConfigError
+from moe_interp.engine.memory import is_out_of_memory
+from moe_interp.errors import ConfigError, first_sentence
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.testbed.demo import load_demo_assets
 
@@ -38,8 +41,9 @@ def load_bridge(
         options: Handed on to ``TransformerBridge.boot_transformers``.
 
     Raises:
-        ConfigError: an unknown number format or device, a quantised checkpoint, a folder that is not there, a name that
-            is not on the hub or cannot be reached, or a model that TransformerLens does not bridge.
+        ConfigError: a number format or device that is unknown or not there, a quantised checkpoint, a folder that is
+            not there, a name that is not on the hub or cannot be reached, weights for which there is no room, or a
+            model that TransformerLens does not bridge.
     """
     check_dtype(dtype)
     source = _source(model)
@@ -53,14 +57,18 @@ def load_bridge(
     config = _config(source)
     if unpacked := _unpacked(model, config):
         options = {"hf_config_overrides": unpacked, **options}
+    chosen = _dtype(dtype, device or ("cpu" if _is_without_gpu() else "cuda"), config)
+    if dtype != AUTO and device_map is None:
+        _check_served(chosen, device or get_device())
     try:
-        bridge = TransformerBridge.boot_transformers(
-            source, **place, dtype=_dtype(dtype, device or ("cpu" if _is_without_gpu() else "cuda"), config), **options
-        )
+        bridge = TransformerBridge.boot_transformers(source, **place, dtype=chosen, **options)
     except Exception as error:  # damaged weights raise errors of any class
-        if "allocate" in str(error):  # out of memory
-            raise
+        if is_out_of_memory(error):
+            given = f"{model}, which does not fit into memory ({first_sentence(error)})"
+            remedy = "Try --dtype bfloat16, --device-map auto, or a device with more memory."
+            raise ConfigError(given, "room for its weights", remedy) from error
         raise _explained(model, error) from error
+    _take_served_experts(bridge.original_model)
     if not has_text:
         bridge.tokenizer = None
     bridge.cfg.model_name = DEMO if model == DEMO else bridge.cfg.model_name
@@ -104,10 +112,25 @@ def _device(device: str | None) -> str | None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {device} ({str(error).splitlines()[0]})", "a device that this machine has", "Try --device cpu."
-        ) from error
+        given = f"--device {device} ({first_sentence(error)})"
+        raise ConfigError(given, "a device that this machine has", "Try --device cpu.") from error
     return device
+
+
+def _check_served(dtype: torch.dtype, device: str | None) -> None:
+    """Refuse a number format that a device does not multiply in.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        some = torch.zeros(2, 2, dtype=dtype, device=device)
+        torch.matmul(some, some)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        given = f"--dtype {str(dtype).removeprefix('torch.')} on --device {device} ({first_sentence(error)})"
+        raise ConfigError(given, "a number format that the device has", "Try --dtype float32.") from error
 
 
 def _is_without_gpu() -> bool:
@@ -149,6 +172,16 @@ def _unpacked(model: str, config: dict[str, Any]) -> dict[str, Any]:
         f"weights in {', '.join(DTYPES)}",
         "Give a checkpoint that is not quantised, or dequantise it with transformers and save it.",
     )
+
+
+def _take_served_experts(model: Any) -> None:
+    """Let experts run one after the other where torch has no grouped product in the model's number format.
+
+    transformers' choice is the grouped product, which then fails at the first pass.
+    """
+    served = has_grouped_product(next(model.parameters()).new_zeros(0, device=device_of(model)))
+    if not served and getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation("eager")
 
 
 def _explained(model: str, error: Exception) -> ConfigError:

@@ -26,6 +26,7 @@ CPU_TOKENS = MOST_TOKENS["cpu"]
 COMPILED_BYTES = 128 * 2**20
 """At most so much is set aside for the code that oneDNN compiles: some .65 MiB a shape, of which a model has many."""
 
+_CHUNK = 64  # positions that a linear attention takes together
 _TOO_LARGE = object()
 
 Result = TypeVar("Result")
@@ -193,6 +194,7 @@ def tokens_per_pass(
     kept_layers: int = 0,
     kept_tokens: int = 0,
     predictions_per_token: float = 0.0,
+    slots: int = 0,
 ) -> int:
     """Tokens that fit into a budget, from an estimate of what a layer computes and what is kept (derived).
 
@@ -202,7 +204,8 @@ def tokens_per_pass(
         memory_budget: Bytes; by default what is free, see :func:`free_bytes`.
         kept_layers: Layers whose prefixes are kept beside the pass.
         kept_tokens: Tokens that there are at most to keep them of.
-        reads_per_token: Predictions read for each token of a pass, at most.
+        predictions_per_token: Predictions read for each token of a pass, at most.
+        slots: Experts that a token uses at most, where that is more than the router takes.
 
     Raises:
         ConfigError: a budget in which not even one sequence fits.
@@ -211,11 +214,15 @@ def tokens_per_pass(
     budget = memory_budget if memory_budget is not None else free_bytes(policy)
     spec, cfg = moe.spec(moe.layers[0]), moe.bridge.cfg
     heads = int(getattr(cfg, "n_heads", 0) or 0)
-    mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), spec.top_k * (3 * spec.d_expert + 3 * spec.d_model))
+    # experts that read a scaled input run on every token, whatever the router chooses
+    slots = spec.n_experts if spec.weight_on_input else max(slots, spec.top_k)
+    expert = max(6 * spec.d_expert + spec.d_model, spec.d_expert + 4 * spec.d_model)
+    mlp = max(int(getattr(cfg, "d_mlp", 0) or 0), slots * expert)
+    mixer = _recurrent_numbers(moe.bridge.original_model, width)
     logits = math.ceil(2 * predictions_per_token * int(getattr(cfg, "d_vocab", 0) or 0))  # and their log-probabilities
     size = max(4, parameter.element_size())
     # residual, norms, projections and their temporaries; attention scores of one layer in steps
-    per_token = size * (24 * spec.d_model + mlp + 6 * heads * width + logits)
+    per_token = size * (24 * spec.d_model + mlp + max(6 * heads * width, mixer) + logits)
     kept = size * 4 * kept_layers * spec.d_model  # the input, the norms' and the attention's answers
 
     def fitting(available: int) -> int:
@@ -223,13 +230,29 @@ def tokens_per_pass(
         return tokens if tokens <= kept_tokens else (available - kept * kept_tokens) // per_token
 
     if fitting(budget) < width:
-        raise ConfigError(
-            f"a memory budget of {budget / 2**20:.3f} MiB",
-            f"at least {(per_token + kept) * width / 2**20:.3f} MiB for one sequence of {width} tokens",
-            "Raise memory_budget, or leave the longest items out.",
-        )
+        expected = f"at least {(per_token + kept) * width / 2**20:.3f} MiB for one sequence of {width} tokens"
+        if memory_budget is None:
+            given = f"{budget / 2**20:.3f} MiB that may be used of what is free on {policy.device}"
+            raise ConfigError(given, expected, "End what else uses its memory, or leave the longest items out.")
+        given = f"a memory budget of {budget / 2**20:.3f} MiB"
+        raise ConfigError(given, expected, "Raise memory_budget, or leave the longest items out.")
     tokens = max(fitting(without_compiled(budget, parameter)), width)
     return int(min(tokens, max(policy.most_tokens, width)))
+
+
+def _recurrent_numbers(model: Any, width: int) -> int:
+    """What a recurrent layer of the slow, general kind holds for a token, at most; 0 where there is none.
+
+    Mamba keeps its state for every position, a linear attention products of all pairs in a chunk of 64.
+    """
+    config = model.config.get_text_config()
+    # of the second kind of Mamba, which has heads, only the ends of chunks are kept
+    states = 0 if hasattr(config, "mamba_n_heads") else getattr(config, "mamba_d_state", 0)
+    inner = getattr(config, "mamba_expand", 0) * config.hidden_size
+    heads = getattr(config, "linear_num_value_heads", 0)
+    widest = max(getattr(config, "linear_key_head_dim", 0), getattr(config, "linear_value_head_dim", 0))
+    filled = -(-width // _CHUNK) * _CHUNK / width
+    return max(6 * inner * states, math.ceil(filled * heads * (10 * widest + 4 * _CHUNK)))
 
 
 def _tried(work: Callable[[slice], Any], part: slice, is_last: bool) -> Any:

@@ -196,7 +196,7 @@ def score_domain_router(
     routers = _routers(moe, of_run, isolation_result, k, random_draws, mass, seed)
     scores = {name: np.zeros((2, len(checked))) for name in [*routers, *(["reference"] if reference else [])]}
     width, predictions = max(len(item) for item in tokenized), predictions_per_token(tokenized)
-    tokens = tokens_per_pass(moe, width, memory_budget, predictions_per_token=predictions)
+    tokens = tokens_per_pass(moe, width, memory_budget, predictions_per_token=predictions, slots=k)
     batches = batches_of_like_length(tokenized, tokens)
     runner, device, memory = PrefixRunner(moe), device_of(moe.bridge.original_model), Memory(moe, memory_budget)
 

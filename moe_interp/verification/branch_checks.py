@@ -47,9 +47,15 @@ def branches_equal_naive(tested: ModelUnderTest) -> Iterator[Finding]:
         distance = (fast.logp - slow.logp).abs().nan_to_num()  # NaN: positions that are not asked
         figure = max(float(distance.max()), fast.null_distance)
         # a model may return a finer format than it computes in
-        formats = (base.logits.dtype, moe.spec(layer).expert_dtype)
+        formats = [base.logits.dtype, moe.spec(layer).expert_dtype]
+        formats += [torch.float32] if any(map(_has_digits_of_float32, base.weights.values())) else []
         bound = max(BOUND.get(dtype, HALF) for dtype in formats)
         yield Finding(check=CHECK, layer=layer, hook=HOOK, figure=figure, bound=bound)
+
+
+def _has_digits_of_float32(weights: Tensor) -> bool:
+    """Whether a router of a finer model weighs in float32, as many do by name."""
+    return torch.equal(weights, weights.float().to(weights.dtype))
 
 
 def _random_routes(moe: MoEHooks, layer: int, tokens: Tensor) -> Tensor:

@@ -114,7 +114,6 @@ def counterfactual_routes(
     _check_options(n_routes, chosen, sampler, seed, method)
     _check_pool(moe, chosen, sampler)
     n_routes, seed = int(n_routes), int(seed)
-    identity = model_identity(moe)
     batches = batches_of_run(
         read,
         lambda: _tokens_per_batch(moe, read, chosen, memory_budget),
@@ -122,6 +121,7 @@ def counterfactual_routes(
         store,
         names=[sequence.id for sequence in read],
     )
+    identity = model_identity(moe)
     plan = CounterfactualPlan(
         model=model_name(moe),
         weights=weights_of(identity),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -105,18 +105,26 @@ def isolate_experts(
         raise ConfigError(f"method={method!r}", "'prefix' or 'naive'", "Choose one of these.")
     tokenized, merged = distinct_items(tokenize_items(moe.bridge, check_items(items)))
     checked = [item.item for item in tokenized]
-    identity = model_identity(moe)
-    plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed, weights_of(identity))
+    plan = _plan(moe, checked, layers, experts, baselines, mode, mass, random_draws, seed)
     width = max(len(item) for item in tokenized)
-    tokens = tokens_per_pass(
-        moe,
-        width,
-        memory_budget,
-        kept_layers=len(plan.layers) if method == "prefix" else 0,
-        kept_tokens=len(tokenized) * width,
-        predictions_per_token=predictions_per_token(tokenized),
-    )
-    batches = batches_of_run(tokenized, lambda: tokens, memory_budget, store)
+
+    def fitting(slots: int) -> int:
+        return tokens_per_pass(
+            moe,
+            width,
+            memory_budget,
+            kept_layers=len(plan.layers) if method == "prefix" else 0,
+            kept_tokens=len(tokenized) * width,
+            predictions_per_token=predictions_per_token(tokenized),
+            slots=slots,
+        )
+
+    tokens = fitting(max(len(chosen) for chosen in plan.sets))
+    # a batch also runs with every expert on each of its tokens
+    each = fitting(moe.spec(plan.layers[0]).n_experts) if "uniform" in plan.baselines else tokens
+    batches = batches_of_run(tokenized, lambda: each, memory_budget, store)
+    identity = model_identity(moe)
+    plan = replace(plan, weights=weights_of(identity))
     options = {"random_draws": random_draws, "seed": int(seed), "method": method}
     cells = None if store is None else CellStore(store, stored_plan(plan, tokenized, identity, options, batches))
     memory = Memory(moe, memory_budget)
@@ -151,8 +159,8 @@ def _plan(
     mass: Sequence[Mass],
     random_draws: int,
     seed: int,
-    weights: str,
 ) -> IsolationPlan:
+    """What is computed; the weights' identity is not known yet."""
     labels: list[Any] = list(moe.layers) if layers is None else [moe.layer_label(layer) for layer in layers]
     for name, given in (("layers", labels), ("baselines", baselines), ("mass", mass)):
         if not given or len(set(given)) < len(given):
@@ -173,7 +181,7 @@ def _plan(
     drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
     return IsolationPlan(
         model=model_name(moe),
-        weights=weights,
+        weights="",
         items=checksum([item.content for item in items]),
         mode=mode,
         layers=tuple(labels),

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerFast
 
 from moe_interp.engine import threads_asleep
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, first_sentence
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.results import checksum
 from moe_interp.testbed.config import TestbedConfig
@@ -169,9 +169,10 @@ def check_device(device: str | torch.device | None) -> None:
     try:
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, TypeError) as error:
-        why = str(error).strip().splitlines()[0]
         expected = "a device that this machine has"
-        raise ConfigError(f"device {str(device)!r} ({why})", expected, 'Choose "cpu", or leave it out.') from error
+        raise ConfigError(
+            f"device {str(device)!r} ({first_sentence(error)})", expected, 'Choose "cpu", or leave it out.'
+        ) from error
 
 
 def _accelerator() -> Accelerator:
