@@ -67,7 +67,7 @@ def test_branches_and_their_experts_outputs(family: str) -> None:
     given = {layer: check_routes(base, layer, routes)}
     score_from_base(base, given, [3])  # what is tried once
     peaks = []
-    for budget in (2 * MIB, 6 * MIB):
+    for budget in (4 * MIB, 12 * MIB):
         peaks.append(peak(lambda budget=budget: score_from_base(base, given, None, None, "branch", budget)))  # type: ignore[misc]
         assert peaks[-1] <= budget
         some = torch.arange(Plan(base, layer, n_routes, budget).tokens_at_once)
