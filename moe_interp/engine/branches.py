@@ -105,12 +105,14 @@ class BranchRunner:
         self.compiled = compiled_layers(base.moe, NAME) if compile else None
         self.scores_at_once = scores_at_once
         self.base, self.layer, self.at_once = base, layer, at_once
-        self.shares_keys = can_share_keys(base) if shares_keys is None else shares_keys
+        self.shares_keys = shares_keys
         self._unembed = _unembedding(base.head)
         self._stack = ExitStack()
 
     def __enter__(self) -> BranchRunner:
         base, layer = self.base, self.layer
+        if self.shares_keys is None:
+            self.shares_keys = can_share_keys(base)
         with ExitStack() as stack:
             if self.shares_keys:
                 stack.enter_context(attention_function(base.moe, NAME))
@@ -151,7 +153,7 @@ class BranchRunner:
         return self.through(rows, hooks)
 
     def through(self, rows: Rows, hooks: Hooks | None = None) -> Tensor:
-        """As a call, of any rows; those that are not copied their keys need ``shares_keys``."""
+        """As a call, of any rows; those that do not copy their keys need ``shares_keys``."""
         # 4-D, so that the model does not make a mask of its own; the layers get theirs below
         no_mask = rows.block_out.new_zeros(1, 1, 1, 1)
         with self.base.moe.bridge.hooks(fwd_hooks=hooks) if hooks else nullcontext():

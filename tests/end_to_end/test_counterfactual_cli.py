@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import moe_interp as mi
 from moe_interp.cli import inputs, outputs
 from moe_interp.cli.application import cli
+from moe_interp.engine.cuda.compiled import NotCompiledWarning
 from moe_interp.errors import MoEInterpError
 from moe_interp.experiments.counterfactual import experiment
 from moe_interp.experiments.inputs.sequence_texts import FIELDS
@@ -221,7 +222,8 @@ def test_a_named_field_is_scored(tmp_path: Path) -> None:
     lines: list[object] = [{"id": "a", "question": "37+28=", "steps": "7+8=15\n30+20=50", "answer": "65"}]
     path, out = sequences_file(tmp_path, lines), tmp_path / "out"
     named = ["--prompt-field", "question", "--answer-field", "steps", "-R", "1", "--layers", "0"]
-    done = runner.invoke(cli, arguments(path, out, *named))
+    with pytest.warns(NotCompiledWarning, match="on cpu they run in compact rows, which are not compiled"):
+        done = runner.invoke(cli, arguments(path, out, *named, "--compile", "--device", "cpu"))
     assert done.exit_code == 0, done.output
     assert "Not read: answer (of 1 sequence)" in " ".join(done.stderr.split())
     data = mi.load_result(out / "counterfactual.nc").data

@@ -33,7 +33,7 @@ BACKEND = "inductor"
 _KEEPS_SHAPES: dict[str, Any] = (
     {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 )
-_OWN = ("transformer_lens", "moe_interp")
+_HARMLESS = ("transformer_lens", "moe_interp", "transformers.utils.output_capturing")  # they only look
 
 
 class NotCompiledWarning(UserWarning):
@@ -138,7 +138,7 @@ def _plain(module: nn.Module, attention: str) -> nn.Module:
     native: Any = unwrap(module)
     hooks = [*native._forward_hooks.values(), *native._forward_pre_hooks.values()]
     name, forward = type(native).__name__, native.__dict__.get("forward")
-    if any(not str(getattr(hook, "__module__", "")).startswith(_OWN) for hook in hooks):
+    if any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS) for hook in hooks):
         raise _NotPlain(f"hooks are on a module {name}")
     if "_hf_hook" in native.__dict__:
         raise _NotPlain(f"the weights of a module {name} are moved in and out")

@@ -441,8 +441,11 @@ def test_compiled_layers_that_come_out_otherwise_are_not_used(
 
 
 def test_what_is_not_the_layer_s_own_is_not_compiled(grid: list[GridRows], backend: list[Any]) -> None:
-    moe = attached("olmoe")
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
     routes = {layer: random_routes(moe, layer, padded_batch()[0]) for layer in (0, 2)}
+    model: Any = moe.bridge.original_model
+    model(padded_batch()[0], output_hidden_states=True)
+    assert unwrap(model.model.layers[1])._forward_hooks  # transformers' own, which only look
     plain = scored(moe, routes)
     found = scored(moe, routes, compile=True)  # layer 2 has hooks, which put its routes in place
     assert largest_difference(found.logp, plain.logp) <= 1e-5
