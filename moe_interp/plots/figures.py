@@ -12,6 +12,10 @@ from moe_interp.plots.dominance import dominance
 from moe_interp.plots.layer_impact import layer_impact
 from moe_interp.plots.layer_regret import layer_regret
 from moe_interp.plots.patching import effect_map
+from moe_interp.plots.patching.decomposition import decomposition
+from moe_interp.plots.patching.logit_attribution import logit_attribution
+from moe_interp.plots.patching.paths import paths
+from moe_interp.plots.patching.trace import trace
 from moe_interp.plots.regret_curve import regret_curve
 from moe_interp.plots.router_scores import router_scores
 from moe_interp.plots.sorted_p import sorted_p
@@ -31,4 +35,8 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
     "testbed": {"strategies": strategies},
     "patching": {"effects": effect_map},
     "attribution": {"effects": effect_map},
+    "logit_attribution": {"contributions": logit_attribution},
+    "decomposition": {"split": decomposition},
+    "paths": {"paths": paths},
+    "trace": {"recovered": trace},
 }

@@ -172,12 +172,12 @@ class ExpertTrace(EffectResult, kind="trace"):
             f"{float(data['noised'].mean()):.4g}",
         ]
         table = self.table().merge(self.data["kind"].to_series().rename("kind"), left_on="cell", right_index=True)
-        recovered = self.recovered().to_series()
+        table["share"] = self.recovered().to_series().loc[table["cell"]].to_numpy()
         for kind in ("layer", "window", "coalition", "expert"):
             of_kind = table[table["kind"] == kind].dropna(subset=["mean"])
-            order = of_kind["mean"].sort_values(ascending=False, kind="stable").index[:3]
+            order = of_kind["share"].sort_values(ascending=False, kind="stable").index[:3]
             lines += [
-                f"  {kind}: {row['cell']} {row['mean']:+.4g} ({recovered[row['cell']]:.0%} of the gap)"
+                f"  {kind}: {row['cell']} {row['mean']:+.4g} ({row['share']:.0%} of the gap)"
                 for row in of_kind.loc[order].to_dict("records")
             ]
         return "\n".join(lines)
