@@ -168,7 +168,7 @@ class ExpertTrace(EffectResult, kind="trace"):
         lines = [
             f"Causal tracing of experts: noise {attrs['noise']:g} standard deviations, {attrs['draws']} draws, "
             f"{attrs['n_examples']} examples",
-            f"metric {attrs['metrics'][0]}: clean {float(data['clean'].mean()):.4g}, noised "
+            f"{attrs['metrics'][0]}: clean {float(data['clean'].mean()):.4g}, noised "
             f"{float(data['noised'].mean()):.4g}",
         ]
         table = self.table().merge(self.data["kind"].to_series().rename("kind"), left_on="cell", right_index=True)

@@ -158,8 +158,8 @@ class PathResult(EffectResult, kind="paths"):
         order = table["direct"].abs().sort_values(ascending=False, kind="stable").index[:5]
         attrs = self.data.attrs
         lines = [
-            f"Paths from {self.data.sizes['source']} experts (mode {attrs['mode']}) to the routers of "
-            f"{self.data.sizes['layer']} layers: change of the chosen experts' logit"
+            f"Paths from {self.data.sizes['source']} experts (mode {attrs['mode']}) to the routers of layers "
+            f"{', '.join(map(str, self.data['layer'].values))}: change of the chosen experts' logit"
         ]
         for row in table.loc[order].to_dict("records"):
             lines.append(
