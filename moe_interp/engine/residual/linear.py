@@ -110,7 +110,9 @@ def record_stream(
         for context in (torch.inference_mode(False), torch.enable_grad(), recorder.on(model, layers)):
             stack.enter_context(context)
         stack.enter_context(moe.bridge.hooks(fwd_hooks=hooks or []))
-        logits = moe.bridge(tokens, attention_mask=attention_mask)
+        # a caller's inference mode may have made them, and what it made cannot be kept for a gradient
+        mask = None if attention_mask is None else attention_mask.clone()
+        logits = moe.bridge(tokens.clone(), attention_mask=mask)
     stream = recorder.stream
     stream.logits = logits.detach()
     if stream.head_in is None or stream.before_norm is None or not stream.head_in.requires_grad:

@@ -28,6 +28,7 @@ _NEEDS = ("expert_indices", "expert_weights", "expert_out")
 @out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
+@torch.inference_mode(False)
 def logit_attribution(
     moe: MoEHooks,
     tokens: Any,
@@ -49,7 +50,7 @@ def logit_attribution(
     and, before it, what the family puts between a sublayer and the sum (a norm after the sublayer, frozen likewise; a
     residual multiplier; a layer scalar; the mixing of several streams, at the run's own mixing weights). A layer norm's
     centring is part of the map. The components of kind "bias" are biases of norms after a sublayer, of the final norm,
-    of the experts' block and of the unembedding.
+    of the experts' block and of the unembedding. Layers of experts that are not attached are of kind "other", whole.
 
     Args:
         moe: Attached hooks of a decoder, with ``expert_outputs=True``.

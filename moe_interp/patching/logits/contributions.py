@@ -51,7 +51,6 @@ class Contributions:
         return torch.stack([*self.parts.values(), *routed]).sum(dim=0)
 
 
-@torch.inference_mode(False)
 @torch.enable_grad()
 def contributions(
     moe: MoEHooks,

@@ -29,6 +29,7 @@ _NEEDS = ("expert_indices", "expert_weights", "expert_out")
 @out_of_memory_in_words()
 @threads_asleep()
 @in_eval_mode
+@torch.inference_mode(False)
 def expert_tokens(
     moe: MoEHooks,
     tokens: Any,
@@ -129,7 +130,6 @@ class ExpertTokens(Result, kind="expert_tokens"):
         return "\n".join(lines)
 
 
-@torch.inference_mode(False)
 @torch.enable_grad()
 def _add_written(
     inputs: PatchInputs,

@@ -324,6 +324,23 @@ def test_what_cannot_be_is_refused_before_a_pass(monkeypatch: pytest.MonkeyPatch
         logit_attribution(switch, tokens, 5, 9)
 
 
+def test_it_leaves_the_model_as_it_was_in_any_mode() -> None:
+    """In inference mode, of a training model, with some layers attached: the same numbers, and nothing left behind."""
+    tokens = tiny.random_tokens(2, 5)
+    moe = mi.attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"), layers=[1])
+    plain = logit_attribution(moe, tokens, 5, 9)
+    assert float(abs(plain.remainder()).max()) < 1e-5
+    assert set(plain.data["kind"].values) == {"embedding", "attention", "other", "expert"}
+    moe.bridge.train()
+    with torch.inference_mode():
+        again = logit_attribution(moe, tokens.clone(), 5, 9)
+    assert np.array_equal(plain.data["effect"], again.data["effect"])
+    assert moe.bridge.training
+    model: Any = moe.bridge.original_model
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.model.layers)
+
+
 def test_results_are_kept_shown_and_read_back(tmp_path: Path) -> None:
     moe, tokens = attached("deepseek_v2"), tiny.random_tokens(3, 6)
     result = logit_attribution(moe, tokens, 5, [9, 10, 11])
