@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -243,8 +244,11 @@ class ContributionsPatch(SlotsPatch):
 
         self.experts = torch.cat([clean["expert_indices"], corrupted["expert_indices"]], dim=-1)
         self.difference = torch.cat([weighted(clean).to(corrupted["expert_out"].dtype), -weighted(corrupted)], dim=2)
+
+    @cached_property
+    def differs(self) -> Tensor:  # type: ignore[override]
         same = (self.experts.unsqueeze(-1) == self.experts.unsqueeze(-2)).to(self.difference.dtype)
-        self.differs = (same @ self.difference != 0).any(dim=-1) & (self.experts != EMPTY)
+        return (same @ self.difference != 0).any(dim=-1) & (self.experts != EMPTY)
 
     def hooks(self, where: Tensor) -> Hooks:
         delta = (self.difference * where.unsqueeze(-1).to(self.difference.dtype)).sum(dim=2)
