@@ -16,6 +16,7 @@ from moe_interp.errors import ConfigError, HookError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching import trace_experts
 from tests import tiny
+from tests.integration.patching.structures import STRUCTURES
 from tests.integration.patching.test_path_patching import read, written
 from tests.integration.routes.helpers import attached, precision
 
@@ -91,7 +92,7 @@ def _written(moe: MoEHooks, run: dict[tuple[str, Any], Tensor], layer: Any, expe
     return (run["expert_out", layer] * slot).sum(dim=2)
 
 
-@pytest.mark.parametrize("name", [n for n in tiny.FAMILIES if n not in tiny.ENCODER_DECODERS])
+@pytest.mark.parametrize("name", (*STRUCTURES, "deepseek_v4"))
 def test_every_family_is_noised_and_of_no_noise_there_is_nothing_to_restore(name: str) -> None:
     """And restoring layers moves the metric where there is noise."""
     moe = attached(name)

@@ -16,7 +16,8 @@ from moe_interp.errors import ConfigError, DataError, HookError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching import decompose
 from tests import tiny
-from tests.integration.routes.helpers import DECODERS, attached, precision
+from tests.integration.patching.structures import STRUCTURES
+from tests.integration.routes.helpers import attached, precision
 
 CLEAN, CORRUPTED = tiny.random_tokens(2, 5), tiny.random_tokens(2, 5, seed=3)
 FACTORS = ("experts", "weights", "computation")
@@ -50,7 +51,7 @@ def check_together(name: str, dtype: torch.dtype, bound: float) -> None:
     assert np.abs(result.data["shapley"].sel(layer=layer).sum("factor") - together).max() < bound
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", (*STRUCTURES, "deepseek_v4"))
 def test_all_together_is_the_clean_routed_output_in_every_family(name: str) -> None:
     check_together(name, torch.float32, 2e-5)
 

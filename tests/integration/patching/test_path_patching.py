@@ -15,6 +15,7 @@ from moe_interp.errors import ConfigError, DataError, HookError, RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching import path_patching
 from tests import tiny
+from tests.integration.patching.structures import STRUCTURES
 from tests.integration.routes.helpers import attached, precision
 
 TOKENS, CLEAN = tiny.random_tokens(2, 5), tiny.random_tokens(2, 5, seed=3)
@@ -108,9 +109,9 @@ def test_both_paths_are_what_a_loop_by_hand_gives(name: str) -> None:
     assert float(abs(result["effect"].sel(path="direct")).max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", [n for n in tiny.FAMILIES if n not in ("switch_transformers", "deepseek_v4")])
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_every_family_is_served_at_later_layers_for_sources_that_are_used(name: str) -> None:
-    """All decoders but the one with several residual streams."""
+    """All but the one with several residual streams."""
     moe = attached(name)
     layers: Any = moe.layers
     layer = layers[0]
