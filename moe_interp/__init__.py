@@ -12,6 +12,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     # isort: off
     from moe_interp import patching as patching, stats as stats, testbed as testbed, traces as traces
     from moe_interp.errors import MoEInterpError as MoEInterpError
+    from moe_interp.experiments.contrast.experiment import contrast_experts as contrast_experts
+    from moe_interp.experiments.contrast.result import ContrastResult as ContrastResult
+    from moe_interp.experiments.contrast.steering import Completion as Completion, steering_effect as steering_effect
+    from moe_interp.experiments.contrast.steering_result import SteeringResult as SteeringResult
     from moe_interp.experiments.counterfactual.experiment import counterfactual_routes as counterfactual_routes
     from moe_interp.experiments.counterfactual.result import CounterfactualResult as CounterfactualResult
     from moe_interp.experiments.domain_router import (
@@ -69,6 +73,11 @@ _HOME = {
     "UniformSubsets": "moe_interp.routes",
     "score_routes": "moe_interp.routes",
     "screen_routes": "moe_interp.routes",
+    "Completion": "moe_interp.experiments.contrast.steering",
+    "ContrastResult": "moe_interp.experiments.contrast.result",
+    "SteeringResult": "moe_interp.experiments.contrast.steering_result",
+    "contrast_experts": "moe_interp.experiments.contrast.experiment",
+    "steering_effect": "moe_interp.experiments.contrast.steering",
     "CounterfactualResult": "moe_interp.experiments.counterfactual.result",
     "counterfactual_routes": "moe_interp.experiments.counterfactual.experiment",
     "DomainRouterResult": "moe_interp.experiments.domain_router",
@@ -105,7 +114,9 @@ _HOME = {
 RESULT_KINDS = {
     "isolation": "moe_interp.experiments.isolation.result",
     "domain_router": "moe_interp.experiments.domain_router",
+    "contrast": "moe_interp.experiments.contrast.result",
     "counterfactual": "moe_interp.experiments.counterfactual.result",
+    "steering": "moe_interp.experiments.contrast.steering_result",
     "testbed": "moe_interp.testbed.comparison",
     "patching": "moe_interp.patching.result",
     "logit_attribution": "moe_interp.patching.logits.attribution",

@@ -2,6 +2,7 @@
 
 from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
+from moe_interp.plots.contrast_map import contrast_map
 from moe_interp.plots.dominance import dominance
 from moe_interp.plots.figure import save_figure, to_svg
 from moe_interp.plots.figures import FIGURES
@@ -17,6 +18,7 @@ __all__ = [
     "FIGURES",
     "calibration_scatter",
     "confidence",
+    "contrast_map",
     "dominance",
     "layer_impact",
     "layer_regret",

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
+from moe_interp.plots.contrast_map import contrast_map
 from moe_interp.plots.dominance import dominance
 from moe_interp.plots.layer_impact import layer_impact
 from moe_interp.plots.layer_regret import layer_regret
@@ -32,6 +33,7 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
     },
     "counterfactual": {"confidence": confidence, "regret_curve": regret_curve, "layer_regret": layer_regret},
     "domain_router": {"router_scores": router_scores},
+    "contrast": {"contrast": contrast_map},
     "testbed": {"strategies": strategies},
     "patching": {"effects": effect_map},
     "attribution": {"effects": effect_map},

@@ -108,3 +108,11 @@ class RouterTables(Protocol):
     def headlines(self) -> list[str]: ...
 
     def summary(self) -> str: ...
+
+
+class ContrastTables(Protocol):
+    """Dataset and table of a contrast of two sets of prompts."""
+
+    data: xr.Dataset
+
+    def experts(self, alpha: float = ...) -> pd.DataFrame: ...

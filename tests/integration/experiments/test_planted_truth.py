@@ -174,3 +174,43 @@ def test_exchanged_blocks_are_found_to_be_worse_than_chance(
         assert row["high"] < 0
         assert row["verdict"].startswith("negative correlation")
         assert float(abs(isolate(run).data["delta"] - before.data["delta"]).max()) == 0  # rows put back
+
+
+def contrasted(run: TrainedRun) -> mi.ContrastResult:
+    """Held-out text of one domain against the other's."""
+    rows = list(zip(run.validation.tokens.tolist(), run.validation.domain.tolist()))
+    a, b = ([tokens for tokens, domain in rows if domain[0] == d] for d in range(2))
+    return mi.contrast_experts(run.moe, a, b, progress=False)
+
+
+def test_the_contrast_of_two_domains_finds_their_blocks(runs: list[TrainedRun]) -> None:
+    """Every expert of a block is found, on its own domain's side; with permuted labels nothing is, beside chance."""
+    wrong, trials = 0, 0
+    for seed, run in enumerate(runs):
+        result = contrasted(run)
+        for side, block in zip("ab", BLOCKS):
+            found = result.found(side)  # type: ignore[arg-type]
+            for layer in run.moe.layers:
+                assert set(found[layer]) == set(block.nonzero().flatten().tolist()), (seed, side, layer)
+        groups = result.data["group"].values
+        for draw in range(12):
+            shuffled = np.random.default_rng([seed, draw]).permutation(groups)
+            order = np.argsort(shuffled, kind="stable")
+            relabelled = result.data.isel(prompt=order).assign_coords(group=("prompt", shuffled[order]))
+            wrong += bool((mi.ContrastResult(relabelled).experts()["found"] != "").any())
+            trials += 1
+    assert wrong <= binom.ppf(0.999, trials, 0.05)
+
+
+def test_suppressing_a_domains_block_hurts_that_domain_beside_random_experts(runs: list[TrainedRun]) -> None:
+    """Four of eight experts are a block: the random ones are the other block, so that excess is a double difference."""
+    run = runs[0]
+    names = {0: DOMAINS[0], 1: DOMAINS[1]}
+    held = [
+        {"id": str(n), "tokens": tokens, "domain": names[domain[0]]}
+        for n, (tokens, domain) in enumerate(zip(run.validation.tokens.tolist(), run.validation.domain.tolist()))
+    ]
+    effect = mi.steering_effect(run.moe, contrasted(run), held_out=held, random_draws=2, progress=False)
+    table = effect.effects().set_index("domain")
+    assert table.loc[DOMAINS[0], "excess_verdict"] == "higher"
+    assert table.loc[DOMAINS[1], "excess_verdict"] == "lower"

@@ -1,0 +1,1 @@
+"""Which experts two sets of prompts differ in, and what steering them does."""
