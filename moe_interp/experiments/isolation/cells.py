@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 
 from moe_interp.experiments.inputs.items import TokenizedItem
+from moe_interp.experiments.isolation.families import family_layers
 from moe_interp.experiments.isolation.natural_routing import POSITIONS
-from moe_interp.experiments.isolation.variants import ExpertSet, Mode, label
+from moe_interp.experiments.isolation.variants import Mode, is_family, label
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions.force import Mass
 from moe_interp.results import checksum
@@ -30,7 +31,7 @@ class IsolationPlan:
         model, weights, items: Name of the model, checksums of its weights and of the items.
         mode: "force" or "ablate".
         layers: MoE layers.
-        sets: Sets of experts that stand alone, or are missing.
+        sets: Sets of experts that stand alone, or are missing; or families over several layers.
         drawn: By layer, the sets of the random baseline; the same for all items.
         mass: The masses.
         baselines: What is subtracted.
@@ -41,12 +42,17 @@ class IsolationPlan:
     items: str
     mode: Mode
     layers: tuple[int, ...]
-    sets: tuple[ExpertSet, ...]
-    drawn: tuple[tuple[ExpertSet, ...], ...]
+    sets: tuple[Any, ...]
+    drawn: tuple[tuple[Any, ...], ...]
     mass: tuple[Mass, ...]
     baselines: tuple[Baseline, ...]
 
-    def to_score(self, layer: int) -> list[ExpertSet]:
+    @property
+    def set_layers(self) -> list[int]:
+        """The layers of all families, where the sets are families."""
+        return family_layers(self.sets)
+
+    def to_score(self, layer: int) -> list[Any]:
         """The sets to score at a layer: those asked for, then the drawn ones that are not among them."""
         return list(dict.fromkeys([*self.sets, *self.drawn[self.layers.index(layer)]]))
 
@@ -93,6 +99,9 @@ def isolation_dataset(
 ) -> xr.Dataset:
     """The cells put together, with every delta."""
     gathered = _gathered(plan, batches, cells)
+    is_of_families, labels = is_family(plan.sets[0]), [label(chosen) for chosen in plan.sets]
+    if is_of_families:  # the arrays of natural routing are by family, the drawn ones last
+        gathered |= {name: gathered[name][..., : len(plan.sets)] for name in ("routing", "share", "uses", "reaches")}
     natural, routing, share = gathered["natural"][:, :, 0], gathered["routing"], gathered["share"]
     forced = gathered["sets"][..., : len(plan.sets)]
     base, random_sd = _baseline_scores(plan, gathered)
@@ -127,8 +136,11 @@ def isolation_dataset(
             "n_prompt_tokens": ("item", [len(item.prompt) for item in items]),
             "n_answer_tokens": ("item", [len(item.answer) for item in items]),
             "layer": list(plan.layers),
-            "expert": [chosen[0] if len(chosen) == 1 else label(chosen) for chosen in plan.sets],
-            "routed_expert": np.arange(spec.n_experts),
+            "expert": [
+                chosen[0] if len(chosen) == 1 and not is_of_families else text
+                for chosen, text in zip(plan.sets, labels)
+            ],
+            "routed_expert": labels if is_of_families else np.arange(spec.n_experts),
             "mass": list(plan.mass),
             "baseline": list(plan.baselines),
             "positions": list(POSITIONS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -139,9 +140,9 @@ def quality_array(data: xr.Dataset, mass: str | None = None, score: str = "mean"
     return np.round(delta - delta.mean(-1, keepdims=True), DECIMALS)
 
 
-def members(label: str) -> tuple[int, ...]:
-    """Ids of an expert label: ``"3"`` is (3,), ``"3+5"`` is (3, 5)."""
-    return tuple(int(part) for part in str(label).split("+"))
+def members(label: str) -> tuple[Any, ...]:
+    """What of the axis of natural routing an expert label is: ``"3"`` is (3,), ``"3+5"`` is (3, 5); a family is one."""
+    return (str(label),) if "." in str(label) else tuple(int(part) for part in str(label).split("+"))
 
 
 def single_experts(data: xr.Dataset) -> list[int]:
@@ -151,7 +152,7 @@ def single_experts(data: xr.Dataset) -> list[int]:
         DataError: Sets of experts were forced together.
     """
     sets = [members(label) for label in data["expert"].values]
-    if together := [entry for entry in sets if len(entry) > 1]:
+    if together := [entry for entry in sets if len(entry) > 1 or isinstance(entry[0], str)]:
         raise DataError(
             f"experts forced together, such as {'+'.join(map(str, together[0]))}",
             "single experts",
@@ -172,7 +173,7 @@ def routing_array(data: xr.Dataset, positions: str = "all", measure: str = "prob
     axis = routed_axis(data)
     variable = data["routing_item" if measure == "probability" else "share_item"]
     picked = variable.sel(positions=chosen(data, "positions", positions)).transpose("item", "layer", axis)
-    routed = [int(expert) for expert in data[axis].values]
+    routed = [str(expert) if "." in str(expert) else int(expert) for expert in data[axis].values]
     taken = np.zeros((len(routed), data.sizes["expert"]))
     for column, label in enumerate(data["expert"].values):
         taken[[routed.index(expert) for expert in members(label)], column] = 1

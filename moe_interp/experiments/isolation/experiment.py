@@ -33,10 +33,18 @@ from moe_interp.experiments.inputs.items import (
 )
 from moe_interp.experiments.inputs.repeats import distinct_items
 from moe_interp.experiments.isolation.cells import BASELINES, Baseline, IsolationPlan, isolation_dataset, stored_plan
+from moe_interp.experiments.isolation.families import (
+    are_families,
+    check_one_shape,
+    drawn_families,
+    expert_families,
+    family_arrays,
+    family_layers,
+)
 from moe_interp.experiments.isolation.natural_routing import RoutingStats
 from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.experiments.isolation.scoring import NaiveScorer, PrefixScorer, by_item, rounding
-from moe_interp.experiments.isolation.variants import ExpertSet, Mode, expert_sets
+from moe_interp.experiments.isolation.variants import ExpertSet, Mode, expert_sets, is_family
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.interventions.force import Mass, check_mass
 from moe_interp.progress import Report, reporting
@@ -52,7 +60,7 @@ def isolate_experts(
     moe: MoEHooks,
     items: Sequence[Any],
     layers: Sequence[int] | None = None,
-    experts: Sequence[int | Sequence[int]] | None = None,
+    experts: Sequence[Any] | None = None,
     baselines: Sequence[Baseline] = BASELINES,
     mode: Mode = "force",
     mass: Sequence[Mass] = ("one", "natural"),
@@ -74,9 +82,14 @@ def isolate_experts(
             the same tokens count once, with a warning that names them: ``data.attrs["merged"]``, from the id that is
             kept to those that are not.
         layers: MoE layers; all by default.
-        experts: Expert ids, or tuples of ids that are forced (or ablated) together; each expert by default.
+        experts: Expert ids, or tuples of ids that are forced (or ablated) together; each expert by default. Or
+            families over several layers: mappings from a layer to its experts, or tuples of pairs (layer, expert),
+            forced (or ablated) at all their layers together. Then ``layers`` is left out; the result has one layer,
+            the first of all families, and its experts are texts such as "0.3+1.5"; their natural routing is the sum
+            over a family's experts, averaged over its layers.
         baselines: "natural" routing; "uniform" (every expert, 1/E); "random" (the mean over ``random_draws`` experts,
-            each for all tokens). A baseline applies at the isolated layer only.
+            each for all tokens). A baseline applies at the isolated layer only; for families, at all their layers,
+            and families then need as many experts at each layer ("random" ones have as many).
         mode: "force" sends all tokens through the experts; "ablate" takes the experts away from the tokens that use
             them (their outputs are dropped, the others keep their weights, so there is the mass "natural" only).
         mass: The forced experts' total weight: 1, or the token's own natural sum of weights. Uniform routing likewise.
@@ -153,7 +166,7 @@ def _plan(
     moe: MoEHooks,
     items: list[Item],
     layers: Sequence[int] | None,
-    experts: Sequence[int | Sequence[int]] | None,
+    experts: Sequence[Any] | None,
     baselines: Sequence[Baseline],
     mode: Mode,
     mass: Sequence[Mass],
@@ -161,7 +174,11 @@ def _plan(
     seed: int,
 ) -> IsolationPlan:
     """What is computed; the weights' identity is not known yet."""
+    families = expert_families(moe, experts) if are_families(experts) else []
+    if families and layers is not None:
+        raise ConfigError(f"layers={list(layers)} beside families", "one of them", "Leave layers out.")
     labels: list[Any] = list(moe.layers) if layers is None else [moe.layer_label(layer) for layer in layers]
+    labels = family_layers(families)[:1] if families else labels
     for name, given in (("layers", labels), ("baselines", baselines), ("mass", mass)):
         if not given or len(set(given)) < len(given):
             raise ConfigError(f"{name}={list(given)}", "at least one, each once", f"Correct {name}.")
@@ -174,11 +191,16 @@ def _plan(
         )
     for name in mass:
         check_mass(name)
-    if any(moe.spec(label).n_experts != n_experts for label in labels):
+    if any(moe.spec(label).n_experts != n_experts for label in family_layers(families) or labels):
         raise ConfigError("layers with different numbers of experts", "one number", "Isolate them one after the other.")
-    sets = expert_sets(experts, n_experts)
-    size = len(sets[0])
-    drawn = tuple(_draw(seed, label, n_experts, size, random_draws) for label in labels)
+    sets: list[Any] = families
+    drawn: tuple[Any, ...] = ()
+    if families:
+        check_one_shape(families, baselines)
+        drawn = (drawn_families(moe, families[0], seed, random_draws),)
+    else:
+        sets = list(expert_sets(experts, n_experts))
+        drawn = tuple(_draw(seed, label, n_experts, len(sets[0]), random_draws) for label in labels)
     return IsolationPlan(
         model=model_name(moe),
         weights="",
@@ -233,16 +255,22 @@ class _Run:
             return
         plan, scorer = self.plan, self.scorer
         batch = ItemBatch.build(index, self.items, device_of(self.moe.bridge.original_model))
-        stats = RoutingStats(self.moe, batch, layers)
+        is_of_families = is_family(plan.sets[0])
+        stats = RoutingStats(self.moe, batch, plan.set_layers if is_of_families else layers)
         natural = scorer.begin(batch, layers, stats.hooks())
         for layer in layers:
-            cell = {"natural": by_item(natural, batch.predictions, len(index)), **stats.arrays(layer)}
-            scores = [scorer.sets(layer, plan.to_score(layer), m, stats.natural_mass(layer)) for m in plan.mass]
+            sets: list[Any] = plan.to_score(layer)
+            read = family_arrays(stats, sets) if is_of_families else stats.arrays(layer)
+            cell = {"natural": by_item(natural, batch.predictions, len(index)), **read}
+            mass = None if is_of_families else stats.natural_mass(layer)
+            scores = [scorer.sets(layer, sets, m, mass) for m in plan.mass]
             cell["sets"] = np.stack([by_item(s, batch.predictions, len(index)) for s in scores], axis=1)
             if plan.mode == "ablate":
-                _spare_out_of_reach(cell, plan.to_score(layer), rounding(self.moe))
+                # of families, the arrays are by family
+                columns = [(column,) for column in range(len(sets))] if is_of_families else sets
+                _spare_out_of_reach(cell, columns, rounding(self.moe))
             if "uniform" in plan.baselines:
-                even = [scorer.uniform(layer, m) for m in plan.mass]
+                even = [scorer.uniform(plan.set_layers if is_of_families else [layer], m) for m in plan.mass]
                 cell["uniform"] = np.stack([by_item(s, batch.predictions, len(index)) for s in even], axis=1)
             self.memory.say()
             yield layer, cell

@@ -16,7 +16,8 @@ from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedLayer
 from moe_interp.engine.rerun import PrefixRunner, TargetPredictions
 from moe_interp.experiments.inputs.items import ItemBatch
-from moe_interp.experiments.isolation.variants import ExpertSet, Mode, ablated_rows, forced_rows
+from moe_interp.experiments.isolation.families import family_layers, of_layer
+from moe_interp.experiments.isolation.variants import Mode, forced_rows, is_family, rows_hooks
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions import ablate_experts, force_experts, uniform_routing
 from moe_interp.interventions.force import Mass
@@ -61,15 +62,13 @@ class PrefixScorer:
             self._check(natural, layers)
         return natural
 
-    def sets(self, layer: int, sets: Sequence[ExpertSet], mass: Mass, natural_mass: Tensor) -> Tensor:
+    def sets(self, layer: int, sets: Sequence[Any], mass: Mass, natural_mass: Any) -> Tensor:
         """``[read, set]``: the answers' log-probabilities with each set of experts."""
         rows, per_pass = self.batch.tokens.shape[0], self._per_pass()
 
-        def score(chunk: Sequence[ExpertSet]) -> Sequence[Tensor]:
+        def score(chunk: Sequence[Any]) -> Sequence[Tensor]:
             each = [chosen for chosen in chunk for _ in range(rows)]
-            total = 1.0 if mass == "one" else natural_mass.repeat(len(chunk), 1, 1)
-            force = self.mode == "force"
-            hooks = forced_rows(self.moe, layer, each, total) if force else ablated_rows(self.moe, layer, each)
+            hooks = rows_hooks(self.moe, self.mode, layer, each, total_mass(each, mass, natural_mass, len(chunk)))
             return self._run(layer, len(chunk), hooks).chunk(len(chunk))
 
         columns: list[Tensor] = []
@@ -79,9 +78,9 @@ class PrefixScorer:
             columns += [column for part in parts for column in part]
         return torch.stack(columns, dim=-1)
 
-    def uniform(self, layer: int, mass: Mass) -> Tensor:
-        """``[read]``: the answers' log-probabilities under uniform routing."""
-        return self._run(layer, 1, uniform_routing(self.moe, [layer], mass))
+    def uniform(self, layers: Sequence[int], mass: Mass) -> Tensor:
+        """``[read]``: the answers' log-probabilities under uniform routing of these layers."""
+        return self._run(layers[0], 1, uniform_routing(self.moe, layers, mass))
 
     def _per_pass(self) -> int:
         return max(1, self.tokens // self.batch.tokens.numel())
@@ -134,6 +133,14 @@ class PrefixScorer:
         return float(torch.cat(found).abs().max())
 
 
+def total_mass(rows: Sequence[Any], mass: Mass, natural: Any, copies: int) -> Any:
+    """The forced experts' total weight in stacked copies of a batch: 1, or the natural one (None: of the running pass,
+    which a family's earlier layers have changed)."""
+    if mass == "one":
+        return 1.0
+    return None if is_family(rows[0]) else natural.repeat(copies, 1, 1)
+
+
 def rounding(moe: MoEHooks) -> float:
     """What two passes of one input may differ by at the model's precision, in nats."""
     return NULL_TOLERANCE.get(next(moe.bridge.original_model.parameters()).dtype, 0.1)
@@ -154,23 +161,28 @@ class NaiveScorer:
             self.moe.bridge(batch.tokens)
         return self._each(lambda row: [])
 
-    def sets(self, layer: int, sets: Sequence[ExpertSet], mass: Mass, natural_mass: Tensor) -> Tensor:
+    def sets(self, layer: int, sets: Sequence[Any], mass: Mass, natural_mass: Any) -> Tensor:
         """``[read, set]``."""
         return torch.stack([self._each(self._hooks(layer, s, mass, natural_mass)) for s in sets], dim=-1)
 
-    def uniform(self, layer: int, mass: Mass) -> Tensor:
+    def uniform(self, layers: Sequence[int], mass: Mass) -> Tensor:
         """``[read]``."""
-        return self._each(lambda row: uniform_routing(self.moe, [layer], mass))
+        return self._each(lambda row: uniform_routing(self.moe, layers, mass))
 
-    def _hooks(self, layer: int, chosen: ExpertSet, mass: Mass, natural_mass: Tensor) -> Any:
+    def _hooks(self, layer: int, chosen: Any, mass: Mass, natural_mass: Any) -> Any:
+        if is_family(chosen):
+            parts = [self._hooks(at, of_layer(chosen, at), mass, None) for at in family_layers([chosen])]
+            return lambda row: [hook for part in parts for hook in part(row)]
         if self.mode == "ablate":
             return lambda row: ablate_experts(self.moe, layer, chosen)
         if len(chosen) == 1:
             return lambda row: force_experts(self.moe, layer, chosen[0], mass=mass)
         lengths = self.batch.length.tolist()
-        return lambda row: forced_rows(
-            self.moe, layer, [chosen], 1.0 if mass == "one" else natural_mass[row : row + 1, : lengths[row]]
-        )
+
+        def own_mass(row: int, length: int) -> Any:
+            return None if natural_mass is None else natural_mass[row : row + 1, :length]
+
+        return lambda row: forced_rows(self.moe, layer, [chosen], 1.0 if mass == "one" else own_mass(row, lengths[row]))
 
     def _each(self, hooks_of: Any) -> Tensor:
         batch, found = self.batch, []

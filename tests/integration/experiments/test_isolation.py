@@ -71,6 +71,69 @@ def test_float64_equals_run_with_hooks_one_at_a_time(name: str, mode: Any) -> No
     assert largest_difference(fast, naive) <= 1e-10
 
 
+def families(first: int = 0, second: int = 1) -> list[Any]:
+    return [{first: [1, 5], second: 2}, [(first, 3), (second, 0), (first, 6)], ((second, 7), (first, 2), (first, 4))]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "llama4", "phimoe"])
+@pytest.mark.parametrize("mode", ["force", "ablate"])
+def test_families_over_several_layers_equal_run_with_hooks_one_at_a_time(name: str, mode: Any) -> None:
+    moe = attached(name, torch.float64)
+    first, second = moe.layers[:2]
+    few = {"experts": families(first, second), "mode": mode, "random_draws": 2}  # type: ignore[arg-type]
+    with tiny.float64_casts():
+        fast = mi.isolate_experts(moe, items_of(n=3), **few, **QUIET)
+        naive = mi.isolate_experts(moe, items_of(n=3), method="naive", **few, **QUIET)
+    assert largest_difference(fast, naive) <= 1e-10
+    f, s = first, second
+    assert fast.data["expert"].values.tolist() == [f"{f}.1+{f}.5+{s}.2", f"{f}.3+{f}.6+{s}.0", f"{f}.2+{f}.4+{s}.7"]
+    assert fast.data["layer"].values.tolist() == [first]
+    item = items_of(n=3)[1]
+    tokens = torch.tensor([[*item["prompt"], *item["answer"]]])
+    if mode == "ablate":  # the public interventions of both layers in one list
+        hooks = [*mi.ablate_experts(moe, first, [1, 5]), *mi.ablate_experts(moe, second, 2)]
+        with torch.no_grad(), tiny.float64_casts():
+            natural, gone = (moe.bridge.run_with_hooks(tokens, fwd_hooks=h)[0].log_softmax(-1) for h in ([], hooks))
+        places = range(len(item["prompt"]) - 1, tokens.shape[1] - 1)
+        delta = np.mean([float((gone - natural)[p, tokens[0, p + 1]]) for p in places])
+        assert float(fast.data.delta.sel(baseline="natural", item="item-1")[0, 0, 0]) == pytest.approx(delta, abs=1e-9)
+    share = fast.data["share_item"].sel(item="item-1", positions="all")[0]
+    with torch.no_grad(), tiny.float64_casts():
+        cache = moe.bridge.run_with_cache(tokens, names_filter=moe.filter("expert_indices"))[1]
+    routes = [cache["expert_indices", layer][0, :-1] for layer in (first, second)]
+    expected = [torch.isin(route, torch.tensor(ids)).double().mean() for route, ids in zip(routes, ([1, 5], [2]))]
+    assert float(share[0]) == pytest.approx(float(sum(expected)) / 2)
+    assert fast.summary()
+    assert len(fast.specialization()) == 2 * 3
+
+
+def test_families_of_different_size_have_the_natural_baseline_only() -> None:
+    moe, different = attached("olmoe"), [{0: [1]}, {0: [2], 1: [3, 4]}, {1: [0]}]
+    for mode in ("force", "ablate"):
+        options: dict[str, Any] = {"experts": different, "baselines": ["natural"], "mode": mode}
+        fast, naive = (
+            mi.isolate_experts(moe, items_of(n=3), method=m, **options, **QUIET) for m in ("prefix", "naive")
+        )
+        assert largest_difference(fast, naive) <= 2e-5
+        single = mi.isolate_experts(
+            moe, items_of(n=3), experts=[1], layers=[0], baselines=["natural"], mode=mode, **QUIET
+        )  # type: ignore[arg-type]
+        np.testing.assert_allclose(fast.data.delta[..., 0], single.data.delta[..., 0], atol=2e-5)
+    with pytest.raises(DataError, match=r"experts forced together"):
+        best_experts(fast, "a", 1)
+    for experts, options, kind, text in (
+        (different, {}, ConfigError, r"families of different size with baselines"),
+        (families(), {"layers": [0]}, ConfigError, r"layers=\[0\] beside families"),
+        ({0: [1]}, {}, ConfigError, r"one family in the place of several.*Wrap it"),
+        ([{9: [1]}], {}, MoEInterpError, r"layer 9"),
+        ([{0: [9]}], {}, RouteError, r"expert id 9"),
+        ([[(0, 1), 2]], {}, ConfigError, r"families: mappings"),
+        ([{0: 1}, [(0, 1)]], {}, ConfigError, r"different families"),
+    ):
+        with pytest.raises(kind, match=text):
+            mi.isolate_experts(moe, items_of(n=3), experts=experts, **options, **QUIET)  # type: ignore[arg-type]
+
+
 def test_first_layer_and_all_layers_agree_with_a_hand_written_hook() -> None:
     moe, items = attached("olmoe"), items_of(n=2)
     result = mi.isolate_experts(moe, items, experts=[2], baselines=["natural"], mass=["one"], **QUIET)
