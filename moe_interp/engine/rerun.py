@@ -121,9 +121,9 @@ class PrefixRunner:
                 return native_head(hidden.reshape(-1, hidden.shape[-1])[place].unsqueeze(0))
 
             stack.enter_context(swapped_forward(head, read_only))
-            if trim_after is not None:
-                stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=list(hooks)))
+            if trim_after is not None:  # after the hooks, which may be at the last block
+                stack.enter_context(self._trimmed_last_block(trim_after, place))
             stack.enter_context(self._fast.experts(tokens.numel()))
             logits = self.model(input_ids=tokens, use_cache=False).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
