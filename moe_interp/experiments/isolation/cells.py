@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from moe_interp.experiments.expert_families import family_layers
 from moe_interp.experiments.inputs.items import TokenizedItem
-from moe_interp.experiments.isolation.families import family_layers
 from moe_interp.experiments.isolation.natural_routing import POSITIONS
 from moe_interp.experiments.isolation.variants import Mode, is_family, label
 from moe_interp.hooks.attach import MoEHooks

@@ -20,6 +20,14 @@ from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import Memory, out_of_memory_in_words, tokens_per_pass
 from moe_interp.errors import ConfigError
+from moe_interp.experiments.expert_families import (
+    are_families,
+    check_one_shape,
+    drawn_families,
+    expert_families,
+    family_arrays,
+    family_layers,
+)
 from moe_interp.experiments.identity.model import model_identity, weights_of
 from moe_interp.experiments.identity.naming import model_name
 from moe_interp.experiments.inputs.batches import batches_of_run
@@ -33,14 +41,6 @@ from moe_interp.experiments.inputs.items import (
 )
 from moe_interp.experiments.inputs.repeats import distinct_items
 from moe_interp.experiments.isolation.cells import BASELINES, Baseline, IsolationPlan, isolation_dataset, stored_plan
-from moe_interp.experiments.isolation.families import (
-    are_families,
-    check_one_shape,
-    drawn_families,
-    expert_families,
-    family_arrays,
-    family_layers,
-)
 from moe_interp.experiments.isolation.natural_routing import RoutingStats
 from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.experiments.isolation.scoring import NaiveScorer, PrefixScorer, by_item, rounding

@@ -15,8 +15,8 @@ from moe_interp.engine.memory import Memory, is_out_of_memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedLayer
 from moe_interp.engine.rerun import PrefixRunner, TargetPredictions
+from moe_interp.experiments.expert_families import family_layers, of_layer
 from moe_interp.experiments.inputs.items import ItemBatch
-from moe_interp.experiments.isolation.families import family_layers, of_layer
 from moe_interp.experiments.isolation.variants import Mode, forced_rows, is_family, rows_hooks
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions import ablate_experts, force_experts, uniform_routing

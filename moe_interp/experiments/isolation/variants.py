@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError
-from moe_interp.experiments.isolation.families import family_layers, of_layer
+from moe_interp.experiments.expert_families import family_layers, of_layer
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import check_route
 from moe_interp.interventions.force import NaturalMass
