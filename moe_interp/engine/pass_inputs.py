@@ -49,8 +49,8 @@ def check_tokens(moe: MoEHooks, tokens: Tokens, attention_mask: Tensor | None = 
         raise DataError(f"tokens or a mask that make no tensor ({error})", expected, remedy) from error
     ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
     if ids.ndim != 2 or not ids.numel() or not is_integer(ids) or (mask is not None and mask.shape != ids.shape):
-        beside = "" if mask is None else f" with a mask of shape {tuple(mask.shape)}"
-        raise DataError(f"tokens of shape {tuple(ids.shape)} and dtype {ids.dtype}{beside}", expected, remedy)
+        with_mask = "" if mask is None else f" with a mask of shape {tuple(mask.shape)}"
+        raise DataError(f"tokens of shape {tuple(ids.shape)} and dtype {ids.dtype}{with_mask}", expected, remedy)
     _check_ids(ids, int(getattr(moe.bridge.cfg, "d_vocab", 0) or 2**31))
     check_context(moe.bridge, [("each sequence" if len(ids) > 1 else "the sequence", ids.shape[1])])
     if not is_text:

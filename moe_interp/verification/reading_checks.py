@@ -90,10 +90,10 @@ def parts_sum(tested: ModelUnderTest) -> Iterator[Finding]:
 def agrees_with_transformer_lens(tested: ModelUnderTest) -> Iterator[Finding]:
     """TransformerLens' own router hooks show the same values as ours, batch and position folded."""
     check = "TransformerLens' hook agrees"
-    theirs: dict[str, object] = {}
+    values: dict[str, object] = {}
 
     def read(value: object, hook: object) -> None:
-        theirs[getattr(hook, "name", "")] = value
+        values[getattr(hook, "name", "")] = value
 
     bridge = tested.moe.bridge
     places = [
@@ -104,7 +104,7 @@ def agrees_with_transformer_lens(tested: ModelUnderTest) -> Iterator[Finding]:
     with bridge.hooks(fwd_hooks=[(name, read) for _, name, _ in places]):
         tested.run()
     for layer, name, hook in places:
-        shown = theirs.get(name)
+        shown = values.get(name)
         if not isinstance(shown, Tensor):
             yield excepted(check, layer, hook.path, f"it is handed {hook.shows}")
             continue

@@ -189,10 +189,10 @@ def _fresh_draw(
     rest = np.where(is_itself, np.nan, logp)
     share = np.where(np.isnan(fresh), 0.0, _values(data, "second_share"))
     short = (~np.isnan(logp)).sum(-1) < max(sizes)
-    ours, theirs = np.where(short, np.nan, fresh), np.where(short, np.nan, level)
+    ours, fixed_level = np.where(short, np.nan, fresh), np.where(short, np.nan, level)
     router = stats.best_of(np.concatenate([ours[..., None], rest], axis=-1), level, sizes)
     own = stats.best_of(
-        np.concatenate([theirs[..., None], rest], axis=-1), np.where(np.isnan(fresh), level, fresh), sizes
+        np.concatenate([fixed_level[..., None], rest], axis=-1), np.where(np.isnan(fresh), level, fresh), sizes
     )
     if by == "resampled":
         codes = classes(fresh_mean(data, "logp_second", first=1), thresholds)
