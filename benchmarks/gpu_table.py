@@ -48,7 +48,7 @@ def run_rows(sizes: Sizes) -> dict[str, str]:
     whole = f"{sizes.sequences} sequences x {sizes.sequence_tokens} tokens, {sizes.routes} routes, all layers"
     return {
         "exact_branches": f"branches against naive, float32, {sizes.exact_layers} layers (at most 2e-5)",
-        "exact_hooks": "hooks passing through, largest change of a logit (at most as two plain passes differ)",
+        "exact_hooks": "hooks of routers passing through, change of a logit (at most as two plain passes differ)",
         "gemm": f"matrix product, {sizes.gemm} cubed",
         "experiment": f"`counterfactual_routes`, OLMoE's shape, {whole}, controls",
         "paper": "a `paper` step of the testbed, `micro_batch`",

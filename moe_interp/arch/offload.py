@@ -46,7 +46,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    # as named_parameters and named_buffers give them, which take five times as long
+    own = [*module._parameters.items(), *module._buffers.items()]
+    return [(name, tensor) for name, tensor in own if tensor is not None]
 
 
 def _load(stack: ExitStack, owner: nn.Module, name: str, within: Sequence[nn.Module]) -> None:

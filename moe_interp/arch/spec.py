@@ -74,7 +74,9 @@ class MoESpec:
     # -- sizes ------------------------------------------------------------------------------------------------------
     @property
     def n_experts(self) -> int:
-        router = native_part(self.router)
+        return self._n_experts(native_part(self.router))
+
+    def _n_experts(self, router: Any) -> int:
         rows = (p.shape[0] for p in router.parameters() if p.ndim == 2)
         return self.family.sizes(native_part(self.experts))[0] or getattr(router, "num_experts", 0) or next(rows, 0)
 
@@ -113,10 +115,11 @@ class MoESpec:
         Raises:
             AttachError: the router is a stranger, which does not say what its rule is.
         """
-        router = native_part(self.router)
+        router: Any = native_part(self.router)  # looked for once: this is asked in every hooked pass
         try:
             with self.materialized(router), materialized(self.container, recurse=False, within=self._holders):
-                return self.family.rule(router, self.container, self.n_experts, self.top_k, hidden_dtype)
+                sizes = self._n_experts(router), self.family.top_k(router)
+                return self.family.rule(router, self.container, *sizes, hidden_dtype)
         except AttributeError as error:
             raise AttachError(
                 f"a router of the class {type(self.router).__name__} at layer {self.layer!r}, of which the rule of "
