@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from moe_interp.experiments.isolation.result import IsolationResult as IsolationResult
     from moe_interp.experiments.inputs.items import load_items as load_items
     from moe_interp.experiments.inputs.sequence_texts import load_sequences as load_sequences
+    from moe_interp.experiments.pass_at_k.experiment import evaluate_pass_at_k as evaluate_pass_at_k
+    from moe_interp.experiments.pass_at_k.problems import load_problems as load_problems
+    from moe_interp.experiments.pass_at_k.result import PassAtKResult as PassAtKResult
     from moe_interp.hooks.attach import attach as attach, attached as attached, MoEHooks as MoEHooks
     from moe_interp.hooks.support_table import support_table as support_table
     from moe_interp.interventions import (
@@ -55,6 +58,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
         screen_routes as screen_routes,
         UniformSubsets as UniformSubsets,
     )
+    from moe_interp.stats import pass_at_k as pass_at_k
     from moe_interp.testbed.bundled import load_demo as load_demo
     from moe_interp.traces import RoutingTrace as RoutingTrace
     # isort: on
@@ -87,6 +91,10 @@ _HOME = {
     "load_demo": "moe_interp.testbed.bundled",
     "load_items": "moe_interp.experiments.inputs.items",
     "load_sequences": "moe_interp.experiments.inputs.sequence_texts",
+    "PassAtKResult": "moe_interp.experiments.pass_at_k.result",
+    "evaluate_pass_at_k": "moe_interp.experiments.pass_at_k.experiment",
+    "load_problems": "moe_interp.experiments.pass_at_k.problems",
+    "pass_at_k": "moe_interp.stats",
     "score_domain_router": "moe_interp.experiments.domain_router",
     "MoEHooks": "moe_interp.hooks.attach",
     "attach": "moe_interp.hooks.attach",
@@ -117,6 +125,7 @@ RESULT_KINDS = {
     "contrast": "moe_interp.experiments.contrast.result",
     "counterfactual": "moe_interp.experiments.counterfactual.result",
     "steering": "moe_interp.experiments.contrast.steering_result",
+    "pass_at_k": "moe_interp.experiments.pass_at_k.result",
     "testbed": "moe_interp.testbed.comparison",
     "patching": "moe_interp.patching.result",
     "logit_attribution": "moe_interp.patching.logits.attribution",

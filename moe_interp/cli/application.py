@@ -19,6 +19,7 @@ from moe_interp.cli.commands.counterfactual import counterfactual
 from moe_interp.cli.commands.demo import demo
 from moe_interp.cli.commands.isolate import isolate
 from moe_interp.cli.commands.models import models
+from moe_interp.cli.commands.pass_at_k import pass_at_k
 from moe_interp.cli.commands.support import support
 from moe_interp.cli.commands.testbed import compare_strategies
 from moe_interp.cli.commands.verify import verify_model
@@ -34,8 +35,15 @@ ALIASES = {
     "--memory-budget": "--memory",
     "--n-routes": "--routes",
     "--output": "--out",
+    "--n-samples": "--samples",
+    "--ks": "--k",
+    "--is-correct": "--checker",
 }
-INPUTS = {"isolate": {"--sequences": "--items"}, "counterfactual": {"--items": "--sequences"}}
+INPUTS = {
+    "isolate": {"--sequences": "--items"},
+    "counterfactual": {"--items": "--sequences"},
+    "pass-at-k": {"--items": "--problems"},
+}
 
 
 class Command(TyperCommand):
@@ -74,6 +82,7 @@ def _add(name: str, function: Callable[..., None], short: str, example: str) -> 
 _add("demo", demo, "Experts and routes of the bundled model, offline.", "--first 20 --out demo")
 _add("isolate", isolate, "Which experts are good for which domain?", "--model demo --layers -1 --out results")
 _add("counterfactual", counterfactual, "Would other routes predict better?", "--model demo --first 6 --out results")
+_add("pass-at-k", pass_at_k, "Is one of K tries right?", "--model demo --first 8 --samples 16 --k 1,4,16 --out results")
 _add("testbed", compare_strategies, "Train small models and compare routers.", "--steps 40 --seeds 0 --out runs")
 _add("support", support, "The families, and the hooks of each.", "olmoe")
 _add("verify", verify_model, "Check every hook on a model.", "--model demo --layers -1")

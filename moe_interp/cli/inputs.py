@@ -14,6 +14,7 @@ from moe_interp.experiments.inputs.items import Item, check_items, load_items
 from moe_interp.experiments.inputs.sequence_texts import FIELDS, load_sequences, unread_fields
 from moe_interp.experiments.inputs.sequences import ScoredSequence, read_sequences
 from moe_interp.experiments.isolation.findings import plan_isolation
+from moe_interp.experiments.pass_at_k.problems import Problem, check_problems, load_problems
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes import AllSubsets, GumbelTopK, OneSwap, RouteSampler, UniformSubsets
 from moe_interp.testbed.demo import load_demo_assets
@@ -105,6 +106,20 @@ def demo_sequences(first: int | None = None, longest: int | None = None) -> list
         ]
         found += [t for t in texts if longest is None or len(t["prompt"]) + len(t["answer"]) <= longest][:first]
     return found
+
+
+def read_problems(sources: list[str], first: int | None, **names: str) -> list[Problem]:
+    """Problems of files, data sets and the bundled set (word problems, asked from the beginning); the first of each.
+
+    ``names`` are the ``*_field`` arguments of :func:`moe_interp.load_problems`.
+    """
+    files = [source for source in sources if source != DEMO]
+    found: list[Any] = list(load_problems(*files, first=first, **names)) if files else []
+    if DEMO in sources:
+        for item in load_demo_assets().items["arithmetic"][:first]:
+            question = {"prompt": item.fields["question"], "answer": item.fields["final_answer"]}
+            found.append({**item.fields, "id": item.id, "domain": item.domain, **question})
+    return check_problems(found)
 
 
 def announced_sequences(moe: MoEHooks, sequences: list[Any], n_layers: int, n_routes: int) -> list[ScoredSequence]:

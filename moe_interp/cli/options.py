@@ -24,6 +24,7 @@ AUTO = "auto"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 MODES = ("force", "ablate")
 METHODS = ("auto", "branch", "naive")
+CHECKERS = ("number", "choice", "exact", "math")
 SAMPLERS = ("gumbel", "uniform", "one-swap", "all")
 FAMILIES = (
     *("mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe"),

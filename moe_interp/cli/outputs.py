@@ -12,12 +12,14 @@ from moe_interp.cli.words import in_options
 from moe_interp.errors import DataError
 from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from moe_interp.experiments.isolation.result import IsolationResult
+from moe_interp.experiments.pass_at_k.result import PassAtKResult
 from moe_interp.plots import FIGURES, save_figure
 from moe_interp.results.files import replacing
 from moe_interp.results.tables import classed_by
 
 CELLS = "cells"
 ROUTE_CELLS = "route_cells"  # not the folder of an isolation run
+COMPLETIONS = "completions.jsonl"
 
 
 def write_isolation(result: IsolationResult, out: Path) -> None:
@@ -69,3 +71,23 @@ def group_table(result: CounterfactualResult) -> Any:
         for name, row in named
     ]
     return console.table("", ["", "tokens", "regret (nats) [95%]", "alignment [95%]", "router is"], rows)
+
+
+def write_pass_at_k(result: PassAtKResult, out: Path) -> None:
+    """The result, and those of its figures that can be drawn as SVG files."""
+    result.save(out / "pass_at_k.nc")
+    write_figures(result, FIGURES["pass_at_k"], out / "figures")
+
+
+def pass_at_k_table(result: PassAtKResult) -> Any:
+    """pass@K by domain and over all, for the terminal."""
+    domains = result.by_domain()
+    rows = domains.to_dict("records") if domains["domain"].nunique() > 1 else []
+    rows += [{"domain": "all problems", **row} for row in result.curve().to_dict("records")]
+
+    def shown(row: Any) -> str:
+        interval = "" if math.isnan(row["ci_low"]) else f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        return f"{row['mean']:.3f}{interval}"
+
+    cells = [[str(row["domain"]), row["n"], row["k"], shown(row)] for row in rows]
+    return console.table("", ["", "problems", "K", "pass@K [95%]"], cells)

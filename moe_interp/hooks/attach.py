@@ -18,7 +18,7 @@ from moe_interp.errors import AttachError, ConfigError, HookError
 from moe_interp.hooks.find_layers import close_layer, describe_layer, find_layers, find_path, open_layer
 from moe_interp.hooks.layer import LayerPass, OpenLayer, plain_label
 from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
-from moe_interp.hooks.passes import PassContext, Passes
+from moe_interp.hooks.passes import Generation, PassContext, Passes
 from moe_interp.hooks.thread_ownership import LayerHookPoint, ThreadOwnership
 from moe_interp.hooks.verification_table import Verification
 from moe_interp.types import Layer
@@ -65,6 +65,15 @@ class MoEHooks:
     def pass_context(self, layer: Layer) -> PassContext:
         """Where the tokens of the layer's running (or last) pass lie in their sequences: cached columns, the prompt."""
         return self._passes.pass_context(layer)
+
+    @contextmanager
+    def generating(self, generation: Generation) -> Iterator[None]:
+        """Inside the ``with``, the passes that this thread runs are those of one call of ``generate``.
+
+        For loops of passes that decode by themselves: interventions then tell the prompt and what is generated apart.
+        """
+        with self._passes.generating(generation):
+            yield
 
     def spec(self, layer: Layer) -> MoESpec:
         """What the layer is: family, sizes, routing rule.

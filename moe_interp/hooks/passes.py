@@ -29,6 +29,7 @@ class PassContext:
         prompt_cached: Columns of the prompt that were in the cache when ``generate`` began.
         prompt_mask: The mask ``[batch, prompt]`` that ``generate`` was given.
         depth: In how many other passes through the stack it runs: of a pass that a hook runs, 1 or more.
+        row_keys: ``[row]`` int64 that tell the rows apart wherever they stand in a batch; None where their numbers do.
     """
 
     n_past: int = 0
@@ -38,6 +39,7 @@ class PassContext:
     prompt_cached: int = 0
     prompt_mask: Tensor | None = None
     depth: int = 0
+    row_keys: Tensor | None = None
 
 
 class StateBetweenPasses(PerThread):
@@ -61,12 +63,14 @@ class Generation:
     Attributes:
         cached: Columns in the cache at its first pass.
         depth: How many passes ran around it when it began: a pass that runs in a hook of one of its own is not its.
+        row_keys: Of its next pass, see :class:`PassContext`.
     """
 
     prompt: int | None = None
     prompt_mask: Tensor | None = None
     cached: int | None = None
     depth: int = 0
+    row_keys: Tensor | None = None
 
 
 class _ThreadState(PerThread):
@@ -159,6 +163,7 @@ class Passes:
                 "prompt": generation.prompt,
                 "prompt_cached": generation.cached,
                 "prompt_mask": generation.prompt_mask,
+                "row_keys": generation.row_keys,
             }
         now = self._now
         outer = now.contexts[stack] if now.running.get(stack) else []

@@ -120,8 +120,9 @@ class TokenSelection:
 
     def keys(self, value: Tensor, n: int, *labels: int) -> Tensor:
         """``[batch, pos, n]`` uniform numbers, fixed by labels, row and position in the unpadded sequence."""
-        row = torch.arange(value.shape[0], device=value.device).unsqueeze(1)
-        return uniform_keys(self.index(value), n, *labels, row)
+        row = self._context(value).row_keys
+        row = torch.arange(value.shape[0], device=value.device) if row is None else row.to(value.device)
+        return uniform_keys(self.index(value), n, *labels, row.unsqueeze(1))
 
     def rows(self, given: Tensor, value: Tensor) -> Tensor:
         """The running pass's part ``[..., pos, slot]`` of something given for each column, ``[..., column, slot]``.

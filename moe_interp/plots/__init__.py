@@ -8,6 +8,7 @@ from moe_interp.plots.figure import save_figure, to_svg
 from moe_interp.plots.figures import FIGURES
 from moe_interp.plots.layer_impact import layer_impact
 from moe_interp.plots.layer_regret import layer_regret
+from moe_interp.plots.pass_at_k import pass_at_k
 from moe_interp.plots.regret_curve import regret_curve
 from moe_interp.plots.router_scores import router_scores
 from moe_interp.plots.sorted_p import sorted_p
@@ -22,6 +23,7 @@ __all__ = [
     "dominance",
     "layer_impact",
     "layer_regret",
+    "pass_at_k",
     "regret_curve",
     "router_scores",
     "save_figure",

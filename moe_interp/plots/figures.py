@@ -12,6 +12,7 @@ from moe_interp.plots.contrast_map import contrast_map
 from moe_interp.plots.dominance import dominance
 from moe_interp.plots.layer_impact import layer_impact
 from moe_interp.plots.layer_regret import layer_regret
+from moe_interp.plots.pass_at_k import pass_at_k
 from moe_interp.plots.patching import effect_map
 from moe_interp.plots.patching.decomposition import decomposition
 from moe_interp.plots.patching.logit_attribution import logit_attribution
@@ -34,6 +35,7 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
     "counterfactual": {"confidence": confidence, "regret_curve": regret_curve, "layer_regret": layer_regret},
     "domain_router": {"router_scores": router_scores},
     "contrast": {"contrast": contrast_map},
+    "pass_at_k": {"pass_at_k": pass_at_k},
     "testbed": {"strategies": strategies},
     "patching": {"effects": effect_map},
     "attribution": {"effects": effect_map},

@@ -4,6 +4,7 @@ from moe_interp.report.counterfactual import counterfactual_chapter, counterfact
 from moe_interp.report.domain_router import domain_router_chapter, domain_router_page
 from moe_interp.report.isolation import isolation_chapter, isolation_page
 from moe_interp.report.page import render_page, write_page
+from moe_interp.report.pass_at_k import pass_at_k_chapter, pass_at_k_page
 from moe_interp.report.tokens import token_view
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "domain_router_page",
     "isolation_chapter",
     "isolation_page",
+    "pass_at_k_chapter",
+    "pass_at_k_page",
     "render_page",
     "token_view",
     "write_page",

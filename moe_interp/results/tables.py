@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -116,3 +117,19 @@ class ContrastTables(Protocol):
     data: xr.Dataset
 
     def experts(self, alpha: float = ...) -> pd.DataFrame: ...
+
+
+class PassAtKTables(Protocol):
+    """Dataset and derived tables of a pass@K run; the columns are those of ``PassAtKResult``."""
+
+    data: xr.Dataset
+
+    def by_problem(self) -> pd.DataFrame: ...
+
+    def curve(self, ks: Iterable[int] | None = ..., level: float = ..., seed: int = ...) -> pd.DataFrame: ...
+
+    def by_domain(self, ks: Iterable[int] | None = ..., level: float = ..., seed: int = ...) -> pd.DataFrame: ...
+
+    def headlines(self) -> list[str]: ...
+
+    def summary(self) -> str: ...

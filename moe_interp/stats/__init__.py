@@ -21,6 +21,7 @@ from moe_interp.stats.intervals.small_samples import (
     stratified_interval,
 )
 from moe_interp.stats.intervals.verdicts import FEWEST_UNITS, Decision, decide, verdict
+from moe_interp.stats.pass_at_k import pass_at_k
 from moe_interp.stats.random_generators import derive_rng
 from moe_interp.stats.reliability import (
     Reliability,
@@ -69,6 +70,7 @@ __all__ = [
     "mean_rho_permutation",
     "median_interval",
     "paired_permutation",
+    "pass_at_k",
     "plan_wilcoxon",
     "pseudomedian_interval",
     "ratio_interval",

@@ -37,6 +37,13 @@ ENTRIES = {
     "--method": "method",
     "--memory": "batches",
     "--seed": "seed",
+    "--problems": DATA,
+    "--domain-field": DATA,
+    "--temperature": "temperature",
+    "--top-p": "top_p",
+    "--max-new-tokens": "max_new_tokens",
+    "--stop": "stop",
+    "--checker": "is_correct",
 }
 
 

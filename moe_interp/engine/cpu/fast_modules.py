@@ -49,10 +49,21 @@ class FastModules:
 
     @contextmanager
     def modules(self) -> Iterator[None]:
-        """Inside the ``with``, norms that nobody hooks are computed once, and linear maps by the faster library.
+        """Inside the ``with``, norms are as :meth:`norms` has them, and linear maps by the faster library: equal to
+        rounding.
+        """
+        with self.norms(), ExitStack() as stack:
+            for native in self._linears:
+                if "forward" not in native.__dict__:
+                    stack.enter_context(swapped_forward(native, partial(_linear, native)))
+            yield
+
+    @contextmanager
+    def norms(self) -> Iterator[None]:
+        """Inside the ``with``, norms that nobody hooks are computed once, in fewer passes: equal to rounding.
 
         TransformerLens computes a norm's scale and normalized value for its hooks, and then calls the model's own
-        module. Norms in fewer passes and linear maps are equal to it to rounding.
+        module.
         """
         with ExitStack() as stack:
             for norm in self._norms:
@@ -61,9 +72,6 @@ class FastModules:
                     native = norm.original_component
                     short = None if is_watched(native) else self._short.get(id(norm))
                     stack.enter_context(swapped_forward(norm, _own_forward(native, short)))
-            for native in self._linears:
-                if "forward" not in native.__dict__:
-                    stack.enter_context(swapped_forward(native, partial(_linear, native)))
             yield
 
     @contextmanager

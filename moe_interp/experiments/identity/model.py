@@ -211,7 +211,8 @@ def _config(config: Any) -> dict[str, Any]:
             if isinstance(value, Mapping) and value:
                 add({str(key): entry for key, entry in value.items()}, f"{prefix}{name}.")
             else:
-                flat[f"{prefix}{name}"] = json.loads(json.dumps(value, default=str))
+                # infinity as text: JSON has no such number
+                flat[f"{prefix}{name}"] = json.loads(json.dumps(value, default=str), parse_constant=str)
 
     add(config.to_dict() if hasattr(config, "to_dict") else {}, "")
     return flat

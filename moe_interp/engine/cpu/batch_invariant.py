@@ -1,0 +1,119 @@
+"""float32 products that do not depend on the batch: a row's result is the same bits whatever other rows there are.
+
+Libraries of matrix products have kernels of their own for a few rows, which add up in another order. From 16 rows on
+the order depends on the matrices alone (observed with Intel's MKL at widths from 8 to 2048; attention, a product for
+each row and head, never depends on the batch). So every product here has at least 16 rows, the missing ones zeros:
+those of the linear maps, and those of each expert.
+
+What remains: torch computes the last elements of a tensor, fewer than 32, by another approximation of exp than the
+others, so that activations of a width that 32 does not divide depend on the rows after them, by rounding; and so does a
+map to a single number (the gate of a shared expert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_interp.arch.expert_functions import StackedExperts
+from moe_interp.arch.grouped_products import RowGroups, can_be_grouped
+from moe_interp.engine.policy import policy_of
+from moe_interp.hooks.attach import MoEHooks
+
+FEWEST_ROWS = 16
+BATCH_INVARIANT = "moe_interp_batch_invariant"
+
+
+class BatchInvariance:
+    """A model's float32 passes on a processor with products that do not depend on the batch; any other's as they are.
+
+    Args:
+        moe: Attached hooks.
+    """
+
+    def __init__(self, moe: MoEHooks) -> None:
+        policy = policy_of(moe)
+        self.is_served = policy.is_processor and policy.dtype == torch.float32
+        readable = [spec.experts for layer in moe.layers if (spec := moe.spec(layer)).unreadable is None]
+        stacked = [experts for experts in readable if not getattr(experts, "_is_expert_parallel", False)]
+        configs: list[Any] = [getattr(experts, "config", None) for experts in stacked] if self.is_served else []
+        native = [c for c in configs if getattr(c, "_experts_implementation", None) == "grouped_mm"]
+        self._configs: dict[int, Any] = {id(config): config for config in native}
+
+    @contextmanager
+    def experts(self) -> Iterator[None]:
+        """Inside the ``with``, stacked experts have at least 16 rows each; an implementation that was chosen stays."""
+        try:
+            for config in self._configs.values():
+                config._experts_implementation = BATCH_INVARIANT
+            yield
+        finally:
+            for config in self._configs.values():
+                config._experts_implementation = "grouped_mm"
+
+    @contextmanager
+    def products(self, n_rows: int) -> Iterator[None]:
+        """Around one pass of ``n_rows`` tokens: its linear maps have at least 16 rows."""
+        with ExitStack() as stack:
+            if self.is_served and n_rows < FEWEST_ROWS:
+                stack.enter_context(_PaddedLinear())
+            yield
+
+
+class _PaddedLinear(TorchFunctionMode):
+    """``torch.nn.functional.linear`` of fewer than 16 rows is done with 16."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.linear and args and isinstance(args[0], Tensor):
+            rows = args[0]
+            if rows.dtype == torch.float32 and 0 < (n := rows.shape[:-1].numel()) < FEWEST_ROWS:
+                # shape: (..., d_in) -> (row, d_in), padded
+                flat = nn.functional.pad(rows.reshape(n, -1), (0, 0, 0, FEWEST_ROWS - n))
+                return func(flat, *args[1:], **(kwargs or {}))[:n].view(*rows.shape[:-1], -1)
+        return func(*args, **(kwargs or {}))
+
+
+def batch_invariant_experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of a module's experts, each with at least 16 rows.
+
+    Args:
+        module: Of transformers' stacked experts.
+        hidden: ``[token, d_in]``, at least one token.
+        indices, weights: ``[token, slot]``, without empty slots.
+
+    Returns:
+        ``[token, d_out]``.
+    """
+    experts = StackedExperts(module)
+    ids = indices.flatten()
+    order = ids.argsort(stable=True)
+    sizes = torch.bincount(ids, minlength=experts.n_experts)
+    room = torch.where(sizes > 0, sizes.clamp(min=FEWEST_ROWS), 0)
+    ends = room.cumsum(0)
+    # where each sorted row stands: after the room of the experts before its own
+    shift = (ends - room) - (sizes.cumsum(0) - sizes)
+    place = torch.arange(len(ids), device=ids.device) + shift[ids[order]]
+    rows = hidden.new_zeros(int(ends[-1]), hidden.shape[1])
+    rows[place] = hidden[order.div(indices.shape[1], rounding_mode="floor")]
+    groups = RowGroups(torch.arange(experts.n_experts, device=ids.device).repeat_interleave(room), ends.int())
+    if can_be_grouped(rows, *experts.stacks) and not experts.is_watched:
+        outputs = experts.output_of_groups(experts.hidden_of_groups(rows, groups), groups)
+    else:
+        outputs = torch.cat([experts.output(experts.hidden(rows[some], e), e) for some, e in groups.each()])
+    slot = torch.empty_like(order)
+    slot[order] = place
+    # shape: (row, d_out), sorted by expert -> (token, d_out)
+    return nn.functional.embedding_bag(
+        slot.view(indices.shape), outputs, per_sample_weights=weights.to(hidden.dtype), mode="sum"
+    )
+
+
+ALL_EXPERTS_FUNCTIONS.register(BATCH_INVARIANT, batch_invariant_experts)

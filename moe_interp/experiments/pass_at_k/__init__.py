@@ -1,0 +1,1 @@
+"""pass@K: how often one of K sampled completions is right."""
