@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     )
     from moe_interp.experiments.isolation.experiment import isolate_experts as isolate_experts
     from moe_interp.experiments.isolation.result import IsolationResult as IsolationResult
+    from moe_interp.experiments.router_tuning.delta import RouterDelta as RouterDelta
+    from moe_interp.experiments.router_tuning.experiment import tune_router as tune_router
+    from moe_interp.experiments.router_tuning.result import RouterTuningResult as RouterTuningResult
     from moe_interp.experiments.inputs.items import load_items as load_items
     from moe_interp.experiments.inputs.sequence_texts import load_sequences as load_sequences
     from moe_interp.experiments.pass_at_k.experiment import evaluate_pass_at_k as evaluate_pass_at_k
@@ -86,6 +89,9 @@ _HOME = {
     "counterfactual_routes": "moe_interp.experiments.counterfactual.experiment",
     "DomainRouterResult": "moe_interp.experiments.domain_router",
     "IsolationResult": "moe_interp.experiments.isolation.result",
+    "RouterDelta": "moe_interp.experiments.router_tuning.delta",
+    "RouterTuningResult": "moe_interp.experiments.router_tuning.result",
+    "tune_router": "moe_interp.experiments.router_tuning.experiment",
     "domain_router": "moe_interp.experiments.domain_router",
     "isolate_experts": "moe_interp.experiments.isolation.experiment",
     "load_demo": "moe_interp.testbed.bundled",

@@ -22,6 +22,7 @@ from moe_interp.cli.commands.models import models
 from moe_interp.cli.commands.pass_at_k import pass_at_k
 from moe_interp.cli.commands.support import support
 from moe_interp.cli.commands.testbed import compare_strategies
+from moe_interp.cli.commands.tune_router import tune_router
 from moe_interp.cli.commands.verify import verify_model
 from moe_interp.cli.startup import INTERRUPTED
 from moe_interp.errors import ConfigError, MoEInterpError
@@ -43,6 +44,7 @@ INPUTS = {
     "isolate": {"--sequences": "--items"},
     "counterfactual": {"--items": "--sequences"},
     "pass-at-k": {"--items": "--problems"},
+    "tune-router": {"--items": "--sequences"},
 }
 
 
@@ -83,6 +85,7 @@ _add("demo", demo, "Experts and routes of the bundled model, offline.", "--first
 _add("isolate", isolate, "Which experts are good for which domain?", "--model demo --layers -1 --out results")
 _add("counterfactual", counterfactual, "Would other routes predict better?", "--model demo --first 6 --out results")
 _add("pass-at-k", pass_at_k, "Is one of K tries right?", "--model demo --first 8 --samples 16 --k 1,4,16 --out results")
+_add("tune-router", tune_router, "Can the router alone learn better routes?", "--model demo --first 6 --out tuned")
 _add("testbed", compare_strategies, "Train small models and compare routers.", "--steps 40 --seeds 0 --out runs")
 _add("support", support, "The families, and the hooks of each.", "olmoe")
 _add("verify", verify_model, "Check every hook on a model.", "--model demo --layers -1")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -84,6 +85,12 @@ def load_hooks(model: str, device: str | None = None, dtype: str = "float32", de
         AttachError: a model without MoE layers, or of an unknown family.
     """
     return attach(load_bridge(model, device, dtype, device_map))
+
+
+def checkpoint_folder(model: str) -> Path:
+    """The folder that a loaded model's checkpoint is in; of a hub model the one in the local cache."""
+    source = _source(model)
+    return Path(source) if Path(source).is_dir() else Path(snapshot_download(source, local_files_only=True))
 
 
 def _source(model: str) -> str:

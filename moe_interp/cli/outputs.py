@@ -13,6 +13,7 @@ from moe_interp.errors import DataError
 from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.experiments.pass_at_k.result import PassAtKResult
+from moe_interp.experiments.router_tuning.result import RouterTuningResult
 from moe_interp.plots import FIGURES, save_figure
 from moe_interp.results.files import replacing
 from moe_interp.results.tables import classed_by
@@ -32,6 +33,14 @@ def write_counterfactual(result: CounterfactualResult, out: Path) -> None:
     """The result, and those of its figures that can be drawn as SVG files."""
     result.save(out / "counterfactual.nc")
     write_figures(result, FIGURES["counterfactual"], out / "figures")
+
+
+def write_router_tuning(result: RouterTuningResult, out: Path) -> None:
+    """The result, the weights' change as safetensors, the figures and the page."""
+    result.save(out / "router_tuning.nc")
+    result.save_delta(out / "router_delta.safetensors")
+    write_figures(result, FIGURES["router_tuning"], out / "figures")
+    result.report(out / "index.html")
 
 
 def write_table(rows: str, path: Path) -> None:

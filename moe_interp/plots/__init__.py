@@ -11,6 +11,8 @@ from moe_interp.plots.layer_regret import layer_regret
 from moe_interp.plots.pass_at_k import pass_at_k
 from moe_interp.plots.regret_curve import regret_curve
 from moe_interp.plots.router_scores import router_scores
+from moe_interp.plots.router_tuning.curves import tuning_curves
+from moe_interp.plots.router_tuning.held_out import tuning_held_out
 from moe_interp.plots.sorted_p import sorted_p
 from moe_interp.plots.specialization_map import specialization_map
 from moe_interp.plots.strategies import strategies
@@ -31,4 +33,6 @@ __all__ = [
     "specialization_map",
     "strategies",
     "to_svg",
+    "tuning_curves",
+    "tuning_held_out",
 ]

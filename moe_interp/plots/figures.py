@@ -20,6 +20,8 @@ from moe_interp.plots.patching.paths import paths
 from moe_interp.plots.patching.trace import trace
 from moe_interp.plots.regret_curve import regret_curve
 from moe_interp.plots.router_scores import router_scores
+from moe_interp.plots.router_tuning.curves import tuning_curves
+from moe_interp.plots.router_tuning.held_out import tuning_held_out
 from moe_interp.plots.sorted_p import sorted_p
 from moe_interp.plots.specialization_map import specialization_map
 from moe_interp.plots.strategies import strategies
@@ -43,4 +45,5 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
     "decomposition": {"split": decomposition},
     "paths": {"paths": paths},
     "trace": {"recovered": trace},
+    "router_tuning": {"curves": tuning_curves, "held_out": tuning_held_out},
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_interp.arch.grouped_experts import hidden_of_rows, output_of_rows, takes_grouped_products
 from moe_interp.arch.grouped_products import RowGroups
 from moe_interp.arch.routing_rule import widen
+from moe_interp.arch.spec import MoESpec
 from moe_interp.engine.branches import BranchRunner, can_share_keys
 from moe_interp.engine.expert_products import fast_experts
 from moe_interp.engine.memory import Memory
@@ -358,7 +359,10 @@ def block_outputs(base: RecordedPass, layer: int, routes: LayerRoutes, tokens: T
     n_tokens, n_routes = indices.shape[:2]
     needed = torch.zeros(n_tokens, spec.n_experts + 1, dtype=torch.bool, device=tokens.device)
     needed.scatter_(1, indices.flatten(1) % (spec.n_experts + 1), True)  # an empty slot marks the extra column
-    outputs = _expert_outputs(base, layer, tokens, needed[:, :-1])
+    x = base.experts_in[layer].flatten(0, 1)[tokens]
+    outputs = expert_outputs(
+        spec, x, needed[:, :-1], _input_weights(base, layer, tokens) if spec.weight_on_input else None
+    )
     if spec.weight_on_input:
         weights = torch.ones_like(weights).masked_fill(indices == EMPTY, 0.0)
     # shape: (token, route, expert); each route's weights at its experts
@@ -368,16 +372,20 @@ def block_outputs(base: RecordedPass, layer: int, routes: LayerRoutes, tokens: T
     return routed.to(block_out.dtype) + (block_out.unsqueeze(1) - routed[:, :1].to(block_out.dtype))
 
 
-def _expert_outputs(base: RecordedPass, layer: int, tokens: Tensor, needed: Tensor) -> Tensor:
-    """Each needed expert's output for each token, ``[expert, token, d_model]``; zero where it is not needed."""
-    spec = base.moe.spec(layer)
-    x = base.experts_in[layer].flatten(0, 1)[tokens]
-    scale = _input_weights(base, layer, tokens) if spec.weight_on_input else None
-    outputs = x.new_zeros(spec.n_experts, len(tokens), spec.d_model)
+def expert_outputs(spec: MoESpec, x: Tensor, needed: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Each needed expert's output for each token, ``[expert, token, d_model]``; zero where it is not needed.
+
+    Args:
+        spec: The layer.
+        x: ``[token, d_in]``, what the experts read.
+        needed: ``[token, expert]`` bool.
+        scale: ``[token, expert]``, what each expert's input is scaled by.
+    """
+    outputs = x.new_zeros(spec.n_experts, len(x), spec.d_model)
     flat = outputs.view(-1, spec.d_model)
     place = needed.t().flatten().nonzero().flatten()  # of ``flat``: sorted by expert
-    token = place % len(tokens)
-    groups = RowGroups.of_sorted(place // len(tokens), spec.n_experts)
+    token = place % len(x)
+    groups = RowGroups.of_sorted(place // len(x), spec.n_experts)
 
     def read(some: slice) -> Tensor:
         rows = x.index_select(0, token[some])
