@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_interp.errors import DataError
 from moe_interp.experiments.router_tuning.evaluation import PER_TOKEN
 from moe_interp.experiments.router_tuning.routers import TunedRouter
-from moe_interp.experiments.router_tuning.tokens import TokenTable
+from moe_interp.experiments.router_tuning.token_sources.tokens import TokenTable
 from moe_interp.experiments.router_tuning.training import STEP, History
 
 HELD_OUT = "held out"

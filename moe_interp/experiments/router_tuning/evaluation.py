@@ -13,7 +13,7 @@ from moe_interp.experiments.router_tuning.objectives import route_log_policy
 from moe_interp.experiments.router_tuning.options import TuningOptions
 from moe_interp.experiments.router_tuning.routers import TunedRouter, Weights
 from moe_interp.experiments.router_tuning.step import scored_routes
-from moe_interp.experiments.router_tuning.tokens import TokenSource, chunks
+from moe_interp.experiments.router_tuning.token_sources.tokens import TokenSource, chunks
 from moe_interp.routes import TokenKeys
 from moe_interp.types import EMPTY
 

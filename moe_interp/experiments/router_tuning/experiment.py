@@ -25,7 +25,7 @@ from moe_interp.experiments.router_tuning.objectives import Objective
 from moe_interp.experiments.router_tuning.options import PUBLISHED, TuningOptions
 from moe_interp.experiments.router_tuning.result import RouterTuningResult
 from moe_interp.experiments.router_tuning.routers import TunedRouter, frozen
-from moe_interp.experiments.router_tuning.sources import Sources
+from moe_interp.experiments.router_tuning.token_sources.sources import Sources
 from moe_interp.experiments.router_tuning.training import Tuning
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.progress import Report, reporting

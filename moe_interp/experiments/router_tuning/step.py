@@ -15,7 +15,7 @@ from moe_interp.experiments.router_tuning.objectives import (
 )
 from moe_interp.experiments.router_tuning.options import TuningOptions
 from moe_interp.experiments.router_tuning.routers import TunedRouter, Weights
-from moe_interp.experiments.router_tuning.tokens import OpenTokens
+from moe_interp.experiments.router_tuning.token_sources.tokens import OpenTokens
 from moe_interp.routes import GumbelTopK, RouteSampler, TokenKeys
 
 

@@ -18,7 +18,7 @@ from moe_interp.experiments.router_tuning.evaluation import PER_TOKEN, Evaluatio
 from moe_interp.experiments.router_tuning.options import TuningOptions
 from moe_interp.experiments.router_tuning.routers import TunedRouter
 from moe_interp.experiments.router_tuning.step import step_loss
-from moe_interp.experiments.router_tuning.tokens import TokenSource, epoch_order
+from moe_interp.experiments.router_tuning.token_sources.tokens import TokenSource, epoch_order
 from moe_interp.progress import Report
 from moe_interp.results.files import replacing
 from moe_interp.results.seals import read_sealed, sealed_zip

@@ -18,7 +18,7 @@ from moe_interp.experiments.router_tuning.evaluation import HeldOut
 from moe_interp.experiments.router_tuning.experiment import SlowTuningWarning
 from moe_interp.experiments.router_tuning.options import TuningOptions
 from moe_interp.experiments.router_tuning.routers import TunedRouter, frozen
-from moe_interp.experiments.router_tuning.sources import Sources
+from moe_interp.experiments.router_tuning.token_sources.sources import Sources
 from moe_interp.experiments.router_tuning.training import Tuning
 from moe_interp.hooks.attach import MoEHooks, attach
 from tests import tiny

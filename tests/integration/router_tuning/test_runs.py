@@ -143,7 +143,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(moe: MoEHooks, tmp_path: Path
 def test_a_cache_on_the_disk_and_outputs_that_are_not_kept_give_the_same(
     moe: MoEHooks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from moe_interp.experiments.router_tuning import sources
+    from moe_interp.experiments.router_tuning.token_sources import sources
 
     given = sequences(5)
     kept = mi.tune_router(moe, given, **FAST)

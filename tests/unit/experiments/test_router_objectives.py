@@ -14,7 +14,6 @@ from moe_interp.arch.rules import SoftmaxTopK
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.inputs.sequences import ScoredSequence
 from moe_interp.experiments.router_tuning.evaluation import HeldOut
-from moe_interp.experiments.router_tuning.last_layer import FileOrMemory, LastLayerTokens
 from moe_interp.experiments.router_tuning.objectives import (
     better_route,
     distill_loss,
@@ -26,7 +25,8 @@ from moe_interp.experiments.router_tuning.objectives import (
 from moe_interp.experiments.router_tuning.options import TuningOptions
 from moe_interp.experiments.router_tuning.routers import TunedRouter
 from moe_interp.experiments.router_tuning.summary import preference_words
-from moe_interp.experiments.router_tuning.tokens import TokenTable
+from moe_interp.experiments.router_tuning.token_sources.last_layer import FileOrMemory, LastLayerTokens
+from moe_interp.experiments.router_tuning.token_sources.tokens import TokenTable
 from moe_interp.experiments.router_tuning.training import Tuning
 from moe_interp.routes import AllSubsets, GumbelTopK
 

@@ -12,9 +12,9 @@ from moe_interp.arch.offload import device_of
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.experiments.inputs.sequences import SequenceBatch
-from moe_interp.experiments.router_tuning.last_layer import nll
 from moe_interp.experiments.router_tuning.routers import TunedRouter, Weights, put, router_inputs
-from moe_interp.experiments.router_tuning.tokens import TokenTable
+from moe_interp.experiments.router_tuning.token_sources.last_layer import nll
+from moe_interp.experiments.router_tuning.token_sources.tokens import TokenTable
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes import check_routes, score_from_base
 from moe_interp.types import EMPTY

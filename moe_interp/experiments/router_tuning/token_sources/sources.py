@@ -17,7 +17,8 @@ from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.errors import DataError
 from moe_interp.experiments.inputs.batches import batches_of_like_length
 from moe_interp.experiments.inputs.sequences import ScoredSequence, SequenceBatch
-from moe_interp.experiments.router_tuning.last_layer import (
+from moe_interp.experiments.router_tuning.routers import TunedRouter, check_logits, router_inputs
+from moe_interp.experiments.router_tuning.token_sources.last_layer import (
     ExpertOutputs,
     FileOrMemory,
     LastLayerTokens,
@@ -27,9 +28,8 @@ from moe_interp.experiments.router_tuning.last_layer import (
     nll,
     refusal,
 )
-from moe_interp.experiments.router_tuning.passes import PassTokens
-from moe_interp.experiments.router_tuning.routers import TunedRouter, check_logits, router_inputs
-from moe_interp.experiments.router_tuning.tokens import TokenSource, TokenTable
+from moe_interp.experiments.router_tuning.token_sources.passes import PassTokens
+from moe_interp.experiments.router_tuning.token_sources.tokens import TokenSource, TokenTable
 from moe_interp.hooks.attach import MoEHooks
 
 KEPT_SHARE = 4  # of the memory that is free, one part for what is read, and one for expert outputs

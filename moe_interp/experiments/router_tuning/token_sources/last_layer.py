@@ -28,7 +28,7 @@ from moe_interp.arch.offload import device_of
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.experiments.router_tuning.routers import TunedRouter, Weights
-from moe_interp.experiments.router_tuning.tokens import TokenTable
+from moe_interp.experiments.router_tuning.token_sources.tokens import TokenTable
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.routes import OneSwap, TokenKeys, check_routes, score_from_base
 from moe_interp.routes.branch_scores import expert_outputs
