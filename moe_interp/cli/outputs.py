@@ -79,7 +79,9 @@ def group_table(result: CounterfactualResult) -> Any:
         [str(name), row["n_tokens"], shown(row, "regret", 3), shown(row, "alignment", 2), row["verdict"]]
         for name, row in named
     ]
-    return console.table("", ["", "tokens", "regret (nats) [95%]", "alignment [95%]", "router is"], rows)
+    return console.table(
+        "", ["", "tokens", "regret (nats) [95%]", "alignment [95%]", "router is"], rows, wrap=["router is"]
+    )
 
 
 def write_pass_at_k(result: PassAtKResult, out: Path) -> None:

@@ -1,6 +1,6 @@
 """How often is one of K completions right, and does an intervention change it?
 
-    python examples/07_pass_at_k.py
+    python examples/10_pass_at_k.py
 
 Claim: completions belong to their seeds, so that two runs are compared problem by problem.
 """

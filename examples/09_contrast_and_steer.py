@@ -1,6 +1,6 @@
 """Which experts do two sets of prompts differ in, and what happens without them?
 
-    python examples/08_contrast_and_steer.py
+    python examples/09_contrast_and_steer.py
 
 Claim: the demo model's questions about facts have experts of their own; without them its answers about facts are gone,
 and as many random experts cost far less.
