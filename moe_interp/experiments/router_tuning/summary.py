@@ -84,7 +84,7 @@ def _change(row: Row) -> str:
         "above": "rose",
         "within": "did not change",
         "open": "did not change beyond the interval",
-        "too few": "changed, with too few sequences to say more,",
+        "too few": "changed (too few sequences to say more)",
     }[decided]
     shown = f"{row['ce_change']:+.4f} [{low:+.4f}, {high:+.4f}]"
     return f"{words}: {row['ce_before']:.4f} to {row['ce']:.4f} nats ({shown})"

@@ -96,7 +96,8 @@ def _row(data: xr.Dataset, number: int, is_in: NDArray[np.bool_]) -> dict[str, A
     for at, name in enumerate(MEASURES):
         low, high = float(found.low[at]), float(found.high[at])
         if name not in ("ce_change",):
-            low, high = max(low, 0.0), high if name.startswith("ce") or name == "entropy" else min(high, 1.0)
+            most = np.inf if name.startswith("ce") else np.log(data.sizes["expert"]) if name == "entropy" else 1.0
+            low, high = max(low, 0.0), min(high, float(most))
         row |= {name: float(found.estimate[at]), f"{name}_low": low, f"{name}_high": high}
     return row
 
