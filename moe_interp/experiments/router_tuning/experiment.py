@@ -19,7 +19,7 @@ from moe_interp.experiments.identity.naming import model_name
 from moe_interp.experiments.inputs.repeats import distinct_sequences
 from moe_interp.experiments.inputs.sequences import ScoredSequence, read_sequences
 from moe_interp.experiments.router_tuning.data import HELD_OUT, tuning_dataset
-from moe_interp.experiments.router_tuning.delta import everything, rest_of_model
+from moe_interp.experiments.router_tuning.delta import everything
 from moe_interp.experiments.router_tuning.evaluation import HeldOut
 from moe_interp.experiments.router_tuning.objectives import Objective
 from moe_interp.experiments.router_tuning.options import PUBLISHED, TuningOptions
@@ -185,7 +185,7 @@ def tune_router(
         "objective": options.objective,
         "parameters": [router.name for router in routers],
         "dtype": str(routers[0].parameter.dtype).removeprefix("torch."),
-        "fingerprint": rest_of_model(moe, names),
+        "fingerprint": rest,
         "n_tokens": len(source.table),
         "n_steps": tuning.n_steps,
         "from_cache": why_not is None,

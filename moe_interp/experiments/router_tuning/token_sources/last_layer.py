@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_interp.arch.modules import unwrap
-from moe_interp.arch.offload import device_of
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.experiments.router_tuning.routers import TunedRouter, Weights
@@ -97,15 +96,16 @@ class ExpertOutputs:
         moe, layer: The layer.
         experts_in: ``[token, d_in]``.
         budget: Bytes that may be kept.
+        device: Where they are computed: that of the layer.
     """
 
-    def __init__(self, moe: MoEHooks, layer: int, experts_in: Tensor, budget: int) -> None:
+    def __init__(self, moe: MoEHooks, layer: int, experts_in: Tensor, budget: int, device: torch.device) -> None:
         self.spec, self.experts_in = moe.spec(layer), experts_in
         shape = (len(experts_in), self.spec.n_experts, self.spec.d_model)
         fits = torch.Size(shape).numel() * experts_in.dtype.itemsize <= budget
         self.kept = experts_in.new_empty(shape) if fits else None
         self.is_made = torch.zeros(len(experts_in), dtype=torch.bool)
-        self.device = device_of(moe.bridge.original_model)
+        self.device = device
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, needed: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def differs(base: RecordedPass, source: LastLayerTokens, wanted: Tensor, memory:
     router, layer = source.router, source.router.layer
     sequence, pos = wanted.nonzero()[:CHECKED].unbind(-1)
     logits = base.router_logits[layer][sequence, pos]
-    keys = TokenKeys(0, layer, sequence.cpu(), pos.cpu())
+    keys = TokenKeys(0, layer, sequence, pos)
     standard = base.indices[layer][sequence, pos]
     drawn = OneSwap().sample(router.rule.choice_logits(logits), standard, 2, keys).indices
     routes = torch.cat([standard.unsqueeze(1), drawn], dim=1)

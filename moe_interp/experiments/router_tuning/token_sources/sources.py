@@ -169,8 +169,8 @@ class Sources:
     def _cached(self, cache: _Cache, table: TokenTable, *, keeps_outputs: bool = True) -> LastLayerTokens:
         router = self.routers[0]
         budget = self.memory.bytes // KEPT_SHARE if keeps_outputs else 0
-        outputs = ExpertOutputs(self.moe, router.layer, cache["experts_in"], budget)
-        device = device_of(self.moe.bridge.original_model)
+        device = router.parameter.device
+        outputs = ExpertOutputs(self.moe, router.layer, cache["experts_in"], budget, device)
         source = LastLayerTokens(table, router, cache["inputs"], cache["rest"], outputs, Tail.of(self.moe), device)
         source.storage = cache.storage  # its files live as long as it does
         return source
