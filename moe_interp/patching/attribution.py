@@ -100,13 +100,25 @@ def attribution(
         given = f"method={method!r}, quantity={quantity!r}"
         raise ConfigError(given, "gradient or integrated, of the contribution or the output", "Choose one of these.")
     steps, audit, seed = check_whole(steps, "steps", 1), check_whole(audit, "audit", 0), check_seed(seed)
+    if audit == 1:
+        raise ConfigError("audit=1", "0, or at least 2 cells, which can be ranked", "Choose another audit.")
     patch = ContributionsPatch if quantity == "contribution" else ExpertOutputsPatch
     inputs = check_patch_inputs(moe, corrupted_tokens, layers, attention_mask, ("routed_out", *READS), options)
-    clean, _ = check_tokens(moe, clean_tokens)
+    clean, clean_mask = check_tokens(moe, clean_tokens)
     if clean.shape != inputs.tokens.shape:
         raise DataError(
             f"clean tokens of shape {tuple(clean.shape)} and corrupted ones of shape {tuple(inputs.tokens.shape)}",
             "prompts of the same length for each example, padded alike",
+            "Choose prompts of equal length.",
+        )
+    is_text = not hasattr(clean_tokens, "shape") and any(isinstance(each, str) for each in clean_tokens)
+    real = torch.ones_like(inputs.is_real) if clean_mask is None else clean_mask.bool()
+    if is_text and bool((unlike := (real != inputs.is_real).any(dim=1)).any()):
+        row = int(unlike.nonzero()[0])
+        raise DataError(
+            f"a clean prompt of {int(real[row].sum())} tokens and a corrupted one of {int(inputs.lengths[row])} in "
+            f"example {row}",
+            "prompts of the same length for each example",
             "Choose prompts of equal length.",
         )
     metrics, memory = Metrics(metric, len(inputs.tokens)), check_memory(moe, memory_budget)

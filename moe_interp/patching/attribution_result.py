@@ -82,7 +82,7 @@ class AttributionResult(EffectResult, kind="attribution"):
         Means over examples are compared. The last agreement is kept, saved with the result, and part of the summary.
 
         Args:
-            n: Cells; at least 2.
+            n: Cells; at least 2. Fewer are patched where the runs use fewer; without one, all numbers are NaN.
             seed: Of the draw.
             metric: Of several metrics, which; the first by default.
 
@@ -100,9 +100,9 @@ class AttributionResult(EffectResult, kind="attribution"):
         estimate = self.mean(metric).transpose(*self.cell_axes).values
         names = self.data[METRIC].values.tolist() if METRIC in self.data.dims else [None]
         values = self.exact(cells)[0 if metric is None else names.index(metric)]
-        there = np.stack([self._there(cell, metric) for cell in cells])
+        there = np.array([self._there(cell, metric) for cell in cells], dtype=bool).reshape(values.shape)
         exact = np.where(there, values, np.nan)
-        exact = np.nanmean(exact, axis=-1)
+        exact = np.nanmean(exact, axis=-1) if len(cells) else np.empty(0)
         found = _agreement(np.array([estimate[cell] for cell in cells]), exact, n_top, seed)
         self.data.attrs["agreement"] = asdict(found)
         return found

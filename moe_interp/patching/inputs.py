@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +94,10 @@ def check_patch_inputs(
         AttachError: hooks that were detached.
         DataError: tokens that the model cannot read, an example without a real token, or padding inside of one.
         HookError: a layer that is not there, or has not the hooks; the reason in words.
-        ConfigError: no layer.
+        ConfigError: no layer, or an option that no forward pass takes, such as a misspelt argument.
     """
     check_attached(moe)
+    check_options(moe, options or {})
     chosen = check_layers(moe, layers, needs)
     ids, mask = check_tokens(moe, tokens, attention_mask)
     if mask is not None:
@@ -109,6 +111,53 @@ def check_patch_inputs(
             )
         mask = None if bool(real.all()) else mask
     return PatchInputs(moe, ids, mask, chosen, dict(options or {}))
+
+
+def check_options(moe: MoEHooks, options: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that the forward pass would ignore, or that change what it returns.
+
+    Both TransformerLens' and transformers' forward take any keyword, and drop what they do not know.
+
+    Raises:
+        ConfigError: such an option, by name.
+    """
+    model: Any = moe.bridge.original_model
+    known = {*_NAMES_OF_FORWARD, *_named(type(moe.bridge).forward), *_named(type(model).forward)} - _NOT_OPTIONS
+    if unknown := [name for name in options if name not in known]:
+        raise ConfigError(
+            f"an argument {unknown[0]!r}",
+            "an argument of this function, or of the model's forward pass: " + ", ".join(sorted(known)),
+            "Correct its name, or leave it out.",
+        )
+
+
+def _named(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+# taken by name, though not in every signature
+_NAMES_OF_FORWARD = ("decoder_input", "use_cache", "output_attentions", "output_hidden_states", "position_ids")
+# given by the experiment itself, without effect on ids, or changing what is returned
+_NOT_OPTIONS = frozenset(
+    [
+        "self",
+        "input",
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "prepend_bos",
+        "padding_side",
+        "return_type",
+        "loss_per_token",
+        "labels",
+        "start_at_layer",
+        "stop_at_layer",
+        "past_key_values",
+        "logits_to_keep",
+        "return_dict",
+    ]
+)
 
 
 def check_layers(moe: MoEHooks, layers: Any = None, needs: Sequence[str] = ()) -> tuple[Layer, ...]:
@@ -186,7 +235,24 @@ def cached_activation(inputs: PatchInputs, cache: Any, name: str, layer: Layer) 
             "a clean and a corrupted prompt of the same length for each example, padded alike, with the batch axis",
             "Choose prompts of equal length, and record the cache without remove_batch_dim.",
         )
+    _check_of_this_model(inputs, value, name, layer)
     return value.detach().to(inputs.tokens.device)
+
+
+def _check_of_this_model(inputs: PatchInputs, value: Tensor, name: str, layer: Layer) -> None:
+    n_experts = inputs.moe.spec(layer).n_experts
+    if name == "router_logits":
+        found = value.shape[-1]
+    elif name == "expert_indices":
+        found = max(n_experts, int(value.max()) + 1) if value.numel() else n_experts
+    else:
+        return
+    if found != n_experts:
+        raise DataError(
+            f"{inputs.moe.hook_name(name, layer)} of at least {found} experts in the clean cache",
+            f"{n_experts} experts, as this model's layer has",
+            "Record the cache with this model.",
+        )
 
 
 def check_cached(inputs: PatchInputs, cache: Any, names: Sequence[str]) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.errors import ConfigError, DataError
+from moe_interp.errors import ConfigError, DataError, warn
 
 Metric = Callable[[Tensor], Any]
 """From logits ``[batch, pos, vocab]`` to a number, or to one number an example, ``[batch]``."""
 
 ONLY = "metric"  # the name of a metric that is given alone
+
+
+class NaNMetricWarning(UserWarning):
+    """A metric that is NaN in a patched run; its effect is NaN, as where there is no such cell."""
 
 
 class Metrics:
@@ -37,7 +41,7 @@ class Metrics:
         self.has_names = isinstance(metric, Mapping)
         given: Any = metric
         self._functions: dict[str, Metric] = {str(k): v for k, v in given.items()} if self.has_names else {ONLY: given}
-        self.n_examples, self.is_per_example = n_examples, False
+        self.n_examples, self.is_per_example, self._n_nan = n_examples, False, 0
         if not self._functions or not all(callable(function) for function in self._functions.values()):
             raise ConfigError(
                 f"metric={metric!r}",
@@ -81,13 +85,25 @@ class Metrics:
         """``[metric, example]``, or ``[metric, 1]`` of plain numbers, as :meth:`first`."""
         return self._stacked([self._value(name, function, logits) for name, function in self._functions.items()])
 
+    def noted(self, values: Tensor) -> Tensor:
+        """Values of a patched run, as they are; NaN among them is counted."""
+        self._n_nan += int(values.isnan().sum())
+        return values
+
+    def warn_of_nan(self) -> None:
+        """Say how many values were NaN, at the end of an experiment."""
+        if self._n_nan:
+            warn(
+                f"The metric was NaN {self._n_nan} times in patched runs: their effects are NaN, and not in means.",
+                NaNMetricWarning,
+            )
+
     def _value(self, name: str, function: Metric, logits: Tensor) -> Tensor:
+        given = function(logits)  # an error of its own is the user's to read as it is
         try:
-            value = torch.as_tensor(function(logits))
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ValueError) and "tensor" not in str(error):
-                raise
-            raise self._misfit(name, f"what makes no tensor ({error})") from error
+            value = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._misfit(name, f"{given!r:.60}, which makes no tensor ({error})") from error
         if value.shape not in ((), (self.n_examples,)):
             raise self._misfit(name, f"shape {tuple(value.shape)}")
         if value.is_complex():

@@ -23,6 +23,7 @@ from moe_interp.engine.sequence_ends.runner import (
 from moe_interp.errors import ConfigError, warn
 from moe_interp.patching.inputs import PatchInputs
 from moe_interp.patching.metric import Metrics
+from moe_interp.patching.nan_reads import NaNReads
 from moe_interp.patching.patches import Activations, Patch, TokenPatch
 from moe_interp.types import Layer
 
@@ -160,7 +161,7 @@ class CorruptedRun:
         """``[batch]``: each example's last real column, where the metrics read nothing but that; else None.
 
         That is so where their values on the corrupted run stay the same, bit for bit, with NaN in place of all other
-        logits, and with those of other examples and positions.
+        logits, without an operation that would hide the NaN, and with the logits of other examples and positions.
         """
         if metrics not in self._known_reads:
             order = torch.arange(self.inputs.tokens.shape[1], device=self.logits.device)
@@ -174,9 +175,11 @@ class CorruptedRun:
         for other in (torch.full_like(self.logits, float("nan")), self.logits.roll((1, 1), dims=(0, 1)).neg_()):
             other[row, column] = kept
             try:
-                if not torch.equal(metrics(other), expected):
-                    return False
+                with NaNReads() as reads:
+                    found = metrics(other)
             except Exception:  # a metric that checks its logits
+                return False
+            if reads.is_hidden or not torch.equal(found, expected):
                 return False
         return True
 

@@ -66,10 +66,13 @@ class Sweep:
                 done = number * total // len(self.inputs.layers)
                 with closing(corrupted.values(patch, todo, self.metrics)) as values:
                     for cell, found in values:
-                        value[(number, *cell.place)] = self._existing(found, self.grid.exists(cell.place))
+                        value[(number, *cell.place)] = self._existing(
+                            self.metrics.noted(found), self.grid.exists(cell.place)
+                        )
                         done += 1
                         report(done, total)
             report(total, total)
+        self.metrics.warn_of_nan()
         return self._result(value, baseline, clean, counts, n_skipped, corrupted.null_difference)
 
     def _existing(self, values: Tensor, exists: Tensor) -> Tensor:

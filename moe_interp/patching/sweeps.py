@@ -12,7 +12,7 @@ from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import eval_mode
 from moe_interp.engine.memory import out_of_memory_in_words
 from moe_interp.engine.pass_inputs import check_memory
-from moe_interp.errors import ConfigError
+from moe_interp.errors import ConfigError, DataError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.patching.cells import Grid, expert_grid, position_grid, slot_grid
 from moe_interp.patching.inputs import check_cached, check_patch_inputs, check_positions
@@ -246,11 +246,30 @@ def _over_tokens(
     return _run(what, patch, position_grid(inputs, check_positions(inputs, positions)), cache, metric, given)
 
 
+def _check_clean_logits(grid: Grid, clean_logits: Any) -> None:
+    """Refuse, before any pass, what are no logits ``[batch, pos, vocab]``; an encoder-decoder's are of its decoder."""
+    if clean_logits is None:
+        return
+    shape = tuple(getattr(clean_logits, "shape", ()))
+    is_decoder = all(isinstance(layer, int) for layer in grid.inputs.layers)
+    if (
+        not isinstance(clean_logits, Tensor)
+        or len(shape) != 3
+        or (is_decoder and shape[:2] != grid.inputs.tokens.shape)
+    ):
+        raise DataError(
+            f"clean_logits of shape {shape}",
+            f"the clean run's logits, {(*grid.inputs.tokens.shape, 'vocab')}",
+            "Pass what the clean run returned.",
+        )
+
+
 def _run(
     what: str, patch: type[Patch], grid: Grid, cache: Any, metric: AnyMetric, given: tuple[Any, ...]
 ) -> PatchingSweep:
     _, clean_logits, method, memory_budget, progress, _ = given
     check_cached(grid.inputs, cache, patch.needs)
+    _check_clean_logits(grid, clean_logits)
     metrics, memory = Metrics(metric, len(grid.inputs.tokens)), check_memory(grid.inputs.moe, memory_budget)
     if method not in METHODS:
         raise ConfigError(f"method={method!r}", f"one of {', '.join(METHODS)}", "Choose one of these.")

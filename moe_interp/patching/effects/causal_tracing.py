@@ -226,6 +226,7 @@ class _Trace:
                     report(done := done + len(part), total)
                 restored.append(torch.stack(of_part) if of_part else torch.empty(0))
             report(total, total)
+        self.metrics.warn_of_nan()
         # shape: (draw, metric, example); (cell, draw, metric, example)
         return self._result(cells, baseline, torch.cat(noised), torch.cat(restored, dim=1), clean)
 
@@ -257,7 +258,8 @@ class _Trace:
         flat = noises.flatten(0, 1)
         noising = ("embed.hook_out", lambda value, hook: value + flat)
         logits = repeated(self.inputs, len(noises)).forward(hooks=[noising, *hooks])
-        return torch.stack([self.metrics(part) for part in logits.view(len(noises), -1, *logits.shape[1:])]).cpu()
+        parts = logits.view(len(noises), -1, *logits.shape[1:])
+        return torch.stack([self.metrics.noted(self.metrics(part)) for part in parts]).cpu()
 
     def _restoring(self, cell: _Cell, clean: Activations, copies: int) -> Hooks:
         by_layer: dict[Any, list[int | None]] = {}

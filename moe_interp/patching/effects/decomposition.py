@@ -210,11 +210,13 @@ def _factorial(
             clean = {name: cached_activation(inputs, cache, name, layer) for name in _NEEDS}
             changes.append(_route_change(routes[layer], clean["expert_indices"], where))
             by_subset = {
-                subset: metrics(inputs.forward(hooks=subset_hooks(inputs, layer, clean, where, subset))) - baseline
+                subset: metrics.noted(metrics(inputs.forward(hooks=subset_hooks(inputs, layer, clean, where, subset))))
+                - baseline
                 for subset in SUBSETS
             }
             values.append(by_subset)
             report(number + 1, len(inputs.layers))
+    metrics.warn_of_nan()
     parts, effect = _parts(values)
     shapley = np.stack([_shapley(by_subset) for by_subset in values], axis=1)
     axes: dict[str, Sequence[Any]] = {"layer": list(inputs.layers), "part": parts}

@@ -59,7 +59,8 @@ def sweeps(given: Pair) -> Iterator[tuple[mi.patching.PatchingSweep, Callable[..
 
 def _call(given: Pair, sweep: Any, **options: Any) -> mi.patching.PatchingSweep:
     options = {"method": "rerun", "attention_mask": given.mask, "clean_logits": given.logits} | options
-    result: mi.patching.PatchingSweep = sweep(given.moe, given.corrupted, given.cache, given.metric, **options)
+    metric = options.pop("metric", given.metric)
+    result: mi.patching.PatchingSweep = sweep(given.moe, given.corrupted, given.cache, metric, **options)
     return result
 
 
@@ -189,6 +190,32 @@ def test_a_metric_that_writes_into_its_logits() -> None:
     whole = _call(given, mi.patching.expert_out)
     spoiled = mi.patching.expert_out(given.moe, given.corrupted, given.cache, rude, attention_mask=given.mask)
     assert np.abs(whole.data["value"] - spoiled.data["value"]).max() <= 2e-5
+
+
+def test_metrics_that_hide_what_they_read_at_earlier_positions() -> None:
+    """On the corrupted run they are 0, with NaN or with other logits in place of what they read as well."""
+    given = pair(attached("olmoe"))
+    with torch.no_grad():
+        plain = given.moe.bridge(given.corrupted, attention_mask=given.mask)[:, 5, 7] + 1e-4
+    last_only = given.metric
+
+    def above(logits: Tensor) -> Tensor:
+        return (logits[:, 5, 7] > plain).float()
+
+    metrics: dict[str, Callable[[Tensor], Any]] = {
+        "compared": above,
+        "by a step": lambda logits: torch.heaviside(logits[:, 5, 7] - plain, torch.zeros(())),
+        "ranked": lambda logits: torch.stack([logits[:, 5, 7], plain]).argmin(dim=0) * 1.0,
+        "in numpy": lambda logits: (logits.numpy()[:, 5, 7] > plain.numpy()).astype(float),
+        "beside the last": lambda logits: last_only(logits) + above(logits),
+    }
+    for name, metric in metrics.items():
+        found, expected = (
+            _call(given, mi.patching.router_logits, method=method, metric=metric).data["effect"].values
+            for method in ("rerun", "naive")
+        )
+        assert np.nanmax(np.abs(expected)) > 0.9, name
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5, err_msg=name)
 
 
 def test_a_metric_that_fails_leaves_the_model_as_it_was() -> None:
