@@ -62,7 +62,7 @@ print(split.summary())
 paths = mi.patching.path_patching(moe, tokens, targets=[int(writer.layer)], positions=[-1])
 print(paths.summary())
 
-# and which experts carry the fact, when the name is drowned in noise?
+# and which experts carry the fact, when noise is added to the name?
 trace = mi.patching.trace_experts(moe, tokens, subject, answer_logp, draws=2)
 print(trace.summary())
 recovered = trace.recovered().to_series()
