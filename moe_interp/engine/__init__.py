@@ -1,11 +1,14 @@
 """Running a part of a model. All that it returns equals ``run_with_hooks``.
 
-``policy.py`` chooses the way that serves a model on its device: a new kind of device has its numbers there, what is
-free on it in ``memory.py``, and its own forms of an operation in a folder such as ``cpu`` and ``cuda``. ``memory.py``
-also says how much a whole pass takes; how much branches take, ``moe_interp/routes/plan.py`` and the rows of a grid.
+A new kind of device: its numbers are in ``policy.py``, which chooses how a model runs on it; what is free on it, in
+``memory.py``; its attention kernels, in ``grid/kernels.py``; its own forms of other operations, in a folder such as
+``cpu`` or ``cuda``.
 
-``recorded_pass.py`` records one pass. What starts from it: variants of a layer (``rerun.py``), branches
-(``branches.py``, ``grid``), ends of sequences (``sequence_ends``).
+``memory.py`` estimates how much memory a whole pass takes. Branches are estimated in ``moe_interp/routes/plan.py``.
+
+``recorded_pass.py`` records one pass. Later passes start from it: branches (``branches.py``, ``grid``) and ends of
+sequences (``sequence_ends``), as patching sweeps run them. ``rerun.py`` starts whole layers from a stored prefix, as
+isolation does. ``decoding`` generates token by token.
 """
 
 from moe_interp.engine.cpu.threads import let_threads_sleep, threads_asleep

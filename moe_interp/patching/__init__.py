@@ -1,4 +1,9 @@
-"""Activation patching over routers and experts, in TransformerLens' form."""
+"""Activation patching over routers and experts, in TransformerLens' form.
+
+``sweeps.py`` has the sweeps, ``patches.py`` what they replace, ``cells.py`` their axes. ``sweep_run.py`` runs a sweep,
+and ``passes.py`` starts its passes in a recorded one. ``attribution.py`` estimates the same cells by a gradient.
+``logits`` holds direct logit attribution; ``effects`` holds decomposition, path patching and causal tracing.
+"""
 
 from moe_interp.patching.attribution import attribution
 from moe_interp.patching.attribution_result import Agreement, AttributionResult

@@ -66,8 +66,8 @@ def attribution(
     corrupted to the clean routed output *of that layer*, all else as the corrupted run has it. The estimates of a layer
     then add up to the exact effect of patching its whole routed output, but for the error of the midpoint rule and for
     jumps where a later router changes its choice on the way, at the cost of ``steps`` forward and backward passes a
-    layer. (EAP-IG instead moves the embeddings: on an interpolated input a
-    router chooses experts that neither prompt uses.)
+    layer. (EAP-IG instead moves the embeddings: on an interpolated input a router chooses experts that neither prompt
+    uses.)
 
     Args:
         moe: Attached hooks.
@@ -278,7 +278,7 @@ class _Gradients:
 
         hooks = [
             *_keepers(inputs, reads, found),
-            *((inputs.moe.hook_name("routed_out", la), watch(la)) for la in wanted),
+            *((inputs.moe.hook_name("routed_out", layer), watch(layer)) for layer in wanted),
         ]
         with torch.enable_grad(), _frozen(inputs.moe.bridge.original_model):
             values = self.metrics(inputs.forward(hooks=hooks))
@@ -295,14 +295,15 @@ class _Gradients:
                     value.sum(), [leaves[layer] for layer in wanted], retain_graph=number + 1 < len(values),
                     allow_unused=True,
                 )  # fmt: skip
-                rows.append([torch.zeros_like(leaves[la]) if g is None else g for la, g in zip(wanted, grads)])
+                pairs = zip(wanted, grads)
+                rows.append([torch.zeros_like(leaves[layer]) if g is None else g for layer, g in pairs])
         by_layer = {layer: torch.stack([row[i] for row in rows]) for i, layer in enumerate(wanted)}
         return by_layer, values.detach(), found
 
 
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the ``with``, no parameter takes a gradient, so that none is prepared for."""
+    """Inside the ``with``, no parameter takes a gradient, so that none is computed."""
     taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in taking:

@@ -15,8 +15,8 @@ from moe_interp.patching.inputs import PatchInputs
 from moe_interp.patching.patches import Patch, SlotsPatch
 from moe_interp.types import Layer
 
-Where = Callable[[Patch, tuple[int, ...]], Tensor]
-"""From a layer's patch and a place on the inner axes to the cell's activations, and those without a counterpart."""
+CellMask = Callable[[Patch, tuple[int, ...]], Tensor]
+"""From a layer's patch and a place on the inner axes to a mask of the cell's activations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Grid:
 
     inputs: PatchInputs
     axes: dict[str, tuple[int, ...]]
-    where: Where
-    unmatched: Where | None
+    where: CellMask
+    unmatched: CellMask | None
     exists: Callable[[tuple[int, ...]], Tensor]
     size: Callable[[Layer], tuple[int, ...]]
 

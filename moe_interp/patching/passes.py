@@ -1,4 +1,7 @@
-"""The passes of a sweep: from a recorded pass many cells at a time, or one ``run_with_hooks`` a cell."""
+"""Where the passes of a sweep start: in a recorded pass, many cells at a time, or one ``run_with_hooks`` a cell.
+
+Passes that start in a recorded one are run by ``moe_interp/engine/sequence_ends``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Cell:
 
     @classmethod
     def of(cls, place: tuple[int, ...], where: Callable[[], Tensor], differs: Tensor) -> Cell:
-        """A cell of activations, of which some differ between the runs."""
+        """A cell, from the mask of activations that differ between the runs."""
         changed = where() & differs
         columns = changed.any(dim=-1) if changed.ndim > 2 else changed
         return cls(place, where, columns.any(dim=1), int(columns.any(dim=0).long().argmax()))
@@ -106,7 +109,7 @@ class CorruptedRun:
         layer = patch.layer
         if not cells:
             return
-        is_fused = self._way(layer)
+        is_fused = self._is_fused_from(layer)
         if is_fused is None:
             for cell in cells:
                 yield cell, metrics(self.inputs.forward(hooks=patch.hooks(cell.where())))
@@ -188,7 +191,7 @@ class CorruptedRun:
             self.inputs.moe, self.inputs.tokens.shape[1], self.memory.budget, predictions_per_token=1.0
         )
 
-    def _way(self, layer: Layer) -> bool | None:
+    def _is_fused_from(self, layer: Layer) -> bool | None:
         """Whether attention is fused in passes from a layer; None where passes are whole ones."""
         base = self._base
         if base is None or not isinstance(layer, int):
@@ -201,12 +204,12 @@ class CorruptedRun:
         if self._fuses and tolerance is not None:
             found = null_difference(base, layer, is_fused=True)
             if found <= tolerance:
-                self._note(found)
+                self._record_null(found)
                 return True
             self._fuses = False
         found = null_difference(base, layer, is_fused=False)
         if found <= ROUNDING.get(base.logits.dtype, 0.1):
-            self._note(found)
+            self._record_null(found)
             return False
         if self.method == "rerun":
             self._refuse(f"a pass from layer {layer} with nothing patched differs by {found:.1e} nats")
@@ -218,7 +221,7 @@ class CorruptedRun:
         self._base = None
         return None
 
-    def _note(self, difference: float) -> None:
+    def _record_null(self, difference: float) -> None:
         self.null_difference = max(self.null_difference or 0.0, difference)
 
     def _refusal(self) -> str | None:

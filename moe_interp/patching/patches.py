@@ -108,9 +108,9 @@ class RoutesPatch(TokenPatch):
 
     def prepare(self, clean: dict[str, Tensor], corrupted: dict[str, Tensor]) -> None:
         self.indices, self.weights = pack_routes(clean["expert_indices"], clean["expert_weights"])
-        theirs, weights = pack_routes(corrupted["expert_indices"], corrupted["expert_weights"])
-        slots = max(theirs.shape[-1], self.indices.shape[-1])
-        differs = widen(self.indices, slots, EMPTY) != widen(theirs, slots, EMPTY)
+        own, weights = pack_routes(corrupted["expert_indices"], corrupted["expert_weights"])
+        slots = max(own.shape[-1], self.indices.shape[-1])
+        differs = widen(self.indices, slots, EMPTY) != widen(own, slots, EMPTY)
         if not self.own_weights:
             assert weights is not None
             assert self.weights is not None
@@ -191,10 +191,10 @@ class SlotOutputsPatch(SlotsPatch):
     writes = "expert_out"
 
     def prepare(self, clean: dict[str, Tensor], corrupted: dict[str, Tensor]) -> None:
-        theirs = corrupted["expert_indices"]
-        self.own_experts = theirs
-        found, output = self.counterparts(clean["expert_indices"], clean["expert_out"], theirs)
-        self.experts = theirs.masked_fill(~found, EMPTY)
+        own = corrupted["expert_indices"]
+        self.own_experts = own
+        found, output = self.counterparts(clean["expert_indices"], clean["expert_out"], own)
+        self.experts = own.masked_fill(~found, EMPTY)
         self.clean = output
         self.differs = found & (output != corrupted["expert_out"]).any(dim=-1)
         spec = self.inputs.moe.spec(self.layer)
@@ -206,11 +206,11 @@ class SlotOutputsPatch(SlotsPatch):
     def has_counterpart(self) -> Tensor:
         return self.experts != EMPTY
 
-    def counterparts(self, clean: Tensor, outputs: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    def counterparts(self, clean: Tensor, outputs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Which slots ``[batch, pos, slot]`` have a counterpart in the clean run, and its output."""
-        slots = theirs.shape[-1]
+        slots = own.shape[-1]
         aligned = _fit_slots(outputs, slots)
-        return (theirs != EMPTY) & (_fit_slots(clean.unsqueeze(-1), slots, EMPTY).squeeze(-1) != EMPTY), aligned
+        return (own != EMPTY) & (_fit_slots(clean.unsqueeze(-1), slots, EMPTY).squeeze(-1) != EMPTY), aligned
 
     def hooks(self, where: Tensor) -> Hooks:
         return self.hook("expert_out", lambda v: torch.where(where.unsqueeze(-1), self.clean.to(v.dtype), v))
@@ -219,9 +219,9 @@ class SlotOutputsPatch(SlotsPatch):
 class ExpertOutputsPatch(SlotOutputsPatch):
     """Each expert's output by the same expert's in the clean run at that token, where both runs use it there."""
 
-    def counterparts(self, clean: Tensor, outputs: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    def counterparts(self, clean: Tensor, outputs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         # shape: (batch, pos, slot, slot of the clean run)
-        same = (theirs.unsqueeze(-1) == clean.unsqueeze(-2)) & (theirs != EMPTY).unsqueeze(-1)
+        same = (own.unsqueeze(-1) == clean.unsqueeze(-2)) & (own != EMPTY).unsqueeze(-1)
         place = same.long().argmax(dim=-1, keepdim=True)
         return same.any(dim=-1), outputs.gather(2, place.expand(*place.shape[:-1], outputs.shape[-1]))
 

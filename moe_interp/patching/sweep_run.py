@@ -1,4 +1,4 @@
-"""Running a sweep: which cells need a pass, the passes, and the metric's value of each cell."""
+"""Running a sweep: which cells need a pass, and the metric's value of each. Where passes start: ``passes.py``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sweep:
     """One sweep.
 
     Args:
-        what: Is patched, in words.
+        what: What is patched, in words.
         patch: What a layer's cells are made of.
         grid: The axes.
         cache: The clean run's.

@@ -11,7 +11,7 @@ Every sublayer's output is a leaf, its input is cut off, and a norm's output kee
 of the frozen map. Nothing of a family is written down here: norms are measured (:func:`frozen_norm`), residual
 multipliers, layer scalars and several residual streams are differentiated as the family's own code applies them.
 TransformerLens' ``decompose_resid`` knows attention and MLP outputs alone, added as they are: no norm after a sublayer,
-no multiplier, no bias, no several streams; so it does not serve here.
+no multiplier, no bias, no several streams; so it cannot be used here.
 """
 
 from __future__ import annotations
@@ -249,8 +249,8 @@ class _Recorder:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         assert self.shape is not None
-        as_wide = value.shape[-1] == self.shape[-1] and value.numel() == self.shape.numel()
-        if not as_wide and kind != "embedding":
+        is_stream_sized = value.shape[-1] == self.shape[-1] and value.numel() == self.shape.numel()
+        if not is_stream_sized and kind != "embedding":
             return value.detach()
         leaf = value.detach().requires_grad_()
         self.stream.written.append(Written(kind, index, name, leaf))
@@ -292,13 +292,5 @@ class _Recorder:
 
 
 def _eps(dtype: torch.dtype) -> float:
-    # routers and norms compute in float32 by name, also in a float64 model
+    # routers and norms cast to float32 explicitly, also in a float64 model
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-
-
-def sublayers(moe: MoEHooks, layers: Sequence[nn.Module]) -> Iterator[tuple[int, str, nn.Module]]:
-    """``(layer, name, module)`` of everything that a layer calls but its norms."""
-    for index, layer in enumerate(layers):
-        for name, child in layer.named_children():
-            if not isinstance(unwrap(child), PASSED_THROUGH) and not is_norm(child):
-                yield index, name, child

@@ -56,12 +56,12 @@ class FrozenSublayers:
                 answer = RecordedLayer.stacked(self.answers[index, name], copies)
                 is_block = self.blocks.get(index) == name
                 if is_block and index == layer:
-                    answer = _plus(answer, delta)
+                    answer = _with_added(answer, delta)
                 if is_block and index > layer:
                     # its router runs, and reads the stream as it is now
-                    stack.callback(child.register_forward_hook(_giving(answer)).remove)
+                    stack.callback(child.register_forward_hook(_returning(answer)).remove)
                 else:
-                    stack.enter_context(swapped_forward(child, _giving(answer)))
+                    stack.enter_context(swapped_forward(child, _returning(answer)))
             yield
 
 
@@ -88,7 +88,7 @@ def record_sublayers(moe: MoEHooks, forward: Callable[[], Tensor], n_examples: i
                     continue
                 if native is (spec.experts if own else spec.container):
                     blocks[index] = name
-            stack.callback(child.register_forward_hook(_keeping(answers, (index, name))).remove)
+            stack.callback(child.register_forward_hook(_recording(answers, (index, name))).remove)
         for index, layer in enumerate(layers):
             stack.callback(layer.register_forward_pre_hook(_one_stream(index), with_kwargs=True).remove)
         logits = forward()
@@ -119,18 +119,18 @@ def decoder_layers_of(moe: MoEHooks) -> list[nn.Module]:
     return [unwrap(block) for block in blocks]
 
 
-def _keeping(answers: dict[tuple[int, str], Any], key: tuple[int, str]) -> Callable[..., None]:
+def _recording(answers: dict[tuple[int, str], Any], key: tuple[int, str]) -> Callable[..., None]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         answers[key] = tree_map(detached, output)
 
     return keep
 
 
-def _giving(answer: Any) -> Callable[..., Any]:
+def _returning(answer: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: answer
 
 
-def _plus(answer: Any, delta: Tensor) -> Any:
+def _with_added(answer: Any, delta: Tensor) -> Any:
     """A block's answer with something added to its output, which may come flat, and with router logits beside it."""
     out, *rest = answer if isinstance(answer, tuple) else (answer,)
     added = out + delta.reshape(out.shape).to(out.dtype)

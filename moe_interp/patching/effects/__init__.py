@@ -1,1 +1,1 @@
-"""What experts do to a metric and to each other: split by cause, along paths, and restored into noised runs."""
+"""Effects of experts on a metric and on later routers: split by cause, along paths, and restored in noised runs."""

@@ -259,8 +259,8 @@ def _shapley(by_subset: Mapping[Subset, Tensor]) -> NDArray[np.float64]:
     return torch.stack([torch.as_tensor(value) for value in found], dim=1).cpu().double().numpy()
 
 
-def _route_change(theirs: Tensor, clean: Tensor, where: Tensor) -> Tensor:
+def _route_change(corrupted_route: Tensor, clean: Tensor, where: Tensor) -> Tensor:
     """``[batch]``: the share of the corrupted route's experts that the clean run does not use, at some tokens."""
-    kept = ((theirs.unsqueeze(-1) == clean.unsqueeze(-2)).any(dim=-1)) & (theirs >= 0)
-    used = (theirs >= 0) & where.unsqueeze(-1)
+    kept = ((corrupted_route.unsqueeze(-1) == clean.unsqueeze(-2)).any(dim=-1)) & (corrupted_route >= 0)
+    used = (corrupted_route >= 0) & where.unsqueeze(-1)
     return 1 - (kept & used).sum(dim=(1, 2)) / used.sum(dim=(1, 2)).clamp(min=1)

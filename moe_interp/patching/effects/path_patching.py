@@ -36,7 +36,7 @@ from moe_interp.types import EMPTY, Hooks
 
 Mode = Literal["zero", "mean", "clean"]
 PATHS = ("direct", "total")
-ONE_PATH = ("share", "changed_elsewhere")  # measures that take both paths, or the total one alone
+ONE_PATH = ("share", "changed_elsewhere")  # measures without a path axis
 _NEEDS = ("expert_indices", "expert_weights", "expert_out")
 _READ = ("router_logits", "expert_indices")
 Activations = dict[tuple[str, Any], Tensor]
@@ -222,12 +222,12 @@ class _Paths:
         patched, delta = self._deltas(layer, group, plain)
         copies, flat = repeated(self.inputs, len(group)), delta.flatten(0, 1)
         found: dict[str, Activations] = {path: {} for path in PATHS}
-        # the routers are read; what their experts would give is not
-        nobody = [
+        # only the routers are read, so no expert runs
+        empty_routes = [
             (moe.hook_name("expert_indices", m), lambda value, hook: torch.full_like(value, EMPTY)) for m in later
         ]
         with frozen.adding(layer, flat):
-            copies.forward(hooks=keeping(moe, _READ, later, found["direct"]) + nobody)
+            copies.forward(hooks=keeping(moe, _READ, later, found["direct"]) + empty_routes)
         add = (moe.hook_name("routed_out", layer), lambda value, hook: value + flat.to(value.dtype))
         copies.forward(hooks=[add, *keeping(moe, _READ, later, found["total"])])
         measures = {}
@@ -250,8 +250,8 @@ class _Paths:
             if self.mode == "mean" and bool((used & self.inputs.is_real).any()):
                 new = old[used & self.inputs.is_real].mean(dim=0).expand_as(old)
             if clean is not None:
-                used_there, new = written_by(spec, clean, expert)
-                used = used | used_there
+                clean_used, new = written_by(spec, clean, expert)
+                used = used | clean_used
             here = used & self.where
             patched.append(here)
             deltas.append((new.to(old.dtype) - old) * here.unsqueeze(-1).to(old.dtype))
@@ -274,12 +274,12 @@ class _Paths:
             moved = (rule.log_policy(new).exp() - rule.log_policy(logits).exp()).double()
             now = _membership(found[path]["expert_indices", target], logits.shape[-1]).view(shape)
             lost = 1 - (before * now).sum(dim=-1) / n_chosen
-            by_path["effect"].append(_over(patched, (delta * before).sum(dim=-1) / n_chosen))
-            by_path["probability"].append(_over(patched, (moved * before).sum(dim=-1)))
-            by_path["changed"].append(_over(patched, lost))
-            by_path["logit"].append(_over(patched, delta))
+            by_path["effect"].append(_mean_over(patched, (delta * before).sum(dim=-1) / n_chosen))
+            by_path["probability"].append(_mean_over(patched, (moved * before).sum(dim=-1)))
+            by_path["changed"].append(_mean_over(patched, lost))
+            by_path["logit"].append(_mean_over(patched, delta))
             changes.append(delta * patched.unsqueeze(-1))
-            elsewhere = _over(self.inputs.is_real & ~patched, lost)
+            elsewhere = _mean_over(self.inputs.is_real & ~patched, lost)
         direct, total = changes
         size = total.square().sum(dim=(-2, -1))
         share = ((direct * total).sum(dim=(-2, -1)) / size).masked_fill(size == 0, torch.nan)
@@ -348,7 +348,7 @@ def _membership(indices: Tensor, n_experts: int) -> Tensor:
     return (indices.unsqueeze(-1) == experts).any(dim=-2).double()
 
 
-def _over(tokens: Tensor, values: Tensor) -> Tensor:
+def _mean_over(tokens: Tensor, values: Tensor) -> Tensor:
     """The mean over some tokens ``[source, batch, pos]`` of values that may have further axes; NaN without a token."""
     weights = tokens.double().view(*tokens.shape, *[1] * (values.ndim - tokens.ndim))
     n = weights.sum(dim=2)

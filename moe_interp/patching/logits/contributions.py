@@ -181,7 +181,7 @@ def _check_closed(found: Contributions, stream: ResidualStream, ends: list[Tenso
         [value.abs() for value in found.parts.values()] + [v.abs().sum(-1) for v in found.experts.values()]
     )
     assert stream.head_in is not None
-    # norms compute in float32 by name, also in a float64 model
+    # norms cast to float32 explicitly, also in a float64 model
     eps = max(torch.finfo(stream.head_in.dtype).eps, torch.finfo(torch.float32).eps)
     if bool((off <= 1000 * eps * (1 + terms.sum(dim=0))).all()):
         return
@@ -189,14 +189,14 @@ def _check_closed(found: Contributions, stream: ResidualStream, ends: list[Tenso
     # where each layer begins, and where the last one ends: what is between two of them counts for the former
     begins = [pair[0] for pair in stream.layer_ends.values()] + [list(stream.layer_ends.values())[-1][1]]
     at = [float(reader.summed(gradient, value)[worst]) for gradient, value in zip([*ends[::2], ends[-1]], begins)]
-    jumps = {}
+    unexplained = {}
     for number, layer in enumerate(stream.layer_ends):
         written = sum(float(v[worst]) for (_, where, _), v in found.parts.items() if where == layer)
         written += float(found.experts[layer][worst].sum()) if layer in found.experts else 0.0
-        jumps[layer] = abs(at[number + 1] - at[number] - written)
-    layer = max(jumps, key=lambda key: jumps[key])
+        unexplained[layer] = abs(at[number + 1] - at[number] - written)
+    layer = max(unexplained, key=lambda key: unexplained[key])
     raise ConfigError(
-        f"layer {layer}, which changes the logit difference by {jumps[layer]:.1e} more than its sublayers write",
+        f"layer {layer}, which changes the logit difference by {unexplained[layer]:.1e} more than its sublayers write",
         "layers that add what their sublayers write, behind norms and constant factors",
         "This model's residual stream is not a sum of its sublayers' outputs; patch its experts instead.",
     )
