@@ -318,20 +318,20 @@ class Branches:
 @torch.no_grad()
 def measure_layouts(bench: Bench) -> None:
     """All routes of a middle layer in compact rows, as a grid, and as a compiled grid, whatever the policy takes."""
-    chosen, backend = policy.GRID_FROM.get(bench.device.type), compiled.BACKEND
+    chosen, backend = policy.GRID_SHARES.get(bench.device.type), compiled.BACKEND
     if not bench.on_gpu:
         compiled.BACKEND = "eager"  # the processor's compiler is not what is measured
     try:
         with attach(bench.bridge) as moe:
             branches = Branches(bench, moe)
             for row, share, compile in (("compact", 2.0, False), ("grid", 0.0, False), ("grid_compiled", 0.0, True)):
-                policy.GRID_FROM[bench.device.type] = policy.GridFrom(share, share)
+                policy.GRID_SHARES[bench.device.type] = policy.GridShares(share, share)
                 _measure_layout(bench, branches, row, compile)
     finally:
         compiled.BACKEND = backend
-        policy.GRID_FROM.pop(bench.device.type)
+        policy.GRID_SHARES.pop(bench.device.type)
         if chosen is not None:
-            policy.GRID_FROM[bench.device.type] = chosen
+            policy.GRID_SHARES[bench.device.type] = chosen
 
 
 def _measure_layout(bench: Bench, branches: Branches, row: str, compile: bool) -> None:

@@ -121,7 +121,7 @@ def _try(like: Tensor) -> bool:
     groups = RowGroups.of_sorted(torch.arange(4, device=like.device) // 2, 2)
     try:
         grouped_linear(rows, groups, weights, None, transposed=False)
-    except torch.OutOfMemoryError:  # says nothing of what there is
+    except torch.OutOfMemoryError:  # the product may exist all the same
         raise
     except RuntimeError:  # torch has none for this dtype or device (NotImplementedError is one of them)
         return False

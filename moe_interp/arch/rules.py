@@ -156,7 +156,7 @@ class ScoreRule(RoutingRule):
         return scores if self.bias is None else scores + self.bias
 
     def _limited(self, choice: Tensor, excluded_score: float) -> Tensor:
-        """The choice scores, with ``shut`` at the experts of shut groups."""
+        """The choice scores, with ``excluded_score`` at the experts of excluded groups."""
         if self.group_score is None:
             return choice
         # shape: (*token, expert) -> (*token, group, expert of the group)
@@ -393,5 +393,5 @@ def _log_extended(scores: Tensor) -> Tensor:
 
 def _exp_extended(logs: Tensor) -> Tensor:
     """The inverse of :func:`_log_extended`."""
-    bend = math.log(_SMALLEST)
-    return logs.clamp_min(bend).exp() + (logs - bend).clamp_max(0.0) / _SLOPE
+    smallest = math.log(_SMALLEST)
+    return logs.clamp_min(smallest).exp() + (logs - smallest).clamp_max(0.0) / _SLOPE

@@ -60,7 +60,7 @@ def load_bridge(
         options = {"hf_config_overrides": unpacked, **options}
     chosen = _dtype(dtype, device or ("cpu" if _is_without_gpu() else "cuda"), config)
     if dtype != AUTO and device_map is None:
-        _check_served(chosen, device or get_device())
+        _check_number_format(chosen, device or get_device())
     try:
         bridge = TransformerBridge.boot_transformers(source, **place, dtype=chosen, **options)
     except Exception as error:  # damaged weights raise errors of any class
@@ -69,7 +69,7 @@ def load_bridge(
             remedy = "Try --dtype bfloat16, --device-map auto, or a device with more memory."
             raise ConfigError(given, "room for its weights", remedy) from error
         raise _explained(model, error) from error
-    _take_served_experts(bridge.original_model)
+    _set_experts_implementation(bridge.original_model)
     if not has_text:
         bridge.tokenizer = None
     bridge.cfg.model_name = DEMO if model == DEMO else bridge.cfg.model_name
@@ -124,11 +124,11 @@ def _device(device: str | None) -> str | None:
     return device
 
 
-def _check_served(dtype: torch.dtype, device: str | None) -> None:
-    """Refuse a number format that a device does not multiply in.
+def _check_number_format(dtype: torch.dtype, device: str | None) -> None:
+    """Refuse a number format that a device cannot multiply.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the product fails.
     """
     try:
         some = torch.zeros(2, 2, dtype=dtype, device=device)
@@ -181,10 +181,10 @@ def _unpacked(model: str, config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _take_served_experts(model: Any) -> None:
-    """Let experts run one after the other where torch has no grouped product in the model's number format.
+def _set_experts_implementation(model: Any) -> None:
+    """Run experts one after the other where torch has no grouped product in the model's number format.
 
-    transformers' choice is the grouped product, which then fails at the first pass.
+    transformers chooses the grouped product, which then fails at the first pass.
     """
     served = has_grouped_product(next(model.parameters()).new_zeros(0, device=device_of(model)))
     if not served and getattr(model.config, "_experts_implementation", None) == "grouped_mm":

@@ -1,8 +1,8 @@
 """Attention of branches over the keys and values that all branches of a sequence share, without a copy a row.
 
 The rest of the attention (projections, norms, rotation, gates) is the model's own: :func:`branch_attention` is
-registered with transformers as an attention implementation. What it is to read reaches it as an argument, in the place
-of the attention mask: an :class:`EarlierKeys`, which :class:`SharedKeys` is for compact rows.
+registered with transformers as an attention implementation. The recorded keys are passed to it in the place of the
+attention mask, as an :class:`EarlierKeys`; for compact rows that is a :class:`SharedKeys`.
 
 A branch reads the keys and values of its sequence's earlier positions, and its own. With the scores of earlier ones
 ``s_j = scale q . k_j`` and its own ``s``, both taken against their maximum m, its output is
@@ -34,7 +34,7 @@ class UnknownAttention(Exception):
 
 
 class EarlierKeys(ABC):
-    """What the branches that run read of the base pass in a layer, and how: given to it as its attention mask.
+    """The recorded keys and values that branches read in a layer; passed to its attention as the mask.
 
     Attributes:
         keys, values: The base pass's, ``[batch, kv_head, pos, d]``.
@@ -57,7 +57,7 @@ class EarlierKeys(ABC):
             softcap: Scores become ``softcap * tanh(score / softcap)``.
 
         Raises:
-            UnknownAttention: what it does not serve.
+            UnknownAttention: attention of a form that is not implemented.
         """
 
 
@@ -79,7 +79,7 @@ def branch_attention(
         module: The model's attention.
         query: ``[row, head, n, d_key]``.
         key, value: The branches' own, ``[row, kv_head, n, d]``.
-        attention_mask: What they read besides.
+        attention_mask: The :class:`EarlierKeys` of the branches.
         scaling: Of the scores.
         dropout: Not in evaluation.
         s_aux: ``[head]``, scores of sinks.
@@ -105,7 +105,7 @@ AttentionInterface.register(NAME, branch_attention)
 
 
 class Piece(NamedTuple):
-    """Some rows, of one sequence: all their branches read the keys before ``low``, none those from ``crop`` on."""
+    """Rows of one sequence: all their branches read the keys before ``low``, and none reads a key from ``crop`` on."""
 
     start: int
     stop: int
@@ -132,12 +132,12 @@ class RowsOverSharedKeys(CompactRows):
     def cache(self) -> RowsCache:
         return RowsCache(self)
 
-    def attends(self, layer: int) -> Any:
+    def attention_mask(self, layer: int) -> Any:
         recorded = self.base.cache.recorded.get(layer)
         return None if recorded is None else SharedKeys(self, layer, *recorded)
 
     def pieces(self, n_heads: int) -> list[Piece]:
-        """What attention takes one after the other."""
+        """The rows in the groups that attention computes one after the other."""
         if n_heads not in self._pieces:
             self._pieces[n_heads] = list(self._cut(n_heads))
         return self._pieces[n_heads]
@@ -155,8 +155,8 @@ class RowsOverSharedKeys(CompactRows):
                 yield Piece(start, i, sequence[start], min(low[start:i]), max(1, *end[start:i]))
                 start = i
 
-    def added(self, number: int | None, piece: Piece) -> Tensor:
-        """``[row * n, width]``: 0, or the least number at keys that a branch's token did not read before its position.
+    def score_mask(self, number: int | None, piece: Piece) -> Tensor:
+        """``[row * n, width]``, added to scores: 0, or the least number at earlier keys that the token did not read.
 
         Args:
             number: Of the layer's mask; None where its tokens read all earlier ones.
@@ -204,7 +204,7 @@ class SharedKeys(EarlierKeys):
         for piece in self.rows.pieces(query.shape[1]):
             here = slice(piece.start, piece.stop)
             before = self.keys[piece.sequence, :, : piece.crop], self.values[piece.sequence, :, : piece.crop]
-            mask = self.rows.added(self.mask, piece)
+            mask = self.rows.score_mask(self.mask, piece)
             parts.append(_attend(query[here], before, (key[here], value[here]), mask, scale, sinks))
         return torch.cat(parts)
 

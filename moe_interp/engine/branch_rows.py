@@ -1,4 +1,4 @@
-"""Branches that run together, as the rows of a batch: what modules are given of the base pass at each of them."""
+"""Branches that run together, as the rows of a batch, and the base pass's values at each of them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Rows(ABC):
 
     @abstractmethod
     def cache(self) -> RowsCache:
-        """What the model is given as its cache."""
+        """The argument ``past_key_values`` of the model."""
 
     @abstractmethod
-    def attends(self, layer: int) -> Any:
-        """What a layer above is given as its attention mask."""
+    def attention_mask(self, layer: int) -> Any:
+        """The argument ``attention_mask`` of a layer above."""
 
     @abstractmethod
     def at(self, value: Tensor) -> Tensor | None:
@@ -54,7 +54,7 @@ class Rows(ABC):
         return tree_map(lambda leaf: self.at(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
     def argument(self, number: int) -> Any:
-        """Of the values that layers were called with, one at the branches; layers share them."""
+        """One of the base pass's :class:`Arguments` at the branches; gathered once, as layers share it."""
         if number not in self._gathered:
             self._gathered[number] = self.gathered(self.base.arguments.values[number])
         return self._gathered[number]
@@ -130,7 +130,7 @@ class CompactRows(Rows):
             return value[self.token.reshape(-1)]
         return value.reshape(-1, *value.shape[2:])[self.position] if value.shape[:2] == (1, pos) else None
 
-    def attends(self, layer: int) -> Any:
+    def attention_mask(self, layer: int) -> Any:
         """``[row, 1, n, crop + n]``: a branch reads what its token read before its position, and itself."""
         number = self.base.arguments.number(layer, "attention_mask")
         if number not in self._masks:

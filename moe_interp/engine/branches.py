@@ -10,7 +10,7 @@ exact. The model's own modules run; what a module has answered in the base pass 
 - layers above l run on the branches, with the base pass's masks, rotary tables and keys, gathered at each branch's
   sequence and position.
 
-What runs reaches the modules as arguments: the model hands its cache to every layer, and that brings the rows.
+The rows reach the modules as arguments: they are part of the cache, which the model hands to every layer.
 """
 
 from __future__ import annotations
@@ -199,14 +199,14 @@ class BranchRunner:
             rows: Rows = kwargs["past_key_values"].rows
             given = kwargs | {name: rows.argument(number) for name, number in fed.items()}
             if "attention_mask" in numbers:
-                given["attention_mask"] = rows.attends(index)
+                given["attention_mask"] = rows.attention_mask(index)
             return args, given
 
         return feed
 
 
 def say_not_compiled(moe: MoEHooks, why: str) -> None:
-    """Warn, once a model, that branches which were to be compiled are not, for such a reason."""
+    """Warn, once a model, why branches are not compiled although that was asked for."""
     compiled_layers(moe, NAME).say_once(why)
 
 

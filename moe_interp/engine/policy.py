@@ -41,11 +41,11 @@ GRID_TOLERANCE = {
     torch.bfloat16: GridTolerance(0.06, of_all=False),
     torch.float16: GridTolerance(0.02, of_all=False),
 }
-"""At half precision every way rounds otherwise, and near-ties of later routers change the route of many tokens."""
+"""At half precision every layout rounds otherwise, and near-ties of later routers change the route of many tokens."""
 
 
-class GridFrom(NamedTuple):
-    """From which share of a grid's places (every route at every position) a grid runs instead of compact rows.
+class GridShares(NamedTuple):
+    """The least share of a grid's places (every route at every position) from which a grid replaces compact rows.
 
     A place costs half of what a branch costs in compact rows, and compiled a fifth (see docs/benchmarks.md).
     """
@@ -54,7 +54,7 @@ class GridFrom(NamedTuple):
     compiled: float
 
 
-GRID_FROM = {"cuda": GridFrom(0.5, 0.25)}
+GRID_SHARES = {"cuda": GridShares(0.5, 0.25)}
 """By kind of device; others run compact rows. Tests and benchmarks write to it."""
 
 LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 48
@@ -141,7 +141,7 @@ class Policy:
             share: How many of the grid's places are scored.
             compiled: Whether its layers are.
         """
-        least = GRID_FROM.get(self.device.type)
+        least = GRID_SHARES.get(self.device.type)
         return least is not None and share >= (least.compiled if compiled else least.plain)
 
     @property
@@ -192,8 +192,8 @@ class Policy:
             self.at_once.branches if self.shared_keys_tolerance(self.dtype) is not None else self.at_once.branches // 3
         )
         grid = "compact rows"
-        if self.device.type in GRID_FROM:
-            grid += f", or a grid where {GRID_FROM[self.device.type].plain:.0%} of its places are scored"
+        if self.device.type in GRID_SHARES:
+            grid += f", or a grid where {GRID_SHARES[self.device.type].plain:.0%} of its places are scored"
         share = f"{PROCESSOR_SHARE:.0%} of what is free"
         if self.has_memory_of_its_own:
             share = f"what is free but for {RESERVED_BYTES / 2**30:g} GiB or {RESERVED_SHARE:.0%}"

@@ -199,7 +199,7 @@ class RecordedPass:
         shares_keys: Whether branches may read their sequence's keys without copies; None until it has been tried.
         runs_grid: The same of branches that run as a grid.
         hiding: By number of a mask among the layers' arguments, whether it hides keys, as far as that has been asked.
-        reaches: Likewise what each sequence's tokens read, for a grid.
+        sequence_masks: By the same number, the mask of each sequence, for a grid.
     """
 
     moe: MoEHooks
@@ -221,7 +221,7 @@ class RecordedPass:
     shares_keys: bool | None = None
     runs_grid: bool | None = None
     hiding: dict[int, bool] = field(default_factory=dict)
-    reaches: dict[int | None, list[Any]] = field(default_factory=dict)
+    sequence_masks: dict[int | None, list[Any]] = field(default_factory=dict)
 
     @cached_property
     def arguments(self) -> Arguments:

@@ -107,7 +107,7 @@ class PrefixRunner:
             children = dict(self.layers[layer].named_children())
             for name, answers in prefix.answers.items():
                 known = [prefix.stacked(answer, copies) for answer in answers]
-                stack.enter_context(swapped_forward(children[name], answering(known, children[name].forward)))
+                stack.enter_context(swapped_forward(children[name], recorded_answers(known, children[name].forward)))
             return self._read(tokens, predictions, hooks, trim_after=layer)
 
     def _read(self, tokens: Tensor, predictions: TargetPredictions, hooks: Hooks, trim_after: int | None) -> Tensor:
@@ -172,8 +172,8 @@ def only_at(place: Callable[[], Tensor], native: Callable[..., Any]) -> Callable
     return forward
 
 
-def answering(known: list[Any], native: Callable[..., Any]) -> Callable[..., Any]:
-    """The known answers, call after call; calls after those come behind the experts, and are computed."""
+def recorded_answers(known: list[Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that gives recorded answers, call after call; later calls, after the experts, run the module."""
     left = iter(known)
 
     def answer(*args: Any, **kwargs: Any) -> Any:

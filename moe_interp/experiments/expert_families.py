@@ -74,7 +74,7 @@ def check_one_shape(families: Sequence[ExpertFamily], baselines: Sequence[str]) 
     """Baselines but the natural one are the same for all families, which then have as many experts at each layer.
 
     Raises:
-        ConfigError: they have not.
+        ConfigError: their numbers of experts differ.
     """
     layers = family_layers(families)
     shapes = {tuple(len(of_layer(family, layer)) for layer in layers) for family in families}

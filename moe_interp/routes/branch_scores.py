@@ -94,7 +94,7 @@ def ruled_routes(base: RecordedPass, layer: int, indices: Tensor, weights: Tenso
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class ScoreRequest:
     """What is to be scored.
 
     Attributes:
@@ -112,7 +112,7 @@ class Asked:
     @staticmethod
     def of(
         base: RecordedPass, routes: Mapping[int, LayerRoutes], wanted: Tensor, averaged: Tensor | None = None
-    ) -> Asked:
+    ) -> ScoreRequest:
         """Routes at several layers are taken jointly, route r of one with route r of the others.
 
         Args:
@@ -127,7 +127,7 @@ class Asked:
         is_averaged = torch.zeros_like(present)
         if averaged is not None:
             is_averaged[:, :, 1:] = averaged & present[:, :, 1:]
-        return Asked(with_null, present, is_averaged, int(is_averaged.sum(dim=-1).max()))
+        return ScoreRequest(with_null, present, is_averaged, int(is_averaged.sum(dim=-1).max()))
 
     @property
     def first(self) -> int:
@@ -144,12 +144,14 @@ class Asked:
         return {layer: given for layer, given in self.routes.items() if layer != self.first}
 
 
-def branch_scores(base: RecordedPass, asked: Asked, targets: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
+def branch_scores(
+    base: RecordedPass, request: ScoreRequest, targets: Tensor, memory: Memory
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score routes by branches in compact rows.
 
     Args:
         base: The base pass of the sequences.
-        asked: What is scored.
+        request: What is scored.
         targets: ``[batch, pos, target]`` token ids.
         memory: What the branches may take at a time, besides the base pass.
 
@@ -157,13 +159,13 @@ def branch_scores(base: RecordedPass, asked: Asked, targets: Tensor, memory: Mem
         Log-probabilities of the routes ``[batch, pos, route, target]`` and of the null route ``[batch, pos, target]``,
         and the entropy of the mean prediction ``[batch, pos]`` (NaN where nothing is averaged).
     """
-    first, present, is_averaged, with_null = asked.first, asked.present, asked.averaged, asked.routes
+    first, present, is_averaged, with_null = request.first, request.present, request.averaged, request.routes
     workers = n_workers(base.moe) if len(with_null) == 1 else 1
     n_branches = int(present.sum())
     shares_keys = n_branches >= _WORTH_A_TRIAL and can_share_keys(base)
-    plan = Plan(base, first, with_null[first].indices.shape[2], memory.bytes, workers, shares_keys, asked.n_averaged)
+    plan = Plan(base, first, with_null[first].indices.shape[2], memory.bytes, workers, shares_keys, request.n_averaged)
     at_once = min(plan.rows_at_once * plan.row_length, n_branches)
-    upper = UpperRoutes(base, asked.above)
+    upper = UpperRoutes(base, request.above)
     runner = BranchRunner(base, first, at_once, shares_keys, plan.scores_at_once)
     with torch.inference_mode(False), torch.no_grad(), runner as run:
         scorer = _Scorer(base, plan, upper, run, is_averaged, targets, memory)
@@ -342,12 +344,12 @@ class UpperRoutes:
         for layer, given in self.given.items():
             for part, name in enumerate(("expert_indices", "expert_weights")):
                 if name == "expert_indices" or given.has_own_weights:
-                    put = _putting(self.flat[layer][part][token, route])
+                    put = _replacing(self.flat[layer][part][token, route])
                     found.append((self.base.moe.hook_name(name, layer), put))
         return found
 
 
-def _putting(written: Tensor) -> Any:
+def _replacing(written: Tensor) -> Any:
     return lambda value, hook: written[..., : value.shape[-1]]
 
 

@@ -14,7 +14,7 @@ from moe_interp.engine.grid.trial import can_run_grid
 from moe_interp.engine.memory import Memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
-from moe_interp.routes.branch_scores import Asked, LayerRoutes, UpperRoutes, block_outputs, branch_scores
+from moe_interp.routes.branch_scores import LayerRoutes, ScoreRequest, UpperRoutes, block_outputs, branch_scores
 from moe_interp.routes.plan import GridPlan, score_dtype
 from moe_interp.routes.predictions import averaged_without_waiting, fused_averages, fused_log_probs, log_probs
 from moe_interp.types import Hooks
@@ -32,21 +32,21 @@ def exact_scores(
     """Score routes by branches: as a grid where the policy takes one and the model can run it, else in compact rows.
 
     Args:
-        base, routes, wanted, averaged: See :meth:`Asked.of`.
+        base, routes, wanted, averaged: See :meth:`ScoreRequest.of`.
         targets, memory: See :func:`branch_scores`, also for what is returned.
         compile: Whether a grid's layers are compiled.
     """
-    asked = Asked.of(base, routes, wanted, averaged)
-    plan = _grid_plan(base, asked, memory, compile)
+    request = ScoreRequest.of(base, routes, wanted, averaged)
+    plan = _grid_plan(base, request, memory, compile)
     if isinstance(plan, str):
         if compile:
             say_not_compiled(base.moe, plan)
-        return branch_scores(base, asked, targets, memory)
+        return branch_scores(base, request, targets, memory)
     n_at_once = plan.rows_at_once * wanted.shape[1]
-    runner = BranchRunner(base, asked.first, n_at_once, shares_keys=True, compile=compile)
+    runner = BranchRunner(base, request.first, n_at_once, shares_keys=True, compile=compile)
     with torch.inference_mode(False), torch.no_grad(), runner as run:
-        scorer = _GridScorer(base, asked, plan, run, targets, memory)
-        sequences = asked.sequences.nonzero().flatten().tolist()
+        scorer = _GridScorer(base, request, plan, run, targets, memory)
+        sequences = request.sequences.nonzero().flatten().tolist()
         memory.in_parts(lambda part: scorer.score(sequences[part]), len(sequences), "sequences of a grid")
     memory.say()
     if run.compiled is not None:
@@ -54,19 +54,19 @@ def exact_scores(
     return scorer.logp[:, :, 1:], scorer.logp[:, :, 0], scorer.entropy
 
 
-def _grid_plan(base: RecordedPass, asked: Asked, memory: Memory, compile: bool) -> GridPlan | str:
+def _grid_plan(base: RecordedPass, request: ScoreRequest, memory: Memory, compile: bool) -> GridPlan | str:
     """How a grid is packed; in words, why compact rows serve instead."""
     policy = policy_of(base.moe)
     if not policy.takes_grid(1.0, compiled=compile):
         return f"on {policy.device.type} they run in compact rows, which are not compiled"
-    share = float(asked.present.sum() / (asked.sequences.sum() * asked.present[0].numel()))
+    share = float(request.present.sum() / (request.sequences.sum() * request.present[0].numel()))
     if not policy.takes_grid(share, compiled=compile):
         return f"{share:.0%} of a grid's places are scored, so they run in compact rows, which are not compiled"
-    if asked.n_averaged and not base.ends_in_head:
+    if request.n_averaged and not base.ends_in_head:
         return "the model does more after its unembedding, so that predictions are averaged in compact rows"
     if not can_run_grid(base):
         return "this model's branches run in compact rows, as its attention is no function over keys that a grid serves"
-    plan = GridPlan(base, asked.first, asked.present.shape[2], memory.bytes)
+    plan = GridPlan(base, request.first, request.present.shape[2], memory.bytes)
     return plan if plan.fits else "a grid does not fit into the memory budget, and compact rows are not compiled"
 
 
@@ -77,20 +77,20 @@ class _GridScorer:
     def __init__(
         self,
         base: RecordedPass,
-        asked: Asked,
+        request: ScoreRequest,
         plan: GridPlan,
         run: BranchRunner,
         targets: Tensor,
         memory: Memory,
     ) -> None:
-        self.base, self.asked, self.plan, self.run, self.memory = base, asked, plan, run, memory
-        self.targets, self.upper = targets, UpperRoutes(base, asked.above)
-        shape = (*asked.present.shape, targets.shape[-1])
+        self.base, self.request, self.plan, self.run, self.memory = base, request, plan, run, memory
+        self.targets, self.upper = targets, UpperRoutes(base, request.above)
+        shape = (*request.present.shape, targets.shape[-1])
         self.logp = base.logits.new_full(shape, float("nan"), dtype=score_dtype(base.logits))
         self.entropy = self.logp.new_full(shape[:2], float("nan"))
         self.n_pos, self.n_routes = shape[1], shape[2]
         # what is scored is looked up once: the loops below wait for nothing
-        places = asked.present.any(dim=-1)
+        places = request.present.any(dim=-1)
         self.places = {s: places[s].nonzero().flatten() for s in range(len(places))}
 
     def score(self, sequences: list[int]) -> None:
@@ -112,9 +112,9 @@ class _GridScorer:
         """``[row, pos, d_model]``, the rows of a sequence together."""
         flat = torch.cat([torch.arange(s * self.n_pos, (s + 1) * self.n_pos) for s in sequences])
         tokens = flat.to(self.base.tokens.device)
-        first = self.asked.first
+        first = self.request.first
         parts = [
-            block_outputs(self.base, first, self.asked.routes[first], part)
+            block_outputs(self.base, first, self.request.routes[first], part)
             for part in tokens.split(self.plan.tokens_at_once)
         ]
         found = torch.cat(parts).view(len(sequences), self.n_pos, self.n_routes, -1)
@@ -161,11 +161,11 @@ class _GridScorer:
         return owner.to(device), (numbers % self.n_routes).to(device)
 
     def _upper_hooks(self, sequences: list[int], rows: slice) -> Hooks:
-        if not self.asked.above:
+        if not self.request.above:
             return []
         sequence, route = self._owners(sequences, rows)
         # where there is no such route, the standard one
-        chosen = torch.where(self.asked.present[sequence, :, route], route.unsqueeze(1), 0)
+        chosen = torch.where(self.request.present[sequence, :, route], route.unsqueeze(1), 0)
         token = sequence.unsqueeze(1) * self.n_pos + torch.arange(self.n_pos, device=sequence.device)
         return self.upper.hooks(token, chosen)
 
@@ -177,15 +177,15 @@ class _GridScorer:
             some = states[:, places].transpose(0, 1)
             logits = self.run.logits(some.flatten(0, 1)).view(*some.shape[:2], -1)
             targets = self.targets[sequence, places]
-            if self.asked.n_averaged:
-                given = logits, targets, self.asked.averaged[sequence, places]
+            if self.request.n_averaged:
+                given = logits, targets, self.request.averaged[sequence, places]
                 scores, entropy = self._compiled(fused_averages, *given) or averaged_without_waiting(*given)
                 self.entropy[sequence, places] = entropy
             else:
                 ids = targets.unsqueeze(1).expand(-1, self.n_routes, -1)
                 found = self._compiled(fused_log_probs, logits, ids)
                 scores = log_probs(logits, ids) if found is None else found
-            is_there = self.asked.present[sequence, places].unsqueeze(-1)
+            is_there = self.request.present[sequence, places].unsqueeze(-1)
             self.logp[sequence, places] = scores.masked_fill(~is_there, float("nan"))
 
     def _compiled(self, function: Any, *args: Tensor) -> Any:
@@ -196,5 +196,5 @@ class _GridScorer:
         """Score rows from their logits ``[row, pos, vocab]``."""
         sequence, route = self._owners(sequences, rows)
         scores = log_probs(logits, self.targets[sequence])
-        is_there = self.asked.present[sequence, :, route].unsqueeze(-1)
+        is_there = self.request.present[sequence, :, route].unsqueeze(-1)
         self.logp[sequence, :, route] = scores.masked_fill(~is_there, float("nan"))

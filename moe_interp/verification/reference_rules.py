@@ -76,7 +76,7 @@ def log_choice(rule: RoutingRule, logits: Tensor) -> Tensor:
         ranked = ranked - torch.zeros_like(bias[0]).clamp(bias.min(), bias.max())
         smallest = _SMALLEST if bool((bias != bias[0]).any()) else smallest
     is_excluded = ranked.isneginf()
-    if rule.excluded_score == 0.0:  # where too few others are positive, experts of shut groups are taken too
+    if rule.excluded_score == 0.0:  # where too few others are positive, experts of excluded groups are taken too
         too_few = (choice(rule, logits) > 0).sum(dim=-1, keepdim=True) < rule.top_k
         is_excluded = is_excluded & ~too_few
     found = torch.where(ranked > smallest, ranked.clamp_min(1e-300).log(), float("nan"))

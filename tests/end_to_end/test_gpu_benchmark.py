@@ -90,7 +90,7 @@ def test_it_fills_every_row_at_tiny_sizes_within_its_limit(
     for cell in measured["shares"]:
         assert all(0 < float(part) < 1.5 for part in cell.split(" / "))
     assert all(number(cell) > 0 for cell in measured["isolation_ratio"])
-    assert not policy.GRID_FROM.keys() - {"cuda"}  # as it was
+    assert not policy.GRID_SHARES.keys() - {"cuda"}  # as it was
     branches, hooks = list(once.values())[1:3]
     assert number(branches[0]) <= 2e-5
     assert number(hooks[0]) == 0

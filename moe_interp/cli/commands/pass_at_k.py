@@ -35,7 +35,7 @@ def pass_at_k(
     first: Annotated[int | None, typer.Option(help="Use the first N problems of each source.")] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Completions a problem.")] = 160,
     k: Annotated[str, typer.Option("--k", help="The K, separated by commas, each at most --samples.")] = "1,8,64",
-    temperature: Annotated[float, typer.Option(help="Of the softmax; 0 is greedy.")] = 0.6,
+    temperature: Annotated[float, typer.Option(help="Temperature of the softmax; 0 is greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Mass of the nucleus that is sampled from; 1 is everything.")] = 0.95,
     max_new_tokens: Annotated[
         int | None,

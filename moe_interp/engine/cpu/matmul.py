@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-_WORTH_IT = 2**20  # multiplications; a call costs some microseconds more
+_FROM_WORK = 2**20  # multiplications: for fewer, a call to oneDNN costs more than it saves
 _FEW_ROWS = 8
 _STEP = 16
 _PLAIN = (Tensor, nn.Parameter)
@@ -57,7 +57,7 @@ def is_faster(rows: Tensor, weight: Tensor) -> bool:
         and rows.dtype == weight.dtype == torch.float32
         and rows.device.type == weight.device.type == "cpu"
         and rows.numel() >= _FEW_ROWS * rows.shape[-1]
-        and rows.numel() * weight.shape[0] >= _WORTH_IT
+        and rows.numel() * weight.shape[0] >= _FROM_WORK
         and type(rows) in _PLAIN
         and type(weight) in _PLAIN
         and weight.layout == torch.strided

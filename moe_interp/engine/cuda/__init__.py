@@ -1,1 +1,1 @@
-"""What serves graphics cards."""
+"""What makes passes fast on a GPU."""

@@ -28,12 +28,12 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import Opened
 
 BACKEND = "inductor"
-"""Of ``torch.compile``; tests name others."""
+"""The backend of ``torch.compile``; tests set another."""
 # compiled code that is kept: for each kind of layer and shape of a group
 _KEEPS_SHAPES: dict[str, Any] = (
     {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 )
-_HARMLESS = ("transformer_lens", "moe_interp", "transformers.utils.output_capturing")  # they only look
+_READING_HOOKS = ("transformer_lens", "moe_interp", "transformers.utils.output_capturing")  # hooks that only read
 
 
 class NotCompiledWarning(UserWarning):
@@ -41,11 +41,11 @@ class NotCompiledWarning(UserWarning):
 
 
 class _NotPlain(Exception):
-    """A module whose call is more than what its class defines; in words."""
+    """A module whose call does more than its class defines; the message says what."""
 
 
 class CompiledLayers:
-    """A model's layers, compiled, and what is said of those that cannot be: see :func:`compiled_layers`.
+    """A model's layers, compiled, and the warnings about those that cannot be: see :func:`compiled_layers`.
 
     Args:
         attention: The name of the attention function that the copies call.
@@ -61,7 +61,7 @@ class CompiledLayers:
     def forward(self, moe: MoEHooks, index: int, block: nn.Module) -> Callable[..., Any] | None:
         """A forward for a layer of transformers; None where it cannot be compiled."""
         try:
-            twin = _plain(block, self.attention)
+            plain = _plain(block, self.attention)
         except _NotPlain as reason:
             self.failure = str(reason)
             return None
@@ -71,7 +71,7 @@ class CompiledLayers:
             if index in moe.layers and moe.hooks_active(index):
                 return native(*args, **kwargs)
             kwargs["past_key_values"] = None  # it would hand a layer its own keys back
-            found = self.run(_run, twin, args, kwargs)
+            found = self.run(_run, plain, args, kwargs)
             if found is not None and not self._is_checked:
                 self._check(found, native(*args, **kwargs), policy_of(moe))
             return native(*args, **kwargs) if self.failure is not None else found
@@ -138,21 +138,21 @@ def _plain(module: nn.Module, attention: str) -> nn.Module:
     native: Any = unwrap(module)
     hooks = [*native._forward_hooks.values(), *native._forward_pre_hooks.values()]
     name, forward = type(native).__name__, native.__dict__.get("forward")
-    if any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS) for hook in hooks):
+    if any(not str(getattr(hook, "__module__", "")).startswith(_READING_HOOKS) for hook in hooks):
         raise _NotPlain(f"hooks are on a module {name}")
     if "_hf_hook" in native.__dict__:
         raise _NotPlain(f"the weights of a module {name} are moved in and out")
     opened = getattr(forward, "__self__", None)
     if forward is not None and not (isinstance(opened, Opened) and opened.has_class_forward):
         raise _NotPlain(f"the forward of a module {name} was replaced")
-    twin: Any = copy.copy(native)
-    twin.__dict__.pop("forward", None)
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
-    twin._modules = {name: None if part is None else _plain(part, attention) for name, part in native._modules.items()}
+    plain: Any = copy.copy(native)
+    plain.__dict__.pop("forward", None)
+    plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
+    plain._modules = {name: None if part is None else _plain(part, attention) for name, part in native._modules.items()}
     if getattr(getattr(native, "config", None), "_attn_implementation", None) is not None:
-        twin.config = copy.copy(native.config)
-        twin.config._attn_implementation = attention
-    return twin
+        plain.config = copy.copy(native.config)
+        plain.config._attn_implementation = attention
+    return plain
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from moe_interp.arch.modules import unwrap
 from moe_interp.arch.offload import device_of
 from moe_interp.engine.cpu.batch_invariant import FEWEST_ROWS, BatchInvariance
 from moe_interp.engine.cpu.fast_modules import FastModules
-from moe_interp.engine.decoding.roomy_cache import RoomyLayer
+from moe_interp.engine.decoding.preallocated_cache import PreallocatedLayer
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.errors import AttachError
 from moe_interp.hooks.attach import MoEHooks
@@ -92,7 +92,9 @@ class CachedDecoder:
         cache = copy.deepcopy(prompts.cache)
         if cache is not None:
             cache.reorder_cache(of)
-            cache.layers = [RoomyLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+            cache.layers = [
+                PreallocatedLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers
+            ]
         return DecodedRows(self, prompts.tokens[of], prompts.logits[of], cache, keys)
 
     def _pass(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:

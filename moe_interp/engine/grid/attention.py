@@ -9,7 +9,7 @@ whole softmax gives (derived)
 
 without the last factor where there are no sinks. A branch that reads no earlier key gives its own value.
 
-What gives o and L stands in ``kernels.py``.
+The kernels that compute o and L are in ``kernels.py``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from moe_interp.engine.branch_attention import EarlierKeys
-from moe_interp.engine.grid.kernels import Kernel, kernel_for, plain_kernel, wide
+from moe_interp.engine.grid.kernels import Kernel, kernel_for, plain_kernel, score_format
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
-    """What the tokens of one sequence read: of each other all earlier ones, those of a window, or as a bias says.
+class SequenceMask:
+    """The causal mask of one sequence: each token reads all earlier ones, those of a window, or as a bias says.
 
     Attributes:
         start, stop: The real positions.
@@ -52,27 +52,27 @@ class Piece:
 
     Attributes:
         start, stop: Which rows.
-        reach: What the sequence's tokens read.
+        mask: The sequence's.
         keys, values: Of its real positions but the last, ``[kv_head, n, d]``.
         kernel: What does their attention.
     """
 
     start: int
     stop: int
-    reach: Reach
+    mask: SequenceMask
     keys: Tensor
     values: Tensor
     kernel: Kernel
 
     @staticmethod
-    def of(start: int, stop: int, reach: Reach, keys: Tensor, values: Tensor) -> Piece:
+    def of(start: int, stop: int, mask: SequenceMask, keys: Tensor, values: Tensor) -> Piece:
         """Of a sequence's recorded keys and values ``[kv_head, pos, d]``."""
-        read = slice(reach.start, max(reach.stop - 1, reach.start))
+        read = slice(mask.start, max(mask.stop - 1, mask.start))
         kernel = plain_kernel
-        if reach.reads_earlier:
-            kind = "bias" if reach.bias is not None else "window" if reach.window else "causal"
+        if mask.reads_earlier:
+            kind = "bias" if mask.bias is not None else "window" if mask.window else "causal"
             kernel = kernel_for(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], kind)
-        return Piece(start, stop, reach, keys[:, read], values[:, read], kernel)
+        return Piece(start, stop, mask, keys[:, read], values[:, read], kernel)
 
 
 class GridKeys(EarlierKeys):
@@ -85,16 +85,16 @@ class GridKeys(EarlierKeys):
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, parts: list[tuple[int, int, int, Reach]], scores_at_once: int
+        self, keys: Tensor, values: Tensor, parts: list[tuple[int, int, int, SequenceMask]], scores_at_once: int
     ) -> None:
         super().__init__(keys, values)
-        self.pieces = [Piece.of(start, stop, reach, keys[s], values[s]) for s, start, stop, reach in parts]
+        self.pieces = [Piece.of(start, stop, mask, keys[s], values[s]) for s, start, stop, mask in parts]
         self.scores_at_once = scores_at_once
 
     @property
     def holds_scores(self) -> bool:
         """Whether some rows have no kernel that serves them."""
-        return any(piece.kernel is plain_kernel and piece.reach.reads_earlier for piece in self.pieces)
+        return any(piece.kernel is plain_kernel and piece.mask.reads_earlier for piece in self.pieces)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
@@ -108,12 +108,12 @@ class GridKeys(EarlierKeys):
             own_value = value[rows].repeat_interleave(group, dim=1) if group > 1 else value[rows]
             here = out[rows].transpose(1, 2)
             total = own_score
-            if not piece.reach.reads_earlier:
+            if not piece.mask.reads_earlier:
                 here.copy_(own_value)
             else:
                 lse = self._merge(here, piece, query[rows], own_score, own_value, scale, softcap)
                 if sinks is not None:
-                    later = slice(piece.reach.start + 1, piece.reach.stop)
+                    later = slice(piece.mask.start + 1, piece.mask.stop)
                     total = own_score.clone()
                     total[:, :, later] = torch.logaddexp(own_score[:, :, later], lse)
             if sinks is not None:
@@ -132,13 +132,13 @@ class GridKeys(EarlierKeys):
     ) -> Tensor:
         """Fills ``out`` ``[row, head, n, d_value]``; gives the log-sum-exp over earlier keys of all real positions but
         the first."""
-        reach = piece.reach
-        first, later = reach.start + 1, slice(reach.start + 1, reach.stop)
-        # a branch without earlier keys; at padding anything will do that is finite
+        mask = piece.mask
+        first, later = mask.start + 1, slice(mask.start + 1, mask.stop)
+        # a branch without earlier keys; at padding, any finite number
         out[:, :, :first] = own_value[:, :, :first]
-        out[:, :, reach.stop :] = own_value[:, :, reach.stop :]
-        window = reach.window - 1 if reach.window else 0
-        bias = None if reach.bias is None else reach.bias[1:, :-1]
+        out[:, :, mask.stop :] = own_value[:, :, mask.stop :]
+        window = mask.window - 1 if mask.window else 0
+        bias = None if mask.bias is None else mask.bias[1:, :-1]
         if softcap is not None or piece.kernel is plain_kernel:
             read, lse = plain_kernel(
                 query[:, :, later], piece.keys, piece.values, scale=scale, window=window, bias=bias, softcap=softcap,
@@ -148,8 +148,8 @@ class GridKeys(EarlierKeys):
             read, lse = piece.kernel(
                 query[:, :, later], piece.keys, piece.values, scale=scale, window=window, bias=bias
             )
-        if reach.reads is not None:
-            lse = lse.masked_fill(~reach.reads[1:], float("-inf"))
+        if mask.reads is not None:
+            lse = lse.masked_fill(~mask.reads[1:], float("-inf"))
         share = torch.sigmoid(own_score[:, :, later] - lse).unsqueeze(-1).to(read.dtype)
         out[:, :, later] = torch.lerp(read, own_value[:, :, later].to(read.dtype), share)
         return lse
@@ -160,5 +160,5 @@ def _own_scores(query: Tensor, key: Tensor, scale: float, softcap: float | None)
     n_rows, n_heads, n, width = query.shape
     # shape: (row, kv_head, group, n, d) with (row, kv_head, 1, n, d)
     grouped = query.view(n_rows, key.shape[1], -1, n, width) * key.unsqueeze(2)
-    scores = grouped.sum(-1, dtype=wide(query.dtype)).view(n_rows, n_heads, n) * scale
+    scores = grouped.sum(-1, dtype=score_format(query.dtype)).view(n_rows, n_heads, n) * scale
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)

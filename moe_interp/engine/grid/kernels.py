@@ -1,7 +1,7 @@
 """Kernels that do causal attention of many rows over the same keys, and also give the log-sum-exp of its scores.
 
-A kernel is tried on a few random numbers beside the plain way, which serves everywhere, before it is first used: what a
-build, a card or a width does not have, or has otherwise, is not taken.
+Before its first use a kernel is compared with :func:`plain_kernel`, which runs everywhere, on a few random numbers. A
+kernel that the build, the card or the width lacks, or that differs, is not used.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Query i reads key j where ``i - window < j <= i`` (no window where that is 0), o
 Gives the output ``[row, head, n, d_value]`` and the log-sum-exp ``[row, head, n]``."""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The number format of scores."""
+def score_format(dtype: torch.dtype) -> torch.dtype:
+    """The number format of scores: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -44,7 +44,7 @@ def plain_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Attention by a product, a mask and a softmax, in float32 at least, a few rows at a time."""
     n_heads, n = query.shape[1:3]
-    n_kv, dtype = key.shape[0], wide(query.dtype)
+    n_kv, dtype = key.shape[0], score_format(query.dtype)
     key, value = key.to(dtype), value.to(dtype)
     added = bias.to(dtype) if bias is not None else _triangle(n, window, dtype, query.device)
     outs, sums = [], []
@@ -141,7 +141,7 @@ _WITHOUT_BIAS = (_flash_on_cuda,)
 
 @cache
 def kernel_for(device: torch.device, dtype: torch.dtype, d_key: int, d_value: int, kind: str) -> Kernel:
-    """The first of a device's kernels that gives what the plain way gives, on a few random numbers; else that.
+    """The first of a device's kernels that equals :func:`plain_kernel` on a few random numbers; else the plain one.
 
     Args:
         device, dtype: Of the keys.
@@ -163,13 +163,13 @@ def _is_exact(kernel: Kernel, device: torch.device, dtype: torch.dtype, d_key: i
     query, key, value = random(2, 4, n, d_key), random(2, n, d_key), random(2, n, d_value)
     options: dict[str, Any] = {"scale": d_key**-0.5, "window": 5 if kind == "window" else 0}
     if kind == "bias":
-        options["bias"] = _triangle(n, 7, wide(dtype), device) + 0.5 * random(n, n).to(wide(dtype))
+        options["bias"] = _triangle(n, 7, score_format(dtype), device) + 0.5 * random(n, n).to(score_format(dtype))
     expected = plain_kernel(query, key, value, **options)
     try:
         found = kernel(query, key, value, **options)
         pairs = list(zip(found, expected))
         return all(a.shape == b.shape and bool((a - b).abs().max() <= _TOLERANCE[dtype]) for a, b in pairs)
-    except Exception as error:  # a kernel that this build, card or width has not
+    except Exception as error:  # this build, card or width lacks the kernel
         if is_out_of_memory(error):
             raise
         return False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.engine.branch_rows import Rows, RowsCache
-from moe_interp.engine.grid.attention import GridKeys, Reach
+from moe_interp.engine.grid.attention import GridKeys, SequenceMask
 from moe_interp.engine.grid.kernels import NEVER
 from moe_interp.engine.recorded_pass import RecordedPass
 
@@ -67,13 +67,13 @@ class GridRows(Rows):
             return self._of_rows(value.view(batch, pos, *value.shape[1:])).reshape(-1, *value.shape[1:])
         return self._repeated(value) if value.shape[:2] == (1, pos) else None
 
-    def attends(self, layer: int) -> Any:
+    def attention_mask(self, layer: int) -> Any:
         recorded = self.base.cache.recorded.get(layer)
         if recorded is None:
             return None
-        reaches, parts, start = reaches_of(self.base, layer), [], 0
+        masks, parts, start = masks_of(self.base, layer), [], 0
         for sequence, n_rows in self.parts:
-            parts.append((sequence, start, start + n_rows, reaches[sequence]))
+            parts.append((sequence, start, start + n_rows, masks[sequence]))
             start += n_rows
         return GridKeys(*recorded, parts, self.scores_at_once)
 
@@ -91,35 +91,35 @@ class GridRows(Rows):
 
 
 # -- what the tokens of a base pass read ---------------------------------------------------------------------------
-def reaches_of(base: RecordedPass, layer: int) -> list[Reach]:
+def masks_of(base: RecordedPass, layer: int) -> list[SequenceMask]:
     """By sequence, what its tokens read in a layer: from the mask that the layer was called with."""
     number = base.arguments.number(layer, "attention_mask")
-    if number not in base.reaches:
+    if number not in base.sequence_masks:
         mask = base.arguments.value(number)
-        base.reaches[number] = _causal(base) if mask is None else _from_mask(base, mask)
-    return base.reaches[number]
+        base.sequence_masks[number] = _causal(base) if mask is None else _from_mask(base, mask)
+    return base.sequence_masks[number]
 
 
-def _causal(base: RecordedPass) -> list[Reach]:
+def _causal(base: RecordedPass) -> list[SequenceMask]:
     batch, pos = base.tokens.shape
-    return [Reach(0, pos)] * batch
+    return [SequenceMask(0, pos)] * batch
 
 
-def _from_mask(base: RecordedPass, mask: Tensor) -> list[Reach]:
+def _from_mask(base: RecordedPass, mask: Tensor) -> list[SequenceMask]:
     """Of a mask ``[batch or 1, 1, pos, pos]``: a triangle, a window, or else the mask itself."""
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
     if len(mask) == 1 and bool(base.is_real.all()):
-        return [_reach(mask[0, 0], base.is_real[0])] * len(base.tokens)
-    return [_reach(mask[s if len(mask) > 1 else 0, 0], real) for s, real in enumerate(base.is_real)]
+        return [_sequence_mask(mask[0, 0], base.is_real[0])] * len(base.tokens)
+    return [_sequence_mask(mask[s if len(mask) > 1 else 0, 0], real) for s, real in enumerate(base.is_real)]
 
 
-def _reach(added: Tensor, real: Tensor) -> Reach:
+def _sequence_mask(added: Tensor, real: Tensor) -> SequenceMask:
     """Of one sequence, from ``[pos, pos]`` and ``[pos]``."""
     is_hidden = added <= torch.finfo(added.dtype).min / 2
     places = real.nonzero().flatten()
     if not len(places):
-        return Reach(0, 0)
+        return SequenceMask(0, 0)
     start, stop = int(places[0]), int(places[-1]) + 1
     if not bool(is_hidden[start:stop, :start].all()):
         start = 0
@@ -130,11 +130,12 @@ def _reach(added: Tensor, real: Tensor) -> Reach:
     window = n - int(is_hidden[-1].sum())
     is_window = (is_hidden == (back >= window)) | is_later
     if n < 2 or (bool(is_window.all()) and not bool(added.masked_fill(is_hidden | is_later, 0.0).any())):
-        return Reach(start, stop, 0 if window == n else window)
+        return SequenceMask(start, stop, 0 if window == n else window)
     is_hidden |= is_later
     reads = ~is_hidden.all(dim=-1)
     bias = added.to(torch.promote_types(added.dtype, torch.float32)).masked_fill(is_hidden, NEVER)
-    return Reach(start, stop, 0, bias.masked_fill(~reads.unsqueeze(-1), 0.0), reads)  # a softmax over nothing is none
+    bias = bias.masked_fill(~reads.unsqueeze(-1), 0.0)  # a softmax over nothing would be NaN
+    return SequenceMask(start, stop, 0, bias, reads)
 
 
 def holds_scores(base: RecordedPass, layer: int) -> bool:
@@ -142,7 +143,7 @@ def holds_scores(base: RecordedPass, layer: int) -> bool:
     for above in range(layer + 1, len(base.blocks)):
         recorded = base.cache.recorded.get(above)
         if recorded is not None:
-            parts = [(s, 0, 1, reach) for s, reach in enumerate(reaches_of(base, above))]
+            parts = [(s, 0, 1, mask) for s, mask in enumerate(masks_of(base, above))]
             if GridKeys(*recorded, parts, 1).holds_scores:
                 return True
     return False

@@ -25,7 +25,7 @@ class EndRows(CompactRows):
         self.crop = start
         self._attended: dict[int | None, Tensor] = {}
 
-    def attends(self, layer: int) -> Tensor:
+    def attention_mask(self, layer: int) -> Tensor:
         """``[row or 1, 1, pos - start, pos]``."""
         number = self.base.arguments.number(layer, "attention_mask")
         if number not in self._attended:

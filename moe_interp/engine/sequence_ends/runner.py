@@ -14,7 +14,7 @@ from moe_interp.engine.branches import BranchRunner
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.engine.replaced_forward import swapped_forward
-from moe_interp.engine.rerun import answering, only_at
+from moe_interp.engine.rerun import only_at, recorded_answers
 from moe_interp.engine.sequence_ends.rows import EndRows
 from moe_interp.types import Hooks
 
@@ -140,7 +140,7 @@ def block_out_with(base: RecordedPass, layer: int, hooks: Hooks) -> Tensor:
         for name, answers in base.recording.layers[layer].answers.items():
             # a router that is a child of the layer runs: the hooks may be on it
             if name != target and unwrap(children[name]) is not base.moe.spec(layer).router:
-                forward = answering(list(answers), children[name].forward)
+                forward = recorded_answers(list(answers), children[name].forward)
                 stack.enter_context(swapped_forward(children[name], forward))
         stack.callback(block.register_forward_pre_hook(feed, with_kwargs=True).remove)
         keep = children[target].register_forward_hook(lambda module, args, output: found.append(output))

@@ -141,7 +141,7 @@ def quality_array(data: xr.Dataset, mass: str | None = None, score: str = "mean"
 
 
 def members(label: str) -> tuple[Any, ...]:
-    """What of the axis of natural routing an expert label is: ``"3"`` is (3,), ``"3+5"`` is (3, 5); a family is one."""
+    """The entries of natural routing for an expert label: (3,) for ``"3"``, (3, 5) for ``"3+5"``; one for a family."""
     return (str(label),) if "." in str(label) else tuple(int(part) for part in str(label).split("+"))
 
 

@@ -59,7 +59,7 @@ def rows_hooks(moe: MoEHooks, mode: Mode, layer: int, rows: Sequence[Any], total
 
     Args:
         moe: Attached hooks.
-        mode: Which of both.
+        mode: "force" or "ablate".
         layer: The sets' layer; of families the first of all.
         rows: One set, or family, a row.
         total: Sum of the weights where they are forced: a number, ``[row, pos, 1]``, or None for the token's own.

@@ -12,7 +12,7 @@ from moe_interp.engine.branches import BranchRunner, can_share_keys
 from moe_interp.engine.grid.kernels import plain_kernel
 from moe_interp.engine.grid.rows import GridRows, RowsOfSequence
 from moe_interp.engine.grid.trial import can_run_grid
-from moe_interp.engine.policy import GridFrom
+from moe_interp.engine.policy import GridShares
 from moe_interp.engine.recorded_pass import RecordedPass, record_pass
 from moe_interp.routes import check_routes, plan, score_from_base
 from tests import tiny
@@ -61,7 +61,7 @@ def test_a_grid(name: str) -> None:
     scores = plan._attention(base)[0] * POS * POS
     with BranchRunner(base, layer, 1, shares_keys=True) as run:
         rows = GridRows(base, [RowsOfSequence(0, ROWS)], block_out, scores)
-        kernels = {piece.kernel for piece in rows.attends(layer + 1).pieces}
+        kernels = {piece.kernel for piece in rows.attention_mask(layer + 1).pieces}
         held = peak(lambda: run.through(rows))
     assert (plain_kernel in kernels) == (name == "deepseek_v3")
     counted = ROWS * POS * plan._grid_branch_bytes(base, layer)
@@ -76,7 +76,7 @@ def test_the_whole_stays_within_its_budget(way: str, budget: int, monkeypatch: p
     base.shares_keys = way != "copied keys"
     monkeypatch.setattr(policy, "AT_ONCE", {"cpu": policy.AtOnce(10**9, 10**9, 10**9, 10**9)})
     if way == "grid":
-        monkeypatch.setitem(policy.GRID_FROM, "cpu", GridFrom(0.0, 0.0))
+        monkeypatch.setitem(policy.GRID_SHARES, "cpu", GridShares(0.0, 0.0))
     routes = check_routes(base, layer, random_routes(base.moe, layer, base.tokens, n_routes=40))
     held = peak(lambda: score_from_base(base, {layer: routes}, method="branch", memory_budget=budget))
     assert 0.1 * budget < held <= budget

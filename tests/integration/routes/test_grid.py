@@ -23,7 +23,7 @@ from moe_interp.engine.grid.attention import GridKeys
 from moe_interp.engine.grid.rows import GridRows
 from moe_interp.engine.grid.trial import can_run_grid
 from moe_interp.engine.memory import HalvedBatchWarning
-from moe_interp.engine.policy import GridFrom, Policy
+from moe_interp.engine.policy import GridShares, Policy
 from moe_interp.engine.recorded_pass import record_pass
 from moe_interp.hooks.attach import MoEHooks, attach
 from moe_interp.routes import check_routes, grid_scores, score_from_base, score_joint_routes, score_routes
@@ -57,7 +57,7 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GridRows]]:
         return through(self, rows, hooks)
 
     monkeypatch.setattr(BranchRunner, "through", watched)
-    monkeypatch.setitem(policy.GRID_FROM, "cpu", GridFrom(0.0, 0.0))
+    monkeypatch.setitem(policy.GRID_SHARES, "cpu", GridShares(0.0, 0.0))
     return ran
 
 
@@ -68,7 +68,7 @@ def scored(moe: MoEHooks, routes: dict[int, Tensor], **options: Any) -> Any:
 
 def in_compact_rows(moe: MoEHooks, routes: dict[int, Tensor], **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "GRID_FROM", {})
+        patch.setattr(policy, "GRID_SHARES", {})
         return scored(moe, routes, **options)
 
 
@@ -187,8 +187,8 @@ def test_windows_of_some_of_the_layers_above(name: str, kind: str, attention: st
     assert largest_difference(found.logp, compact.logp) <= 1e-10
     at = ~naive.logp.isnan()
     assert float((found.logp - naive.logp)[at].abs().max()) <= 1e-10
-    reaches = [reach for known in grid[0].base.reaches.values() for reach in known]
-    assert any(reach.bias is not None if kind == "chunked_attention" else reach.window == 5 for reach in reaches)
+    masks = [mask for known in grid[0].base.sequence_masks.values() for mask in known]
+    assert any(mask.bias is not None if kind == "chunked_attention" else mask.window == 5 for mask in masks)
 
 
 @pytest.mark.parametrize("branches", [1, 30, 100, 10**6])
@@ -242,7 +242,7 @@ def test_averaged_predictions(name: str, grid: list[GridRows]) -> None:
         found = score_from_base(base, {0: routes}, method="branch", averaged=averaged)
         assert bool(grid) == base.ends_in_head
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(policy, "GRID_FROM", {})
+            patch.setattr(policy, "GRID_SHARES", {})
             compact = score_from_base(base, {0: routes}, method="branch", averaged=averaged)
     assert largest_difference(found.logp, compact.logp) <= 1e-10
     assert found.mean_entropy is not None
@@ -255,7 +255,7 @@ def test_averaged_predictions(name: str, grid: list[GridRows]) -> None:
 def test_a_grid_runs_where_most_of_its_places_are_scored(grid: list[GridRows], monkeypatch: pytest.MonkeyPatch) -> None:
     moe, tokens = attached("olmoe"), tiny.random_tokens(1, 10)
     routes = random_routes(moe, 0, tokens, n_routes=3)
-    monkeypatch.setitem(policy.GRID_FROM, "cpu", GridFrom(0.5, 0.25))
+    monkeypatch.setitem(policy.GRID_SHARES, "cpu", GridShares(0.5, 0.25))
     for positions, runs in (([0, 2, 4], False), ([0, 1, 2, 3, 4], True)):  # the standard routes count
         before = len(grid)
         score_routes(moe, tokens, 0, routes, positions, method="branch")

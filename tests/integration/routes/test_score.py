@@ -345,7 +345,7 @@ def test_a_branch_that_overflows_spoils_no_other(way: str, monkeypatch: pytest.M
     moe = attached("olmoe")
     base = record_pass(moe, TOKENS, [0])
     if way == "grid":
-        monkeypatch.setitem(policy.GRID_FROM, "cpu", policy.GridFrom(0.0, 0.0))
+        monkeypatch.setitem(policy.GRID_SHARES, "cpu", policy.GridShares(0.0, 0.0))
     monkeypatch.setattr(branch_scores, "_WORTH_A_TRIAL", 1 if way == "shared keys" else 10**9)
     routes, weights = random_routes(moe, 0, TOKENS), torch.full((2, 8, 2, 2), 0.4)
     wanted, ids = scorable(base.is_real), TOKENS.roll(-1, dims=1).unsqueeze(-1)

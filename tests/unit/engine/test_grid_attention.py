@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.engine.grid import kernels
-from moe_interp.engine.grid.attention import GridKeys, Reach
+from moe_interp.engine.grid.attention import GridKeys, SequenceMask
 from moe_interp.engine.grid.kernels import kernel_for, plain_kernel
 
 POS, HEADS, D_KEY, D_VALUE = 9, 4, 6, 5
@@ -48,13 +48,13 @@ def hidden(rule: Any) -> Tensor:
     return torch.zeros(POS, POS, dtype=torch.float64).masked_fill(~rule(i, j), float("-inf"))
 
 
-def with_bias(start: int, stop: int, rule: Any, slope: float = 0.0) -> Reach:
+def with_bias(start: int, stop: int, rule: Any, slope: float = 0.0) -> SequenceMask:
     """A reach by a bias, of real positions ``start..stop``."""
     i, j = torch.meshgrid(torch.arange(start, stop), torch.arange(start, stop), indexing="ij")
     reads = rule(i, j) & (j < i)
     bias = (slope * (j - i).double()).masked_fill(~reads, kernels.NEVER)
     some = reads.any(-1)
-    return Reach(start, stop, 0, bias.masked_fill(~some.unsqueeze(-1), 0.0), some)
+    return SequenceMask(start, stop, 0, bias.masked_fill(~some.unsqueeze(-1), 0.0), some)
 
 
 def tensors(kv_heads: int, n_rows: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -64,15 +64,15 @@ def tensors(kv_heads: int, n_rows: int) -> tuple[Tensor, Tensor, Tensor, tuple[T
 
 
 CASES = {
-    "causal": (Reach(0, POS), lambda i, j: j <= i, 0.0),
-    "window": (Reach(0, POS, 3), lambda i, j: i - j < 3, 0.0),
-    "window of the token alone": (Reach(0, POS, 1), lambda i, j: j == i, 0.0),
-    "window of two": (Reach(0, POS, 2), lambda i, j: i - j < 2, 0.0),
-    "padding on the left": (Reach(3, POS), lambda i, j: j >= 3, 0.0),
-    "padding on the right": (Reach(0, 6), lambda i, j: j <= i, 0.0),
-    "padding and window": (Reach(2, 8, 3), lambda i, j: (j >= 2) & (i - j < 3), 0.0),
-    "one real token": (Reach(4, 5), lambda i, j: j == i, 0.0),
-    "two real tokens": (Reach(4, 6), lambda i, j: j >= 4, 0.0),
+    "causal": (SequenceMask(0, POS), lambda i, j: j <= i, 0.0),
+    "window": (SequenceMask(0, POS, 3), lambda i, j: i - j < 3, 0.0),
+    "window of the token alone": (SequenceMask(0, POS, 1), lambda i, j: j == i, 0.0),
+    "window of two": (SequenceMask(0, POS, 2), lambda i, j: i - j < 2, 0.0),
+    "padding on the left": (SequenceMask(3, POS), lambda i, j: j >= 3, 0.0),
+    "padding on the right": (SequenceMask(0, 6), lambda i, j: j <= i, 0.0),
+    "padding and window": (SequenceMask(2, 8, 3), lambda i, j: (j >= 2) & (i - j < 3), 0.0),
+    "one real token": (SequenceMask(4, 5), lambda i, j: j == i, 0.0),
+    "two real tokens": (SequenceMask(4, 6), lambda i, j: j >= 4, 0.0),
     "chunks": (with_bias(0, POS, lambda i, j: i // 4 == j // 4), lambda i, j: i // 4 == j // 4, 0.0),
     "a slope": (with_bias(1, POS, lambda i, j: j >= 1, 0.3), lambda i, j: j >= 1, 0.3),
 }
@@ -86,7 +86,7 @@ def test_one_softmax_a_branch(case: str, kv_heads: int, has_sinks: bool) -> None
     query, key, value, earlier = tensors(kv_heads, 5)
     sinks = random(HEADS, seed=5) if has_sinks else None
     # rows 0 and 1 are of sequence 1, the others of sequence 0, which reads all earlier keys
-    keys = GridKeys(*earlier, [(1, 0, 2, reach), (0, 2, 5, Reach(0, POS))], 1)
+    keys = GridKeys(*earlier, [(1, 0, 2, reach), (0, 2, 5, SequenceMask(0, POS))], 1)
     found = keys.attend(query, key, value, 0.4, sinks, None)
     place = torch.arange(POS, dtype=torch.float64)
     added = hidden(rule) + slope * (place - place.unsqueeze(1))
@@ -102,11 +102,11 @@ def test_one_softmax_a_branch(case: str, kv_heads: int, has_sinks: bool) -> None
 
 def test_a_soft_cap() -> None:
     query, key, value, earlier = tensors(2, 3)
-    found = GridKeys(*earlier, [(0, 0, 3, Reach(0, POS))], 10**6).attend(query, key, value, 2.0, None, 1.5)
+    found = GridKeys(*earlier, [(0, 0, 3, SequenceMask(0, POS))], 10**6).attend(query, key, value, 2.0, None, 1.5)
     added = hidden(lambda i, j: j <= i)
     expected = written_out(query, key, value, (earlier[0][0], earlier[1][0]), added, 2.0, softcap=1.5)
     assert float((found - expected).abs().max()) <= 1e-13
-    plain = GridKeys(*earlier, [(0, 0, 3, Reach(0, POS))], 10**6).attend(query, key, value, 2.0, None, None)
+    plain = GridKeys(*earlier, [(0, 0, 3, SequenceMask(0, POS))], 10**6).attend(query, key, value, 2.0, None, None)
     assert float((found - plain).abs().max()) > 0.01
 
 
@@ -116,7 +116,7 @@ def test_other_number_formats_also_where_scores_are_far_apart(dtype: torch.dtype
     query, key, value, earlier = tensors(2, 3)
     query = (size * query).to(dtype)
     key, value, earlier = key.to(dtype), value.to(dtype), (earlier[0].to(dtype), earlier[1].to(dtype))
-    found = GridKeys(*earlier, [(0, 0, 3, Reach(0, POS))], 10**6).attend(query, key, value, 0.1, None, None)
+    found = GridKeys(*earlier, [(0, 0, 3, SequenceMask(0, POS))], 10**6).attend(query, key, value, 0.1, None, None)
     wide = [each.double() for each in (query, key, value)]
     added = hidden(lambda i, j: j <= i)
     expected = written_out(*wide, (earlier[0][0].double(), earlier[1][0].double()), added, 0.1)

@@ -11,18 +11,18 @@ ROOM = 64
 """Tokens that a row's keys have room for before they are copied again."""
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of a layer with room for the next ones, which are written in place.
 
     transformers' own makes a larger copy of all of them for every token.
     """
 
     @classmethod
-    def of(cls, layer: DynamicLayer) -> RoomyLayer:
+    def of(cls, layer: DynamicLayer) -> PreallocatedLayer:
         """The same keys and values."""
-        roomy = cls()
-        roomy.__dict__.update(layer.__dict__)
-        return roomy
+        made = cls()
+        made.__dict__.update(layer.__dict__)
+        return made
 
     def __init__(self) -> None:
         super().__init__()
