@@ -8,6 +8,7 @@ from torch import nn
 
 _WRAPPED = ("original_component", "_orig_mod")  # TransformerLens' components, torch.compile's modules
 _NATIVE = "transformers.models."
+_HOOKS_THAT_LOOK = ("transformer_lens", "moe_interp", "transformers.utils.output_capturing")
 
 
 def unwrap(module: Any) -> Any:
@@ -56,3 +57,15 @@ def config_value(module: nn.Module, *names: str, default: Any = None) -> Any:
 def is_watched(native: Any) -> bool:
     """Whether a module's call is more than its class's ``forward``: hooks, weights moved in for it, another forward."""
     return bool(native._forward_hooks or native._forward_pre_hooks or {"forward", "_hf_hook"} & native.__dict__.keys())
+
+
+def has_foreign_hooks(native: Any) -> bool:
+    """Whether somebody else's hook is on a module: none of TransformerLens, of this package, or of transformers' own,
+    which stay once outputs were captured, and do nothing in passes that capture none."""
+    hooks = [*native._forward_hooks.values(), *native._forward_pre_hooks.values()]
+    return any(not _is_of(hook, _HOOKS_THAT_LOOK) for hook in hooks)
+
+
+def _is_of(hook: Any, modules: tuple[str, ...]) -> bool:
+    defined = str(getattr(hook, "__module__", ""))
+    return any(defined == module or defined.startswith(f"{module}.") for module in modules)

@@ -12,12 +12,10 @@ from threading import Barrier, BrokenBarrierError
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
+from moe_interp.arch.modules import has_foreign_hooks
 from moe_interp.engine.policy import policy_of
 from moe_interp.hooks.attach import MoEHooks
-
-_HOOKS_THAT_SHARE = ("transformer_lens", "moe_interp")
 
 Item = TypeVar("Item")
 
@@ -39,7 +37,7 @@ def n_workers(moe: MoEHooks) -> int:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
         or any(getattr(moe.bridge.cfg, fork, False) for fork in forks)
-        or any(_is_watched(module) for module in model.modules())
+        or any(hasattr(module, "_hf_hook") or has_foreign_hooks(module) for module in model.modules())
         or any(point.has_hooks() for point in moe.bridge.hook_dict.values())
     )
     return 1 if alone else most
@@ -85,11 +83,3 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item], workers: i
     finally:
         met.abort()  # an interruption before all have met
         pool.shutdown(cancel_futures=True)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody else's hook is on a module."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return hasattr(module, "_hf_hook") or any(
-        not str(getattr(hook, "__module__", "")).startswith(_HOOKS_THAT_SHARE) for hook in hooks
-    )

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moe_interp.arch.modules import unwrap
+from moe_interp.arch.modules import has_foreign_hooks, unwrap
 from moe_interp.engine.memory import is_out_of_memory
 from moe_interp.engine.policy import Policy, policy_of
 from moe_interp.errors import warn
@@ -33,7 +33,6 @@ BACKEND = "inductor"
 _KEEPS_SHAPES: dict[str, Any] = (
     {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 )
-_READING_HOOKS = ("transformer_lens", "moe_interp", "transformers.utils.output_capturing")  # hooks that only read
 
 
 class NotCompiledWarning(UserWarning):
@@ -136,9 +135,8 @@ def _plain(module: nn.Module, attention: str) -> nn.Module:
         _NotPlain: somebody else's hooks or forward, or weights that are moved in for the call.
     """
     native: Any = unwrap(module)
-    hooks = [*native._forward_hooks.values(), *native._forward_pre_hooks.values()]
     name, forward = type(native).__name__, native.__dict__.get("forward")
-    if any(not str(getattr(hook, "__module__", "")).startswith(_READING_HOOKS) for hook in hooks):
+    if has_foreign_hooks(native):
         raise _NotPlain(f"hooks are on a module {name}")
     if "_hf_hook" in native.__dict__:
         raise _NotPlain(f"the weights of a module {name} are moved in and out")

@@ -15,11 +15,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_interp as mi
+from moe_interp.arch.modules import unwrap
 from moe_interp.engine import policy
 from moe_interp.engine.branches import can_share_keys
 from moe_interp.engine.cpu import matmul
 from moe_interp.engine.parallel_passes import n_workers, side_by_side
 from moe_interp.engine.recorded_pass import record_pass
+from moe_interp.hooks.attach import attach
 from moe_interp.routes import branch_scores, plan, score_joint_routes, score_routes
 from tests import tiny
 from tests.integration.routes.helpers import (
@@ -183,6 +185,17 @@ def test_passes_share_a_model_only_where_they_cannot_disturb_each_other(two_thre
     for threads, workers in ((1, 1), (3, 3), (8, 4)):
         torch.set_num_threads(threads)
         assert n_workers(moe) == workers
+
+
+def test_hooks_that_transformers_leaves_on_a_model_do_not_end_passes_side_by_side(two_threads: None) -> None:
+    moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    model: Any = moe.bridge.original_model
+    model(tiny.random_tokens(1, 4), output_hidden_states=True, output_router_logits=True)
+    layer = unwrap(model.model.layers[1])
+    assert layer._forward_hooks
+    assert n_workers(moe) == 2
+    layer.register_forward_hook(lambda module, args, output: None)
+    assert n_workers(moe) == 1
 
 
 def test_workers_share_cores_and_the_default_stays(two_threads: None, caplog: pytest.LogCaptureFixture) -> None:
