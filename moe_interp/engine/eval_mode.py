@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
-from transformer_lens.model_bridge import TransformerBridge
+
+from moe_interp.hooks.attach import MoEHooks
 
 P = ParamSpec("P")
 M = TypeVar("M")
@@ -39,15 +40,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def in_eval_mode(function: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
-    """A function of attached hooks, of which the model is in eval mode while it runs; see :func:`eval_mode`."""
+    """A function of attached hooks, of which the model is in eval mode while it runs, and the calling thread's alone.
+
+    See :func:`eval_mode`: a mode, like another forward, is every thread's.
+
+    Raises:
+        HookError: another thread is at work on the model.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> R:
         moe = args[0] if args else kwargs.get("moe")
-        bridge = getattr(moe, "bridge", None)
-        if not isinstance(bridge, TransformerBridge):
+        if not isinstance(moe, MoEHooks):
             return function(*args, **kwargs)  # which refuses it in its own words
-        with eval_mode(bridge):
+        with moe.held(), eval_mode(moe.bridge):
             return function(*args, **kwargs)
 
     return run

@@ -16,6 +16,7 @@ import torch
 from moe_interp.arch.modules import has_foreign_hooks
 from moe_interp.engine.policy import policy_of
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.thread_ownership import acting_thread, work_for
 
 Item = TypeVar("Item")
 
@@ -58,10 +59,11 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item], workers: i
             for item in todo:
                 work(item)
         return
-    threads = torch.get_num_threads()
+    threads, caller = torch.get_num_threads(), acting_thread()
     met = Barrier(workers + 1)
 
     def begin() -> None:
+        work_for(caller)
         torch.get_num_threads()  # a thread takes the default at its first question: later would undo the next line
         torch.set_num_threads(max(threads // workers, 1))
         with suppress(BrokenBarrierError):

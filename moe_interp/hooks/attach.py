@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pkgutil import resolve_name
 from typing import Any
 
@@ -56,6 +56,14 @@ class MoEHooks:
     @property
     def is_attached(self) -> bool:
         return self.bridge.__dict__.get(_MARK) is self
+
+    def held(self) -> AbstractContextManager[None]:
+        """Inside the ``with``, the model is this thread's alone; passes of others are refused.
+
+        Raises:
+            HookError: another thread is at work on it.
+        """
+        return self._ownership.held()
 
     @property
     def n_past(self) -> int:

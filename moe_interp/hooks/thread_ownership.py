@@ -3,14 +3,16 @@
 Hook points belong to the bridge, so a hook that one thread adds for its own pass would fire in the pass of another.
 Passes without hooks, or with hooks that all threads share (``bridge.add_hook``), may run side by side: what a pass
 computes is kept by thread. A thread with hooks of its own (``run_with_hooks``, ``run_with_cache``, ``hooks()``) has the
-bridge for itself until they are gone; what comes second is refused.
+bridge for itself until they are gone; what comes second is refused. So has a thread that measures the model with other
+forwards or modes in its modules (:meth:`ThreadOwnership.held`), together with the threads that work for it.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -35,6 +37,19 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+_working = threading.local()
+
+
+def work_for(thread: int) -> None:
+    """From now on this thread works for another one, by its number, and may do on a model what that one may."""
+    _working.thread = thread
+
+
+def acting_thread() -> int:
+    """The number of the thread that this one works for; its own where that is none."""
+    return getattr(_working, "thread", threading.get_ident())
+
+
 class ThreadOwnership:
     """The passes that run on one attached bridge.
 
@@ -47,6 +62,7 @@ class ThreadOwnership:
         self.points: Sequence[HookPoint] = ()
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose own hooks may be on the points
+        self._holder: int | None = None  # the thread that has the model for itself
         self._passes: dict[int, int] = {}  # by thread, how many passes it is inside of
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThreadOwnership:
@@ -63,14 +79,32 @@ class ThreadOwnership:
         Raises:
             HookError: another thread has hooks of its own on the points, or runs a pass.
         """
-        me = threading.get_ident()
         with self._lock:
-            self._refuse_hooks_of_others(me)
-            for thread in [t for t in self._passes if t != me]:
-                if self._is_inside(thread):
-                    raise _refusal(f"hooks for a pass in this thread, while {_name(thread)} runs one")
-                del self._passes[thread]
-            self._owner = me
+            self._claim()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the ``with``, this thread has the model for itself: it may put something else in its modules.
+
+        Raises:
+            HookError: another thread has hooks of its own on the points, runs a pass, or has the model for itself.
+        """
+        with self._lock:
+            self._claim()
+            before, self._holder = self._holder, acting_thread()
+        try:
+            yield
+        finally:
+            self._holder = before
+
+    def _claim(self) -> None:
+        me = threading.get_ident()
+        self._refuse_hooks_of_others(me)
+        for thread in [t for t in self._passes if t != me]:
+            if self._is_inside(thread):
+                raise _refusal(f"hooks for a pass in this thread, while {_name(thread)} runs one")
+            del self._passes[thread]
+        self._owner = me
 
     def begin(self) -> None:
         """A pass of the model begins in this thread.
@@ -104,6 +138,8 @@ class ThreadOwnership:
                 self._refuse_hooks_of_others(threading.get_ident())
 
     def _refuse_hooks_of_others(self, me: int) -> None:
+        if self._holder not in (None, acting_thread()) and not is_in_backward():
+            raise _refusal(f"a second thread, while {_name(self._holder)} measures the model")
         if self._owner in (None, me) or is_in_backward():
             return
         if _is_alive(self._owner) and any(_is_temporary(h) for p in self.points for h in (*p.fwd_hooks, *p.bwd_hooks)):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import moe_interp as mi
+from moe_interp.engine.branches import BranchRunner
 from moe_interp.errors import HookError, RouteError
 from moe_interp.hooks.attach import MoEHooks, attached
 from moe_interp.types import Hooks
@@ -358,3 +359,32 @@ def test_what_a_hook_runs_inside_of_generate_has_a_prompt_of_its_own(inner: str)
         assert touched[start].all()  # all of its own prompt
         assert not torch.cat([*touched[start + 1 : start + n], touched[start][:, :0]], dim=1).any()
     assert len(touched) == 3 * n
+
+
+def test_a_thread_that_scores_routes_has_the_model_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It puts other forwards and modes into the modules, which the passes of other threads would run through."""
+    moe = attach_to("olmoe")
+    moe.bridge.train()
+    training = {name: module.training for name, module in moe.bridge.original_model.named_modules()}
+    routes = torch.tensor([[0, 1], [2, 3]]).expand(*ONE.shape, 2, 2)
+    expected, through = mi.score_routes(moe, ONE, 0, routes), BranchRunner.through
+    found: list[Any] = []
+
+    def interrupted(self: BranchRunner, rows: Any, hooks: Any = None) -> Tensor:
+        if not found:
+            found.extend(
+                at_once(
+                    lambda: mi.score_routes(moe, ONE, 0, routes),
+                    lambda: moe.bridge(ONE),
+                    lambda: moe.bridge.run_with_cache(ONE),
+                )
+            )
+        return through(self, rows, hooks)
+
+    monkeypatch.setattr(BranchRunner, "through", interrupted)
+    scores = mi.score_routes(moe, ONE, 0, routes)
+    assert torch.equal(scores.nan_to_num(), expected.nan_to_num())
+    assert len(found) == 3
+    assert all("a second thread, while thread" in str(each) for each in found)
+    assert {name: module.training for name, module in moe.bridge.original_model.named_modules()} == training
+    assert at_once(lambda: moe.bridge(ONE).shape)[0][:2] == ONE.shape
