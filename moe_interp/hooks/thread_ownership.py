@@ -47,7 +47,8 @@ def work_for(thread: int) -> None:
 
 def acting_thread() -> int:
     """The number of the thread that this one works for; its own where that is none."""
-    return getattr(_working, "thread", threading.get_ident())
+    thread: int = getattr(_working, "thread", threading.get_ident())
+    return thread
 
 
 class ThreadOwnership:
