@@ -132,6 +132,7 @@ RESULT_KINDS = {
     "counterfactual": "moe_interp.experiments.counterfactual.result",
     "steering": "moe_interp.experiments.contrast.steering_result",
     "pass_at_k": "moe_interp.experiments.pass_at_k.result",
+    "router_tuning": "moe_interp.experiments.router_tuning.result",
     "testbed": "moe_interp.testbed.comparison",
     "patching": "moe_interp.patching.result",
     "logit_attribution": "moe_interp.patching.logits.attribution",

@@ -282,6 +282,8 @@ def id_row(value: Any) -> tuple[int, ...] | None:
     """One row of integers, of a list, a tuple, an array or a tensor, as Python's; None for anything else or none."""
     if isinstance(value, str | bytes):
         return None
+    if isinstance(value, list | tuple) and any(isinstance(each, bool | np.bool_) for each in value):
+        return None
     try:
         ids = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
     except (ValueError, TypeError, RuntimeError):  # such as rows of different lengths

@@ -85,7 +85,7 @@ def set_routes(
     """
     check_attached(moe)
     routes = torch.as_tensor(indices)
-    if routes.is_floating_point() or routes.ndim not in (1, 2, 3):
+    if routes.is_floating_point() or routes.dtype == torch.bool or routes.ndim not in (1, 2, 3):
         raise RouteError(
             f"routes of shape {tuple(routes.shape)} and dtype {routes.dtype}",
             "integers [slot], [pos, slot] or [batch, pos, slot]",

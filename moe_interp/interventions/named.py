@@ -16,6 +16,7 @@ from moe_interp.hooks.layer import check_route
 from moe_interp.types import Layer
 
 Layers = Layer | Sequence[Layer] | None
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def chosen_layers(moe: MoEHooks, layer: Layers) -> list[Layer]:
@@ -69,13 +70,15 @@ def checked_experts(moe: MoEHooks, layer: Layer, experts: int | Iterable[int] | 
     n_experts = moe.spec(layer).n_experts
     if isinstance(experts, Tensor):
         ids = experts.reshape(-1)
+        ids = ids.long() if ids.dtype in _UNSIGNED else ids
     else:
         flat = np.asarray(list(experts) if isinstance(experts, set | frozenset) else experts, dtype=object)
         given = flat.reshape(-1).tolist()
         if strange := [e for e in given if as_whole(e) is None]:
             expected = f"integers from 0 to {n_experts - 1}"
             raise RouteError(f"experts {strange[:4]} for {where}", expected, "Name existing experts.")
-        ids = torch.as_tensor([int(e) for e in given])
+        # no tensor holds what is beyond 64 bits, which is refused as any id that does not exist
+        ids = torch.as_tensor([min(max(int(e), -(2**62)), 2**62) for e in given])
     if not len(ids):
         raise ConfigError(f"no experts for {where}", f"ids from 0 to {n_experts - 1}", "Name at least one expert.")
     if ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
@@ -95,11 +98,11 @@ def checked_neurons(moe: MoEHooks, layer: Layer, neurons: int | Iterable[int] | 
         ConfigError: none, one that is no integer or out of range, or one twice.
     """
     d_expert = moe.spec(layer).d_expert
-    flat = np.asarray(neurons.tolist() if isinstance(neurons, Tensor) else neurons, dtype=object)
-    if isinstance(neurons, set | frozenset):
-        flat = np.asarray(sorted(neurons), dtype=object)
-    ids = [as_whole(neuron) for neuron in flat.reshape(-1).tolist()]
+    is_set = isinstance(neurons, set | frozenset)
+    given: Any = neurons.tolist() if isinstance(neurons, Tensor) else list(neurons) if is_set else neurons  # type: ignore[arg-type]
+    ids = [as_whole(neuron) for neuron in np.asarray(given, dtype=object).reshape(-1).tolist()]
     numbers = [n for n in ids if n is not None and 0 <= n < d_expert]
+    numbers = sorted(numbers) if is_set else numbers
     if not ids or len(set(numbers)) < len(ids):
         raise ConfigError(
             f"neurons {str(neurons)[:60]} for {where}",

@@ -59,13 +59,7 @@ class TokenSelection:
             raise _bad_positions(positions)
         self.named = positions if positions is None or isinstance(positions, str) else "listed"
         self.listed = _as_positions(positions) if self.named == "listed" else torch.empty(0)
-        self.attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask).bool()
-        if self.attention_mask is not None and self.attention_mask.ndim != 2:
-            raise ConfigError(
-                f"an attention mask of shape {tuple(self.attention_mask.shape)}",
-                "[batch, pos]",
-                "Pass the prompt's 2-D mask.",
-            )
+        self.attention_mask = None if attention_mask is None else as_mask(attention_mask, "an attention mask")
         self._between_passes = StateBetweenPasses()
 
     def tokens(self, value: Tensor) -> Tensor:
@@ -100,6 +94,13 @@ class TokenSelection:
         if not len(self.listed):
             return is_at.new_full(is_at.shape[:2], -1, dtype=torch.int64)
         return is_at.int().argmax(dim=-1).masked_fill(~is_at.any(dim=-1), -1)
+
+    def given_rows(self, value: Tensor, n: int) -> Tensor:
+        """``[batch]``: which of ``n`` rows given for prompts each row of the pass is for: its own number, and under
+        ``generate`` that of its prompt, of which there may be several beams or samples."""
+        batch = value.shape[0]
+        copies = batch // n if self._context(value).prompt is not None and batch % n == 0 else 1
+        return torch.arange(batch, device=value.device) // copies
 
     def is_real(self, value: Tensor) -> Tensor:
         """``[batch, pos]``: not padding. What is generated is real."""
@@ -261,6 +262,21 @@ def _warn_of_nothing_new(layer: Layer) -> None:
         "positions, or positions='all'.",
         stacklevel=2,
     )
+
+
+def as_mask(mask: Any, what: str) -> Tensor:
+    """``[row, pos]`` bool.
+
+    Raises:
+        ConfigError: no numbers, or not 2-D.
+    """
+    try:
+        given = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{what} {str(mask)[:60]!r}", "[batch, pos]", "Pass the prompt's 2-D mask.") from None
+    if given.ndim != 2:
+        raise ConfigError(f"{what} of shape {tuple(given.shape)}", "[batch, pos]", "Pass the prompt's 2-D mask.")
+    return given.bool()
 
 
 def _as_positions(positions: Any) -> Tensor:

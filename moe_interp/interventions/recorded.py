@@ -50,6 +50,12 @@ def recorded_routes(moe: MoEHooks, trace: Any, layers: Any) -> Recorded:
         ConfigError: ``layers`` of another kind.
     """
     chosen = _chosen(moe, layers)
+    if is_cache(trace) and not (hasattr(trace, "keys") and hasattr(trace, "__getitem__")):
+        raise RouteError(
+            f"routes from {str(trace)[:40]!r} of type {type(trace).__name__}",
+            "a RoutingTrace, or a cache with expert_indices",
+            'Record them with run_with_cache(names_filter=moe.filter("expert_indices", "expert_weights")).',
+        )
     return _of_cache(moe, trace, chosen) if is_cache(trace) else _of_trace(moe, trace, chosen)
 
 
@@ -203,12 +209,6 @@ def columns(where: TokenSelection, value: Tensor) -> Tensor:
     """``[batch, pos]``, the column of each token of the running pass, cached ones counted."""
     n_past, (batch, pos) = where.moe.pass_context(where.layer).n_past, value.shape[:2]
     return torch.arange(n_past, n_past + pos, device=value.device).expand(batch, pos)
-
-
-def rows(value: Tensor) -> Tensor:
-    """``[batch, pos]``, the row of each token."""
-    batch, pos = value.shape[:2]
-    return torch.arange(batch, device=value.device).unsqueeze(1).expand(batch, pos)
 
 
 def _nothing_recorded(layer: Layer) -> RouteError:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.interventions.positions import Positions, TokenSelection
-from moe_interp.interventions.recorded import OUTSIDE, columns, is_cache, reader, recorded_routes, rows
+from moe_interp.interventions.positions import Positions, TokenSelection, as_mask
+from moe_interp.interventions.recorded import OUTSIDE, columns, is_cache, reader, recorded_routes
 from moe_interp.interventions.route_writer import RouteWriter
 from moe_interp.types import Hooks, Layer
 
@@ -46,14 +46,15 @@ def replay_routes(
     hooks: Hooks = []
     for layer, (indices, weights) in recorded_routes(moe, trace, layers).items():
         name, selection = moe.hook_name("expert_indices", layer), TokenSelection(moe, layer, positions, attention_mask)
-        same = partial(_same_place, selection, is_cache(trace))
+        same = partial(_same_place, selection, is_cache(trace), len(indices))
         weigh = None if weights is None else reader(selection, weights, same, name)
         hooks += RouteWriter(moe, layer, selection, reader(selection, indices, same, name), weigh).hooks
     return hooks
 
 
-def _same_place(selection: TokenSelection, by_column: bool, value: Tensor) -> tuple[Tensor, Tensor]:
-    return rows(value), columns(selection, value) if by_column else selection.index(value)
+def _same_place(selection: TokenSelection, by_column: bool, n_rows: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    row = selection.given_rows(value, n_rows).unsqueeze(1).expand(value.shape[:2])
+    return row, columns(selection, value) if by_column else selection.index(value)
 
 
 def routes_from(
@@ -80,7 +81,7 @@ def routes_from(
         source_positions: For each of ``positions``, which then are integers, the position that its route is from;
             negative ones count from the end of the source's sequence. By default the same positions.
         source_rows: For each row of the batch the source's row (sequence); one for all; by default the same row, or the
-            only one of the source.
+            only one of the source. Under ``generate``, rows are those of the prompts, for all their beams and samples.
         weights: "recorded": those of the other run, where the source has them. "family": the family's own for the
             taken experts, from this run's logits.
         source_mask: ``[row, pos]``, 1 at the real tokens of a cache; without it, its columns are its positions.
@@ -109,7 +110,7 @@ class OtherPlace:
         self, selection: TokenSelection, routes: Tensor, is_cache: bool, positions: Any, rows: Any, mask: Tensor | None
     ) -> None:
         self.selection, self.n_rows = selection, routes.shape[0]
-        real = (routes != OUTSIDE).all(dim=-1) if mask is None else torch.as_tensor(mask).bool()
+        real = (routes != OUTSIDE).all(dim=-1) if mask is None else as_mask(mask, "a source_mask")
         if real.shape != routes.shape[:2] or (mask is not None and not is_cache):
             raise RouteError(
                 f"a source_mask of shape {tuple(real.shape)} for a source of {routes.shape[0]} x {routes.shape[1]}",
@@ -121,20 +122,15 @@ class OtherPlace:
         self.column = (~real).to(torch.int8).sort(dim=-1, stable=True).indices
         self.length = real.sum(dim=-1)
         self.positions = None if positions is None else self._checked(positions)
-        self.rows = None if rows is None else torch.as_tensor(rows)
-        if self.rows is not None and (
-            self.rows.is_floating_point()
-            or self.rows.ndim > 1
-            or bool(((self.rows < 0) | (self.rows >= self.n_rows)).any())
-        ):
-            raise ConfigError(f"source_rows={rows!r}", f"rows from 0 to {self.n_rows - 1}", "Correct the rows.")
+        self.rows = None if rows is None else self._checked_rows(rows)
 
     def __call__(self, value: Tensor) -> tuple[Tensor, Tensor]:
         row, at = self._row(value), self.selection.index(value)
         if self.positions is not None:
             place = self.selection.listed_at(value)
             at = self.positions.to(value.device)[place.clamp(min=0)]
-        length = self.length.to(value.device)[row]
+        known = row.clamp(max=self.n_rows - 1)  # `reader` refuses a row that the source does not have
+        length = self.length.to(value.device)[known]
         at = torch.where(at < 0, at + length, at) if self.positions is not None else at
         if self.needs_mask and bool(
             (self.selection.tokens(value) & (self.selection.index(value) != columns(self.selection, value))).any()
@@ -145,29 +141,45 @@ class OtherPlace:
                 "Pass the mask that the cached run had; the model was left as it was.",
             )
         is_inside = (at >= 0) & (at < length)
-        column = self.column.to(value.device)[row, at.clamp(0, self.column.shape[1] - 1)]
+        column = self.column.to(value.device)[known, at.clamp(0, self.column.shape[1] - 1)]
         return row, torch.where(is_inside, column, self.column.shape[1])
 
     def _row(self, value: Tensor) -> Tensor:
-        if self.rows is None:
-            return rows(value) if self.n_rows > 1 else torch.zeros_like(rows(value))
-        batch, chosen = value.shape[0], self.rows.to(value.device).reshape(-1)
-        if len(chosen) not in (1, batch):
+        batch, named = value.shape[0], self.rows is not None
+        # by default each row of the source is for the row of its number
+        chosen = torch.arange(self.n_rows) if self.rows is None else self.rows.reshape(-1)
+        mine = self.selection.given_rows(value, len(chosen))
+        mine = torch.zeros_like(mine) if len(chosen) == 1 else mine
+        if named and len(chosen) > 1 and int(mine.max()) != len(chosen) - 1:
             raise ConfigError(
                 f"{len(chosen)} source_rows for a pass of {batch} rows", "one, or one a row", "Correct the rows."
             )
-        return chosen.expand(batch).unsqueeze(1).expand(value.shape[:2])
+        row = chosen.to(value.device)[mine] if named else mine
+        return row.unsqueeze(1).expand(value.shape[:2])
+
+    def _checked_rows(self, rows: Any) -> Tensor:
+        chosen = _integers(rows)
+        if chosen is None or chosen.ndim > 1 or bool(((chosen < 0) | (chosen >= self.n_rows)).any()):
+            raise ConfigError(f"source_rows={rows!r}", f"rows from 0 to {self.n_rows - 1}", "Correct the rows.")
+        return chosen
 
     def _checked(self, positions: Any) -> Tensor:
-        try:
-            chosen = torch.as_tensor(positions)
-        except (TypeError, ValueError, RuntimeError):
-            chosen = torch.empty(0)
+        chosen = _integers(positions)
         n = len(self.selection.listed) if self.selection.named == "listed" else 0
-        if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.numel() != n or not n:
+        if chosen is None or chosen.numel() != n or not n:
             raise ConfigError(
                 f"source_positions={positions!r} for {n} listed positions",
                 "one integer for each of `positions`, which are integers too",
                 "Name both, in the same order.",
             )
-        return chosen.reshape(-1).long()
+        return chosen.reshape(-1)
+
+
+def _integers(given: Any) -> Tensor | None:
+    """A tensor of int64; None for anything but integers."""
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    is_whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    return found.long() if is_whole and found.numel() else None

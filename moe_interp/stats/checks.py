@@ -43,7 +43,11 @@ def check_no_missing(array: FloatArray, name: str) -> None:
 
 def check_probability(value: float, name: str) -> None:
     """Refuse a level or rate outside the open interval (0, 1)."""
-    if not 0 < value < 1:
+    try:
+        is_inside = 0 < value < 1
+    except TypeError:
+        is_inside = False
+    if not is_inside:
         raise ConfigError(f"{name} is {value}", "a number between 0 and 1", f"Set {name} to, say, 0.05 or 0.95.")
 
 

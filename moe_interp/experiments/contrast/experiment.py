@@ -26,6 +26,7 @@ from moe_interp.experiments.contrast.result import ContrastResult
 from moe_interp.experiments.identity.naming import model_name
 from moe_interp.experiments.inputs.repeats import Merged, merge_repeats
 from moe_interp.hooks.attach import MoEHooks, check_attached
+from moe_interp.interventions.named import chosen_layers
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum
 from moe_interp.types import Layer
@@ -83,11 +84,10 @@ def contrast_experts(
     max_new_tokens, seed = check_whole(max_new_tokens, "max_new_tokens", 1), check_seed(seed)
     if phase not in get_args(Phase):
         raise ConfigError(f"phase={phase!r}", '"prompt" or "generated"', "Contrast one phase at a time.")
-    chosen = list(moe.layers) if layers is None else [moe.layer_label(layer) for layer in layers]
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ConfigError(f"layers={list(layers or [])}", "at least one, each once", "Correct layers.")
+    chosen = chosen_layers(moe, layers)
     n_experts = same_number_of_experts(moe, chosen)
     a, b = read_prompts(moe, prompts_a, "prompts_a"), read_prompts(moe, prompts_b, "prompts_b")
+    paired = bool(paired)
     (a, b), merged = _pairs(a, b) if paired else _sets(a, b)
     prompts = [replace(p, name=f"{group}:{p.name}") for group, some in (("a", a), ("b", b)) for p in some]
     shares = np.empty((len(prompts), len(chosen), n_experts))

@@ -59,6 +59,8 @@ def read_prompts(moe: MoEHooks, prompts: Any, which: str) -> list[Prompt]:
     names = [prompt.name for prompt in read]
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{which}: id {twice[0]!r} more than once", "unique ids", "Rename one of them.")
+    if empty := [prompt.name for prompt in read if not prompt.tokens]:
+        raise DataError(f"{which}, prompt {empty[0]!r} without a token", "at least one token", "Leave it out.")
     check_context(moe.bridge, [(f"{which}, prompt {prompt.name!r}", len(prompt)) for prompt in read])
     reader.warn("prompt")
     return read

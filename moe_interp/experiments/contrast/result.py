@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pandas as pd
 
+from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError
 from moe_interp.experiments.contrast import tables
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.interventions import promote_experts, suppress_experts
+from moe_interp.interventions.named import experts_by_layer
 from moe_interp.interventions.positions import Positions
 from moe_interp.results import Result
 from moe_interp.stats import FEWEST_UNITS
@@ -46,7 +49,17 @@ class ContrastResult(Result, kind="contrast"):
         return self.cached(tables.expert_table, alpha, method)
 
     def top(self, n: int = 10, side: Side = "both") -> pd.DataFrame:
-        """The rows of :meth:`experts` with the largest differences, found or not."""
+        """The rows of :meth:`experts` with the largest differences, found or not.
+
+        Args:
+            n: At most so many.
+            side: Those that set "a" or "b" uses more come first; or "both", by size.
+
+        Raises:
+            ConfigError: another side, or no number.
+        """
+        n = check_whole(n, "n", 1)
+        _check_side(side)
         table = self.experts()
         size = table["difference"] * {"a": 1, "b": -1}.get(side, 0)
         size = table["difference"].abs() if side == "both" else size
@@ -64,10 +77,10 @@ class ContrastResult(Result, kind="contrast"):
             most: At most so many in all.
 
         Raises:
-            ConfigError: another side.
+            ConfigError: another side, or less than one.
         """
-        if side not in ("a", "b", "both"):
-            raise ConfigError(f"side={side!r}", '"a", "b" or "both"', "Correct the side.")
+        _check_side(side)
+        most = None if most is None else check_whole(most, "most", 1)
         table = self.experts(alpha)
         kept = table[(table["found"] != "") if side == "both" else (table["found"] == side)]
         kept = kept[kept["stability"] >= min_stability]
@@ -82,7 +95,7 @@ class ContrastResult(Result, kind="contrast"):
         self,
         moe: MoEHooks,
         how: How = "suppress",
-        experts: dict[Layer, list[int]] | None = None,
+        experts: Mapping[Layer, Sequence[int]] | Iterable[tuple[Layer, int]] | None = None,
         positions: Positions = "all",
         attention_mask: Any = None,
     ) -> Hooks:
@@ -92,13 +105,13 @@ class ContrastResult(Result, kind="contrast"):
             moe: Attached hooks.
             how: "suppress" or "promote". Of a layer with more of them than the family can use (or leave out), those
                 with the largest difference are taken.
-            experts: By layer; those of ``found()`` by default.
+            experts: By layer, or pairs (layer, expert); those of ``found()`` by default.
             positions, attention_mask: See :class:`moe_interp.interventions.positions.TokenSelection`.
 
         Raises:
             ConfigError: nothing was found, or another way.
         """
-        chosen = self.found() if experts is None else experts
+        chosen = self.found() if experts is None else named_experts(moe, experts, "steer") if experts else {}
         if not chosen:
             raise ConfigError(
                 "no experts to steer", "experts that differ between the sets", "Name them: experts={...}."
@@ -138,6 +151,30 @@ class ContrastResult(Result, kind="contrast"):
     def summary(self) -> str:
         """In words: what was compared, and which experts differ."""
         return "\n  ".join(self.headlines())
+
+
+def _check_side(side: Any) -> None:
+    if side not in ("a", "b", "both"):
+        raise ConfigError(f"side={side!r}", '"a", "b" or "both"', "Correct the side.")
+
+
+def named_experts(moe: MoEHooks, experts: Any, where: str) -> dict[Layer, list[int]]:
+    """Experts by layer, of a mapping from layers to experts or of pairs (layer, expert).
+
+    Raises:
+        ConfigError: neither, or none.
+        HookError, RouteError: layers or experts that are not there.
+    """
+    if not isinstance(experts, Mapping):
+        by_layer: dict[Any, list[int]] = {}
+        try:
+            for layer, expert in experts:
+                by_layer.setdefault(moe.layer_label(layer), []).append(expert)
+        except (TypeError, ValueError):
+            given, expected = f"experts={str(experts)[:60]}", "a contrast, {layer: [expert]} or pairs (layer, expert)"
+            raise ConfigError(given, expected, "Correct the experts.") from None
+        experts = by_layer
+    return {layer: ids.tolist() for layer, ids in experts_by_layer(moe, None, experts, where).items()}
 
 
 def steering_hooks(

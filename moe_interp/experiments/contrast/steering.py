@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,13 @@ from moe_interp.engine.memory import out_of_memory_in_words, tokens_per_pass
 from moe_interp.engine.rerun import PrefixRunner, TargetPredictions
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.contrast.prompts import Prompt, SelectionCounts, continued, end_of_text, read_prompts
-from moe_interp.experiments.contrast.result import ContrastResult, How, steerable, steering_hooks
+from moe_interp.experiments.contrast.result import ContrastResult, How, named_experts, steerable, steering_hooks
 from moe_interp.experiments.contrast.steering_result import SteeringResult
 from moe_interp.experiments.identity.naming import model_name
 from moe_interp.experiments.inputs.batches import batches_of_like_length
-from moe_interp.experiments.inputs.repeats import distinct_sequences
+from moe_interp.experiments.inputs.repeats import Merged, distinct_sequences, merge_repeats
 from moe_interp.experiments.inputs.sequences import ScoredSequence, SequenceBatch, read_sequences
 from moe_interp.hooks.attach import MoEHooks, check_attached
-from moe_interp.interventions.named import experts_by_layer
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum
 from moe_interp.stats import derive_rng
@@ -75,7 +74,7 @@ def steering_effect(
         experts: A contrast, of which those are taken that set a uses more; a mapping from layers to experts; or pairs
             (layer, expert). Of a layer with more of them than the family can use or leave out, the first are taken.
         prompts: What the metrics are measured on: see :func:`moe_interp.contrast_experts`. Use others than the contrast
-            did.
+            did. Those that have the same tokens count once, with a warning.
         metric: From what is generated after a prompt, greedily and under the steering, to a number.
         logits_metric: From the logits ``[vocabulary]`` after the prompt's last token to a number.
         held_out: Sequences for the loss (see :func:`.sequences.read_sequences`; items too), in nats a scored token;
@@ -111,7 +110,11 @@ def steering_effect(
         )
     variants = {"natural": None, "steered": chosen}
     variants |= {f"random {draw}": _random_like(moe, chosen, seed, draw) for draw in range(random_draws)}
-    asked = [] if prompts is None else read_prompts(moe, prompts, "prompts")
+    for name, given in (("metric", metric), ("logits_metric", logits_metric)):
+        if given is not None and not callable(given):
+            raise ConfigError(f"{name}={str(given)[:60]!r}", "a function", "Pass one that returns a number.")
+    asked, repeated = ([], {}) if prompts is None else _distinct_prompts(read_prompts(moe, prompts, "prompts"))
+    held_out = list(held_out) if isinstance(held_out, Iterator | np.ndarray | Tensor) else held_out
     read = [] if held_out is None else read_sequences(moe.bridge, held_out)
     sequences, merged = distinct_sequences(read) if read else ([], {})
     domains = _domains(held_out, read, sequences)
@@ -151,7 +154,8 @@ def steering_effect(
                 if drawn is not None and name != "steered"
             ],
         }
-        | ({"merged": merged} if merged else {}),
+        | ({"merged": merged} if merged else {})
+        | ({"merged_prompts": repeated} if repeated else {}),
     )
     config = {"how": how, "experts": data.attrs["experts"], "random_draws": random_draws}
     inputs = [*[p.tokens for p in asked], *[s.tokens for s in sequences]]
@@ -168,16 +172,19 @@ def _chosen(moe: MoEHooks, experts: Any) -> Experts:
                 "Pass experts={layer: [expert, ...]}, such as those of result.top().",
             )
         return chosen
-    if not isinstance(experts, Mapping):
-        by_layer: dict[Any, list[int]] = {}
-        try:
-            for layer, expert in experts:
-                by_layer.setdefault(moe.layer_label(layer), []).append(expert)
-        except (TypeError, ValueError):
-            given, expected = f"experts={str(experts)[:60]}", "a contrast, {layer: [expert]} or pairs (layer, expert)"
-            raise ConfigError(given, expected, "Correct the experts.") from None
-        experts = by_layer
-    return {layer: ids.tolist() for layer, ids in experts_by_layer(moe, None, experts, "steering_effect").items()}
+    return named_experts(moe, experts, "steering_effect")
+
+
+def _distinct_prompts(read: list[Prompt]) -> tuple[list[Prompt], Merged]:
+    """Prompts of the same tokens, once.
+
+    Raises:
+        DataError: none.
+    """
+    if not read:
+        raise DataError("prompts: none", "at least one prompt", "Pass prompts, or leave them and their metrics out.")
+    places, merged = merge_repeats([prompt.tokens for prompt in read], [prompt.name for prompt in read], "prompts")
+    return [read[place] for place in places], merged
 
 
 def _random_like(moe: MoEHooks, chosen: Experts, seed: int, draw: int) -> Experts:

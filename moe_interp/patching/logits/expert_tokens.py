@@ -103,7 +103,7 @@ class ExpertTokens(Result, kind="expert_tokens"):
         """One row an expert that is used: its ``k`` first tokens in one column."""
         data, name = self.data, "text" if "text" in self.data else "token"
         stacked = data.stack(cell=("layer", "expert")).transpose("cell", "rank")
-        words = [" ".join(repr(w) if name == "text" else str(w) for w in row[:k]) for row in stacked[name].values]
+        words = [" ".join(repr(str(w)) if name == "text" else str(w) for w in row[:k]) for row in stacked[name].values]
         frame = pd.DataFrame(
             {
                 "layer": stacked["layer"].values,

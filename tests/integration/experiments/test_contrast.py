@@ -110,7 +110,8 @@ def test_what_cannot_be_contrasted_is_refused_before_any_pass(monkeypatch: pytes
         ([{"id": 1, "prompt": A[0]}, {"id": 1, "prompt": A[1]}], B, {}, DataError, r"id '1' more than once"),
         ([{"answer": A[0]}, A[1]], B, {}, DataError, r"one of prompt, text, tokens and messages"),
         (A, B, {"phase": "both"}, ConfigError, r"phase='both'"),
-        (A, B, {"layers": [1, 1]}, ConfigError, r"layers=\[1, 1\]"),
+        (A, B, {"layers": [1, 1]}, ConfigError, r"layers \[1, 1\].*each once"),
+        ([[True, 2], A[0]], B, {}, DataError, r"prompt \[True, 2\]"),
         (A, B, {"layers": [9]}, HookError, r"layer 9"),
         (A, B, {"max_new_tokens": 0}, ConfigError, r"max_new_tokens=0"),
         (A, B, {"seed": 1.5}, ConfigError, r"seed=1.5"),
@@ -181,6 +182,14 @@ def test_steering_takes_as_many_as_the_family_can_and_a_contrasts_own() -> None:
         mi.steering_effect(model.moe, result, held_out=A, progress=False)
     with pytest.raises(ConfigError, match=r"no experts to steer"):
         result.steer(model.moe)
+    for wrong in ({"side": "c"}, {"n": 0}, {"n": True}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            result.top(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"most=-1"):
+        result.found(most=-1)
+    with pytest.raises(ConfigError, match=r"alpha is x"):
+        result.experts(alpha="x")  # type: ignore[arg-type]
+    assert len(result.steer(model.moe, experts=[(0, 1), (1, 2)])) == len(result.steer(model.moe, experts={0: 1, 1: 2}))  # type: ignore[dict-item]
     hooks = result.steer(model.moe, "promote", experts={1: [3, 0, 5]})
     with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
         cache = model.bridge.run_with_cache(torch.tensor([A[0]]), names_filter=model.moe.filter("expert_indices"))[1]
@@ -200,9 +209,33 @@ def test_what_cannot_be_steered_or_measured_is_refused() -> None:
         ({"metric": len}, ConfigError, r"a metric without prompts"),
         ({"how": "steer"}, ConfigError, r"how='steer'"),
         ({"random_draws": 0}, ConfigError, r"random_draws=0"),
+        ({"prompts": [], "metric": len}, DataError, r"prompts: none"),
+        ({"prompts": A, "metric": "accuracy"}, ConfigError, r"metric='accuracy'.*a function"),
         ({"prompts": A, "logits_metric": lambda z: z}, DataError, r"logits_metric on prompt '0' gave a value of shape"),
         ({"prompts": A, "metric": lambda c: "good"}, DataError, r"metric on prompt '0' gave 'good'. Expected: one fin"),
     ):
         arguments = {"experts": FOUND, "held_out": A, "max_new_tokens": 2, "progress": False, **options}
         with pytest.raises(error, match=text):
             mi.steering_effect(moe, **arguments)  # type: ignore[arg-type]
+
+
+def test_repeated_prompts_are_measured_once_and_sequences_may_be_an_array_or_read_once() -> None:
+    moe = opened("olmoe").moe
+    rows = [[3, 4, 5], [7, 8, 9]]
+    options: dict[str, Any] = {"random_draws": 1, "progress": False}
+    with pytest.warns(UserWarning, match="1 prompts have the content of another"):
+        found = mi.steering_effect(moe, FOUND, [A[0], A[0], A[1]], logits_metric=lambda z: z[3], **options)
+    assert found.data["prompt"].values.tolist() == ["0", "2"]
+    losses = [
+        mi.steering_effect(moe, FOUND, held_out=given, **options).data["loss"].values
+        for given in (rows, torch.tensor(rows), np.array(rows), iter(rows))
+    ]
+    for other in losses[1:]:
+        np.testing.assert_array_equal(losses[0], other)
+
+
+def test_a_text_without_a_token_is_refused_in_words() -> None:
+    moe = mi.load_demo()[0]  # whose tokenizer has no BOS
+    for phase in ("prompt", "generated"):
+        with pytest.raises(DataError, match=r"prompts_a, prompt '0' without a token"):
+            mi.contrast_experts(moe, ["", "one"], ["two", "three"], phase=phase, progress=False)  # type: ignore[arg-type]

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError, HookError, RouteError
 from moe_interp.interventions import (
+    ablate_neurons,
     change_top_k,
     promote_experts,
+    replay_routes,
     router_temperature,
     routes_from,
     set_routes,
@@ -202,6 +204,46 @@ def test_layers_and_experts_that_are_not_there_are_refused_before_any_pass() -> 
             build()
     assert len(promote_experts(moe, -1, {-1: {3}})) == 1
     assert len(suppress_experts(moe, (0, 1), torch.tensor([2, 3]))) == 2
+
+
+def test_what_is_no_number_at_all_is_refused_in_words() -> None:
+    model = opened("olmoe")
+    moe, routes = model.moe, model.bridge.run_with_cache(TOKENS)[1]
+    for build, error, text in (
+        (lambda: promote_experts(moe, 1, 2**70), RouteError, r"expert id \d+ at promote_experts"),
+        (lambda: ablate_neurons(moe, 1, 0, {1, "a"}), ConfigError, r"different integers"),  # type: ignore[arg-type]
+        (lambda: set_routes(moe, 1, [True, False]), RouteError, r"dtype torch.bool"),
+        (lambda: promote_experts(moe, 1, 0, attention_mask="x"), ConfigError, r"attention mask 'x'"),  # type: ignore[arg-type]
+        (lambda: routes_from(moe, routes, source_rows=[True, False]), ConfigError, r"source_rows=\[True"),
+        (lambda: routes_from(moe, routes, source_rows="x"), ConfigError, r"source_rows='x'"),  # type: ignore[arg-type]
+        (lambda: routes_from(moe, routes, source_mask="x"), ConfigError, r"source_mask 'x'"),  # type: ignore[arg-type]
+        (lambda: routes_from(moe, None), RouteError, r"routes from 'None' of type NoneType"),
+        (lambda: routes_from(moe, TOKENS), RouteError, r"of type Tensor"),
+    ):
+        with pytest.raises(error, match=text):
+            build()
+    assert len(promote_experts(moe, 1, torch.tensor(3, dtype=torch.uint8))) == 1
+    with pytest.raises(RouteError, match=r"row 2, position 0 .*does not hold"):
+        run(model, routes_from(moe, routes), TOKENS.repeat(2, 1))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_a_prompts_routes_serve_its_beams_and_samples(options: dict[str, Any]) -> None:
+    model = opened("olmoe")
+    source = model.bridge.run_with_cache(TOKENS.flip(-1))[1]
+    theirs = source["expert_indices", 1]
+    for hooks, expected in (
+        (routes_from(model.moe, source, [1]), theirs),
+        (routes_from(model.moe, source, [1], source_rows=[1, 0]), theirs.flip(0)),
+        (replay_routes(model.moe, source, [1], positions=None), theirs),
+    ):
+        found: list[Tensor] = []
+        keep = (model.moe.hook_name("expert_indices", 1), lambda value, hook, found=found: found.append(value.clone()))
+        with torch.no_grad(), model.bridge.hooks(fwd_hooks=[*hooks, keep]):
+            model.bridge.original_model.generate(
+                TOKENS, max_new_tokens=2, **{"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+            )
+        assert torch.equal(found[0], expected.repeat_interleave(2, dim=0))
 
 
 def test_encoder_decoder_layers_are_one_label_or_several() -> None:
