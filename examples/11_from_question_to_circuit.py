@@ -87,6 +87,7 @@ effect = mi.steering_effect(
     progress=False,
 )
 print(f"\nSTEERING\n{effect.summary()}")
-assert circuit and float(restored.max()) > 0.2
+assert circuit
+assert float(restored.max()) > 0.2
 table = effect.effects().set_index(["measure", "domain"])
 assert table.loc[("metric", "all"), "effect"] < 0

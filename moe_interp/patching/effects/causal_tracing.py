@@ -176,10 +176,9 @@ class ExpertTrace(EffectResult, kind="trace"):
         for kind in ("layer", "window", "coalition", "expert"):
             of_kind = table[table["kind"] == kind].dropna(subset=["mean"])
             order = of_kind["share"].sort_values(ascending=False, kind="stable").index[:3]
-            lines += [
-                f"  {kind}: {row['cell']} {row['mean']:+.4g} ({row['share']:.0%} of the gap)"
-                for row in of_kind.loc[order].to_dict("records")
-            ]
+            for row in of_kind.loc[order].to_dict("records"):
+                some = f" in the {row['n']} that use it" if row["n"] < attrs["n_examples"] else ""
+                lines.append(f"  {kind}: {row['cell']} {row['mean']:+.4g} ({row['share']:.0%} of the gap{some})")
         return "\n".join(lines)
 
 
