@@ -105,7 +105,7 @@ def test_scores_of_routes_and_verify_read_a_text_with_bos_as_one_without() -> No
     with pytest.warns(RepeatedBOSWarning, match=r"text\) begins with BOS"), rows_given(moe) as rows:
         assert moe.verify("<bos> w3 w4 w5 w6", layers=[1]).ok
     assert rows[0] == (1, 3, 4, 5, 6)
-    with pytest.raises(DataError, match="a text of 71 tokens"):
+    with pytest.raises(DataError, match="the text: 71 tokens"):
         moe.verify("w3 " * 70)
 
 
