@@ -387,6 +387,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         graphs.append(graph)
         return graph
 
+    torch._dynamo.utils.counters.clear()  # of all that this process has compiled
     monkeypatch.setattr(compiled, "BACKEND", keep)
     monkeypatch.setattr(compiled, "_made", WeakKeyDictionary())
     yield graphs
