@@ -103,7 +103,10 @@ def test_a_failed_check_gives_exit_code_one(olmoe: Path, monkeypatch: pytest.Mon
         (["--model", "{olmoe}", "--tokens", "5,x"], ["--tokens '5,x'", "integers separated by commas"]),
         (["--model", "{olmoe}", "--tokens", "5", "--text", "w3"], ["both --text and --tokens"]),
         (["--model", "{olmoe}", "--tokens", "5,999999"], ["token id 999999. Expected: ids from 0 to 100"]),
-        (["--model", "{olmoe}", "--tokens", ",".join(["5"] * 9999)], ["9999 tokens. Expected: at most the model's context of 64"]),
+        (
+            ["--model", "{olmoe}", "--tokens", ",".join(["5"] * 9999)],
+            ["9999 tokens. Expected: at most the model's context of 64"],
+        ),
         (["--model", "demo", "--text", ""], ["a text without a token"]),
         (["--model", "{olmoe}", "--layer", "9"], ["layer 9, which does not exist", "[0, 1, 2]"]),
         (["--model", "{dense}"], ["a model without MoE layers", "See `moe-interp support`"]),
