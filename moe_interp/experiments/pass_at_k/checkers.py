@@ -58,6 +58,10 @@ def checker_of(given: str | Checker) -> NamedChecker:
     return NamedChecker(f"{getattr(given, '__module__', '')}.{name}", given)
 
 
+LONGEST_CHECK = 30
+"""Seconds that comparing two formulas may take; the first one loads the library's grammar."""
+
+
 def same_number(completion: str, problem: Problem) -> bool:
     """Whether a completion's number is exactly the answer's, whatever the way it is written.
 
@@ -90,17 +94,29 @@ def same_text(completion: str, problem: Problem) -> bool:
 
 
 def same_formula(completion: str, problem: Problem) -> bool:
-    """Whether a completion's last formula or number is mathematically the answer's, by ``math-verify``.
+    """Whether a completion's last formula equals the answer mathematically, as math-verify finds.
+
+    A formula that cannot be read is a wrong answer.
 
     Raises:
         ConfigError: the library is not installed.
+        TimeoutError: reading or comparing took longer than ``LONGEST_CHECK`` seconds, which says nothing of the answer.
     """
-    parse, verify = math_verify()
+    library = math_verify()
     # its limits of time are signals, which only the main thread may set
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    limit = LONGEST_CHECK if threading.current_thread() is threading.main_thread() else None
     answer = str(problem.answer)
-    gold = parse(answer if "\\boxed" in answer or "$" in answer else f"${answer}$", parsing_timeout=limit)
-    return bool(verify(gold, parse(completion, parsing_timeout=limit), timeout_seconds=limit))
+
+    def read(text: str) -> Any:
+        return library.parse(text, parsing_timeout=limit, raise_on_error=True)
+
+    try:
+        gold = read(answer if "\\boxed" in answer or "$" in answer else f"${answer}$")
+        return bool(library.verify(gold, read(completion), timeout_seconds=limit, raise_on_error=True))
+    except library.errors.TimeoutException:
+        raise TimeoutError(f"{completion[-40:]!r} beside {answer!r}: no answer in {LONGEST_CHECK} s") from None
+    except Exception:  # the parser's and sympy's own, of any class
+        return False
 
 
 def number_in(text: str) -> Fraction | None:
@@ -187,16 +203,21 @@ def _needs(read: Callable[[str], Any], kind: str) -> Callable[[Problem], None]:
 
 
 @cache
-def math_verify() -> tuple[Any, Any]:
+def math_verify() -> Any:
+    """The library, with its errors.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
-        from math_verify import parse, verify
+        import math_verify.errors
     except ImportError as error:
         raise ConfigError(
             'is_correct="math" without math-verify',
             "the library that compares formulas",
             "Install it: pip install 'moe-interp[math]'.",
         ) from error
-    return parse, verify
+    return math_verify
 
 
 CHECKERS = {

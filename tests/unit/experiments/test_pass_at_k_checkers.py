@@ -130,6 +130,18 @@ def test_formulas_by_math_verify() -> None:
     assert not check("no formula", problem(r"\sqrt{2}"))
 
 
+def test_a_formula_that_takes_too_long_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("math_verify")
+    from math_verify.errors import TimeoutException
+
+    def endless(*given: object, **options: object) -> bool:
+        raise TimeoutException("Timeout during comparison")
+
+    monkeypatch.setattr(library, "verify", endless)
+    with pytest.raises(TimeoutError, match=r"beside 'x': no answer in 30 s"):
+        checker_of("math").function(r"\boxed{x}", problem("x"))
+
+
 def test_formulas_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     from moe_interp.experiments.pass_at_k import checkers
