@@ -152,7 +152,7 @@ def a_log(folder: Path) -> Path:
 
 def read_run(path: Path) -> Any:
     run = RunFolder(path.parent)
-    run.check(TestbedConfig(), resume=True, shared_on_layer={"data": "x", "mixed_precision": "no"})
+    run.check(TestbedConfig(), resume=True, origin={"data": "x", "mixed_precision": "no"})
     return run.finished()
 
 

@@ -246,9 +246,9 @@ def test_texts_score_as_the_ids_they_become() -> None:
         assert largest_difference(one, scores[:1, -4:] if side == "left" else scores[:1, :4]) <= 1e-5
     kept = screen_routes(moe, texts, [1], {1: routes}, keep=2)[1].logp  # type: ignore[arg-type]
     assert largest_difference(kept, scores) <= 1e-5
-    for given, shared_on_layer in ((texts, mask), (["w3", 4], None)):
+    for given, mask_given in ((texts, mask), (["w3", 4], None)):
         with pytest.raises(DataError, match="texts with an attention mask, or among other things"):
-            score_routes(moe, given, 1, routes, attention_mask=shared_on_layer)  # type: ignore[arg-type]
+            score_routes(moe, given, 1, routes, attention_mask=mask_given)  # type: ignore[arg-type]
 
 
 def test_bad_joint_routes() -> None:
