@@ -32,9 +32,7 @@ def share(rule: RoutingRule, expert: int, value: float) -> float:
     logits = ANYWHERE
     if isinstance(rule, SigmoidTopK) and rule.score is torch.sigmoid and rule.bias is not None:
         at_limit = float(value > 0) + rule.bias[expert] - rule.bias + (1e-4 if value > 0 else -1e-4)
-        ends = torch.stack(
-            [torch.full((8,), -40.0), torch.full((8,), 40.0), at_limit.clamp(1e-6, 1 - 1e-6).logit()]
-        )
+        ends = torch.stack([torch.full((8,), -40.0), torch.full((8,), 40.0), at_limit.clamp(1e-6, 1 - 1e-6).logit()])
         choice = torch.cartesian_prod(*[torch.arange(3)] * 8)
         logits = torch.cat([logits, ends.gather(0, choice)])
     return float((rule.route(logits + one(expert, value))[0] == expert).any(-1).float().mean())
