@@ -63,7 +63,7 @@ class AttributionResult(EffectResult, kind="attribution"):
     both). Where the metric is a plain number, an estimate is of that position in all examples together.
     """
 
-    exact: Callable[[Cells], NDArray[Any]] | None = None  # of this session: patching cells exactly
+    exact: Callable[[Cells], NDArray[Any]] | None = None  # patches cells exactly; None once loaded from a file
 
     def by_expert(self, metric: str | None = None) -> pd.DataFrame:
         """Estimates by layer and expert, summed over positions, mean over examples; largest first.
@@ -93,7 +93,7 @@ class AttributionResult(EffectResult, kind="attribution"):
         if self.exact is None:
             raise ConfigError(
                 "agreement of a result that was loaded",
-                "one of this session, which has its model",
+                "a result that attribution has just returned, which has its model",
                 "Run attribution again; its summary keeps the agreement that was measured then.",
             )
         cells, n_top = self._sample(n, seed, metric)
