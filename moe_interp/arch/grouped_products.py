@@ -110,6 +110,8 @@ def has_grouped_product(like: Tensor) -> bool:
 
 
 _TRIED: dict[tuple[torch.dtype, torch.device], bool] = {}
+# no memory, or an earlier fault of the device: the product may exist all the same (torch 2.8 names the second)
+_NOT_OF_THE_PRODUCT = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 @torch.no_grad()
@@ -121,7 +123,7 @@ def _try(like: Tensor) -> bool:
     groups = RowGroups.of_sorted(torch.arange(4, device=like.device) // 2, 2)
     try:
         grouped_linear(rows, groups, weights, None, transposed=False)
-    except torch.OutOfMemoryError:  # the product may exist all the same
+    except _NOT_OF_THE_PRODUCT:
         raise
     except RuntimeError:  # torch has none for this dtype or device (NotImplementedError is one of them)
         return False

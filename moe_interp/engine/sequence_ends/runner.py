@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_interp.arch.modules import unwrap
 from moe_interp.engine.attention import attention_function, can_fuse
 from moe_interp.engine.branches import BranchRunner
+from moe_interp.engine.memory import is_out_of_memory
 from moe_interp.engine.policy import policy_of
 from moe_interp.engine.recorded_pass import RecordedPass
 from moe_interp.engine.replaced_forward import swapped_forward
@@ -111,9 +112,9 @@ def null_difference(base: RecordedPass, layer: int, is_fused: bool) -> float:
     try:
         with torch.no_grad(), EndRunner(base, layer, is_fused=is_fused) as run:
             found = run.ends(sequence, start, block_out)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model's layers miss, or a model that reads its mask in a way of its own
+    except Exception as error:  # whatever a model's layers miss, or a model that reads its mask in a way of its own
+        if is_out_of_memory(error):
+            raise
         return float("inf")
     real = base.is_real[sequence, start:]
     plain = base.logits[sequence, start:]

@@ -96,27 +96,31 @@ def same_text(completion: str, problem: Problem) -> bool:
 def same_formula(completion: str, problem: Problem) -> bool:
     """Whether a completion's last formula equals the answer mathematically, as math-verify finds.
 
-    A formula that cannot be read is a wrong answer.
+    A completion without a formula that can be read is a wrong answer. Errors of reading the problem's own answer are
+    raised.
 
     Raises:
         ConfigError: the library is not installed.
         TimeoutError: reading or comparing took longer than ``LONGEST_CHECK`` seconds, which says nothing of the answer.
     """
-    library = math_verify()
-    # its limits of time are signals, which only the main thread may set
-    limit = LONGEST_CHECK if threading.current_thread() is threading.main_thread() else None
-    answer = str(problem.answer)
+    library, answer = math_verify(), str(problem.answer)
 
     def read(text: str) -> Any:
-        return library.parse(text, parsing_timeout=limit, raise_on_error=True)
+        return library.parse(text, parsing_timeout=_limit(), raise_on_error=True)
 
     try:
         gold = read(answer if "\\boxed" in answer or "$" in answer else f"${answer}$")
-        return bool(library.verify(gold, read(completion), timeout_seconds=limit, raise_on_error=True))
+        try:
+            return bool(library.verify(gold, read(completion), timeout_seconds=_limit(), raise_on_error=True))
+        except Exception:  # the parser's and sympy's own, of any class
+            return False
     except library.errors.TimeoutException:
         raise TimeoutError(f"{completion[-40:]!r} beside {answer!r}: no answer in {LONGEST_CHECK} s") from None
-    except Exception:  # the parser's and sympy's own, of any class
-        return False
+
+
+def _limit() -> int | None:
+    """Seconds: the library's limits are signals, which only the main thread may set."""
+    return LONGEST_CHECK if threading.current_thread() is threading.main_thread() else None
 
 
 def number_in(text: str) -> Fraction | None:

@@ -142,6 +142,22 @@ def test_a_formula_that_takes_too_long_is_no_wrong_answer(monkeypatch: pytest.Mo
         checker_of("math").function(r"\boxed{x}", problem("x"))
 
 
+def test_an_answer_that_cannot_be_read_is_no_wrong_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("math_verify")
+    own = library.parse
+
+    def parse(text: str, **options: object) -> object:
+        if "unreadable" in text:
+            raise RuntimeError("no such command")
+        return own(text, **options)
+
+    monkeypatch.setattr(library, "parse", parse)
+    check = checker_of("math").function
+    assert not check("unreadable", problem("x"))
+    with pytest.raises(RuntimeError, match="no such command"):
+        check(r"\boxed{x}", problem("unreadable"))
+
+
 def test_formulas_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     from moe_interp.experiments.pass_at_k import checkers
