@@ -86,6 +86,23 @@ def set_experts_implementation(model: nn.Module, implementation: str) -> None:
             config._experts_implementation = implementation
 
 
+@contextmanager
+def experts_run_by(implementation: str, model: nn.Module) -> Iterator[None]:
+    """:func:`set_experts_implementation` for a model that tests share; it is undone afterwards."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    before = [
+        (config, config._experts_implementation)
+        for config in configs
+        if isinstance(config, transformers.PreTrainedConfig)
+    ]
+    set_experts_implementation(model, implementation)
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config._experts_implementation = value
+
+
 def tiny_tokenizer(
     bos: bool = True, pad: bool = True, side: str = "left", chat_template: str | None = None
 ) -> transformers.PreTrainedTokenizerFast:

@@ -29,7 +29,31 @@ def attached(name: str, dtype: torch.dtype = torch.float32, attention: str = "ea
     hf = tiny.build_hf(name, dtype=dtype, attn_implementation=attention)
     if dtype == torch.float64:
         tiny.set_experts_implementation(hf, "eager")
-    return attach(tiny.build_bridge(hf, name))
+    moe = attach(tiny.build_bridge(hf, name))
+    _BUILT[moe] = settings(moe)
+    return moe
+
+
+_BUILT: dict[MoEHooks, object] = {}
+"""The shared models' settings, as they were built."""
+
+
+def settings(moe: MoEHooks) -> object:
+    """What a test could leave changed on a shared model."""
+    model = moe.bridge.original_model
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    return (
+        model.training,
+        [str(sorted((key, str(value)) for key, value in vars(config).items())) for config in configs.values()],
+        sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in moe.bridge.hook_dict.values()),
+    )
+
+
+def changed_models() -> list[str]:
+    """The shared models that are not as they were built."""
+    return [moe.bridge.cfg.model_name for moe, built in _BUILT.items() if settings(moe) != built]
 
 
 def with_windows(name: str, kind: str, attention: str) -> MoEHooks:

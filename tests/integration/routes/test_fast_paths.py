@@ -94,9 +94,8 @@ def test_side_by_side_gives_the_bits_of_one_after_the_other(
 @pytest.mark.parametrize("name", DECODERS)
 def test_float32_with_wide_products_and_loops(name: str, forced: list[str]) -> None:
     moe = attached(name)
-    tiny.set_experts_implementation(moe.bridge.original_model, "grouped_mm")
     tokens, mask = padded_batch()
-    try:
+    with tiny.experts_run_by("grouped_mm", moe.bridge):
         for layer in served_layers(name, moe):
             routes = random_routes(moe, layer, tokens)
             options: dict[str, Any] = {"positions": [4, -2], "attention_mask": mask}
@@ -104,8 +103,6 @@ def test_float32_with_wide_products_and_loops(name: str, forced: list[str]) -> N
             naive = score_routes(moe, tokens, layer, routes, method="naive", **options)
             assert largest_difference(found.logp, naive) <= 2e-5
             assert found.null_distance <= 2e-5
-    finally:
-        tiny.set_experts_implementation(moe.bridge.original_model, "eager")
 
 
 def test_joint_routes_run_alone(forced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
