@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from moe_interp.engine.cpu.matmul import is_wide
+from moe_interp.engine.cpu.matmul import uses_onednn
 from moe_interp.engine.policy import MOST_TOKENS, Policy, policy_of
 from moe_interp.errors import ConfigError, DataError, warn
 from moe_interp.hooks.attach import MoEHooks
@@ -154,7 +154,7 @@ def free_bytes(policy: Policy) -> int:
 
 def without_compiled(budget: int, parameter: Tensor) -> int:
     """What is left of a memory budget beside compiled code, for a model with such parameters; two thirds at least."""
-    is_served = is_wide() and parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    is_served = uses_onednn() and parameter.device.type == "cpu" and parameter.dtype == torch.float32
     return budget - min(budget // 3, COMPILED_BYTES) if is_served else budget
 
 

@@ -85,17 +85,19 @@ def check_budget(memory_budget: Any) -> int | None:
     """A memory budget in bytes; None for the default.
 
     Raises:
-        ConfigError: no finite number.
+        ConfigError: no finite number of at least 1.
     """
     if memory_budget is None:
         return None
     try:
         if isinstance(memory_budget, str | bool):
             raise TypeError(memory_budget)
-        return int(memory_budget)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # nan and inf among them
+        if (budget := int(memory_budget)) < 1:
+            raise ValueError(memory_budget)
+        return budget
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # as nan and inf do
         given = f"memory_budget={memory_budget!r}"
-        raise ConfigError(given, "a number of bytes", "Pass such as 2**30 for one GiB.") from None
+        raise ConfigError(given, "a number of bytes, at least 1", "Pass such as 2**30 for one GiB.") from None
 
 
 def check_memory(moe: MoEHooks, memory_budget: Any) -> Memory:

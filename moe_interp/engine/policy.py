@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from moe_interp.arch.offload import device_of
-from moe_interp.engine.cpu.matmul import HAS_WIDE_PRODUCTS
+from moe_interp.engine.cpu.matmul import ONEDNN_IS_FASTER
 from moe_interp.hooks.attach import MoEHooks
 
 FUSED_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -57,7 +57,7 @@ class GridShares(NamedTuple):
 GRID_SHARES = {"cuda": GridShares(0.5, 0.25)}
 """By kind of device; others run compact rows. Tests and benchmarks write to it."""
 
-LOOP_FROM_ROWS = 16 if HAS_WIDE_PRODUCTS else 48
+LOOP_FROM_ROWS = 16 if ONEDNN_IS_FASTER else 48
 """From how many rows an expert a processor's loop over experts is faster than transformers' grouped product."""
 LOOP_FROM_WORK = 2**23
 """From how many multiplications an expert it is."""

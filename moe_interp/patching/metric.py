@@ -103,14 +103,14 @@ class Metrics:
         try:
             value = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise self._misfit(name, f"{given!r:.60}, which makes no tensor ({error})") from error
+            raise self._wrong_value(name, f"{given!r:.60}, which makes no tensor ({error})") from error
         if value.shape not in ((), (self.n_examples,)):
-            raise self._misfit(name, f"shape {tuple(value.shape)}")
+            raise self._wrong_value(name, f"shape {tuple(value.shape)}")
         if value.is_complex():
-            raise self._misfit(name, f"dtype {value.dtype}")
+            raise self._wrong_value(name, f"dtype {value.dtype}")
         return value if value.is_floating_point() else value.to(logits.dtype)
 
-    def _misfit(self, name: str, given: str) -> ConfigError:
+    def _wrong_value(self, name: str, given: str) -> ConfigError:
         called = "the metric" if name == ONLY else f"the metric {name!r}"
         return ConfigError(
             f"{called} gave {given}",

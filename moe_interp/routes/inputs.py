@@ -91,7 +91,7 @@ def checked_experts(
     given = as_routes(indices, "routes").to(tokens.device)
     if given.ndim == 4 and given.shape[2] == 0:
         raise DataError("no route to score", "at least one route a token", "Sample routes first.")
-    if remedy := _misfit(given, batch, pos, spec.top_k):
+    if remedy := _shape_remedy(given, batch, pos, spec.top_k):
         raise RouteError(
             f"routes of shape {tuple(given.shape)} and dtype {given.dtype}",
             f"integers of shape [{batch}, {pos}, route, {spec.top_k}]: an equal number of experts",
@@ -109,7 +109,7 @@ def checked_experts(
     return given, fixed
 
 
-def _misfit(routes: Tensor, batch: int, pos: int, slots: int) -> str | None:
+def _shape_remedy(routes: Tensor, batch: int, pos: int, slots: int) -> str | None:
     """What to do about routes that do not fit the tokens; None where they do."""
     if routes.ndim == 3 and routes.shape[:2] == (batch, pos):
         return "Give one route a token as routes.unsqueeze(2)."

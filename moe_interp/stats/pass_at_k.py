@@ -72,17 +72,17 @@ def _estimate(n: NDArray[np.int64], c: NDArray[np.int64], k: NDArray[np.int64]) 
     few, many = np.minimum(c, k), np.maximum(c, k)
     found[few == 0] = 0.0
     found[few == 1] = many[few == 1] / n[few == 1]
-    open_ = np.flatnonzero((few > 1) & (n - c >= k))
+    undecided = np.flatnonzero((few > 1) & (n - c >= k))
     # every term is at most -M / n, so that few of them decide
-    terms = np.minimum(few[open_], np.ceil(_NEGLIGIBLE * n[open_] / many[open_]).astype(np.int64))
+    terms = np.minimum(few[undecided], np.ceil(_NEGLIGIBLE * n[undecided] / many[undecided]).astype(np.int64))
     order = np.argsort(terms, kind="stable")
-    open_, terms = open_[order], terms[order]
+    undecided, terms = undecided[order], terms[order]
     start = 0
-    while start < len(open_):
+    while start < len(undecided):
         stop = start + 1
-        while stop < len(open_) and (stop + 1 - start) * terms[stop] <= _CELLS_AT_ONCE:
+        while stop < len(undecided) and (stop + 1 - start) * terms[stop] <= _CELLS_AT_ONCE:
             stop += 1
-        rows = open_[start:stop]
+        rows = undecided[start:stop]
         j = np.arange(terms[stop - 1])
         is_term = j < terms[start:stop, None]
         share = many[rows, None] / np.where(is_term, n[rows, None] - j, 2 * many[rows, None])

@@ -44,7 +44,7 @@ def padded(n_rows: int) -> int:
     At most an eighth more, from 256 on. oneDNN compiles code for every number of rows and every shape of weights, and
     keeps it: see ``COMPILED_BYTES`` of :mod:`moe_interp.engine.memory`.
     """
-    if not is_wide():
+    if not uses_onednn():
         return n_rows
     step = max(1 << max(n_rows.bit_length() - 4, 0), _STEP)
     return -(-n_rows // step) * step
@@ -53,7 +53,7 @@ def padded(n_rows: int) -> int:
 def is_faster(rows: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply these."""
     return (
-        is_wide()
+        uses_onednn()
         and rows.dtype == weight.dtype == torch.float32
         and rows.device.type == weight.device.type == "cpu"
         and rows.numel() >= _FEW_ROWS * rows.shape[-1]
@@ -73,9 +73,9 @@ def _is_plain(bias: Tensor | None, weight: Tensor) -> bool:
     )
 
 
-def is_wide() -> bool:
+def uses_onednn() -> bool:
     """Whether this process multiplies large float32 matrices by oneDNN."""
-    return HAS_WIDE_PRODUCTS and bool(torch.backends.mkldnn.enabled)
+    return ONEDNN_IS_FASTER and bool(torch.backends.mkldnn.enabled)
 
 
 def _is_intel() -> bool:
@@ -87,9 +87,9 @@ def _is_intel() -> bool:
 
 
 # what a machine has: judged once, so that one process computes alike throughout
-CAN_BE_WIDE = (
+HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-HAS_WIDE_PRODUCTS = CAN_BE_WIDE and not _is_intel()
+ONEDNN_IS_FASTER = HAS_ONEDNN and not _is_intel()

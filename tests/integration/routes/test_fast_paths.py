@@ -53,7 +53,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> list[str]:
     """Many small groups, every product wide, every expert looped; gives the threads that ran groups."""
     monkeypatch.setattr(plan, "ROW_LENGTH", 4)
     monkeypatch.setattr(policy, "AT_ONCE", {"cpu": policy.AtOnce(4, 1, 1)})
-    monkeypatch.setattr(matmul, "HAS_WIDE_PRODUCTS", matmul.CAN_BE_WIDE)
+    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", matmul.HAS_ONEDNN)
     monkeypatch.setattr(matmul, "_FROM_WORK", 0)
     monkeypatch.setattr(matmul, "_FEW_ROWS", 0)
     monkeypatch.setattr(policy, "LOOP_FROM_ROWS", 0)

@@ -16,7 +16,7 @@ from moe_interp.engine.cpu.matmul import linear
 @pytest.fixture(autouse=True)
 def wherever_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on processors where it is not the faster one."""
-    monkeypatch.setattr(matmul, "HAS_WIDE_PRODUCTS", matmul.CAN_BE_WIDE)
+    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", matmul.HAS_ONEDNN)
 
 
 SHAPES = [(64, 256, 512), (37, 300, 515), (8, 2048, 128), (4096, 32, 40), (1, 512, 4096)]
@@ -52,7 +52,7 @@ def test_takes_the_wide_product_where_the_machine_has_one() -> None:
         with torch.no_grad():
             linear(x, weight)
 
-    assert wide_calls(call) == int(matmul.CAN_BE_WIDE)
+    assert wide_calls(call) == int(matmul.HAS_ONEDNN)
 
 
 # torch's own, at any use of its switch, and at a process's first sparse tensor
@@ -83,7 +83,7 @@ def test_leaves_everything_else_to_torch() -> None:
 
 
 def test_rows_are_padded_to_few_sizes() -> None:
-    if not matmul.CAN_BE_WIDE:
+    if not matmul.HAS_ONEDNN:
         assert matmul.padded(101) == 101
         return
     sizes = {n: matmul.padded(n) for n in range(1, 4097)}

@@ -24,7 +24,7 @@ def moe() -> mi.MoEHooks:
 @pytest.mark.parametrize("is_wide", [False, True])
 def test_more_to_hold_leaves_fewer_tokens(moe: mi.MoEHooks, is_wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = 2**23
-    monkeypatch.setattr(matmul, "HAS_WIDE_PRODUCTS", is_wide)
+    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", is_wide)
     budget = given * 2 // 3 if is_wide else given  # a third for compiled code
     plain = tokens_per_pass(moe, 10, given)
     vocabulary, width = moe.bridge.cfg.d_vocab, moe.spec(0).d_model
