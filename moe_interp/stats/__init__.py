@@ -11,6 +11,8 @@ from moe_interp.stats.correlation import (
     mean_rho_permutation,
     spearman,
 )
+from moe_interp.stats.geometry.linear_bound import LinearBound, linear_bound
+from moe_interp.stats.geometry.shared_direction import SharedDirection, shared_direction
 from moe_interp.stats.intervals.bootstrap import bootstrap_interval
 from moe_interp.stats.intervals.clusters import cluster_bootstrap
 from moe_interp.stats.intervals.means import Interval, median_interval, pseudomedian_interval
@@ -46,9 +48,11 @@ __all__ = [
     "FEWEST_UNITS",
     "ITEMS_IF_WIDER",
     "Interval",
+    "LinearBound",
     "MeanCorrelation",
     "PermutationResult",
     "Reliability",
+    "SharedDirection",
     "SpearmanResult",
     "WilcoxonResult",
     "adjust_p",
@@ -66,6 +70,7 @@ __all__ = [
     "in_top",
     "items_needed",
     "latent_pearson",
+    "linear_bound",
     "mean_interval",
     "mean_rho_permutation",
     "median_interval",
@@ -75,6 +80,7 @@ __all__ = [
     "pseudomedian_interval",
     "ratio_interval",
     "rejected",
+    "shared_direction",
     "shifted_group_test",
     "smallest_attainable_p",
     "spearman",
