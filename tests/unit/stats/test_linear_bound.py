@@ -14,7 +14,7 @@ from moe_interp.errors import ConfigError, DataError
 def test_by_hand() -> None:
     """States vary along the first two of three axes, of which the router reads 3 and 0.5 logits a unit."""
     weights = [[3.0, 0.0, 100.0], [0.0, 0.5, 100.0]]
-    found = stats.linear_bound(weights, [[0.0, 0, 1], [2, 0, 1], [0, 1, 1]])
+    found = stats.linear_bound(weights, [[0.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     assert (found.rank, found.seen_rank) == (2, 2)
     assert found.upper == pytest.approx(3)
     assert found.lower == pytest.approx(0.5)
