@@ -1,5 +1,6 @@
 """Recorded routing: the trace, its files, and what can be measured on it."""
 
+from moe_interp.traces.counts import RoutingCounts
 from moe_interp.traces.expert_use import co_activation, load, saturation, standing_committee, transitions
 from moe_interp.traces.specialization import (
     domain_specialization,
@@ -10,6 +11,7 @@ from moe_interp.traces.specialization import (
 from moe_interp.traces.trace import RoutingTrace
 
 __all__ = [
+    "RoutingCounts",
     "RoutingTrace",
     "co_activation",
     "domain_specialization",
