@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ class RoutingCounts:
         rows = len(part.row_domain)
         found |= {"row_sequence": part.row_sequence, "row_domain": part.row_domain}
         found["row_tokens"] = np.bincount(part.row, minlength=rows)
-        counted = {
+        counted: dict[str, Callable[[tally.Part], Any]] = {
             "sequences": tally.count_rows,
             "weights": tally.sum_weights,
             "co_activation": tally.count_pairs,

@@ -14,7 +14,7 @@ LARGEST = 2.0**32  # of a single number, so that 2^20 of them stay exact in floa
 AT_ONCE = 2**20
 
 
-def fixed_point_sums(codes: NDArray[np.intp], values: NDArray[Any], n_bins: int, what: str) -> NDArray[np.int64]:
+def fixed_point_sums(codes: NDArray[Any], values: NDArray[Any], n_bins: int, what: str) -> NDArray[np.int64]:
     """Sum of the values of each code, ``[bin, 2]``: whole multiples of 2^-20, and the rest in multiples of 2^-52.
 
     Integers add up the same in every order, which floating-point sums do not. A value is rounded to a multiple of
