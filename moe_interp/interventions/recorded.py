@@ -14,6 +14,7 @@ from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.find_layers import find_layers
 from moe_interp.hooks.layer import plain_label
 from moe_interp.interventions.positions import TokenSelection, pack_routes
+from moe_interp.slots import NATIVE
 from moe_interp.types import Layer
 
 # not TransformerLens' flat `blocks.1.mlp.hook_expert_indices`
@@ -30,10 +31,10 @@ class Routes(Protocol):
     n_experts: int
 
 
-# [sequence, pos, slot] each; indices are -2 beyond a sequence's end
+# [sequence, pos, slot] each; indices are OUTSIDE beyond a sequence's end, NATIVE where a trace covers no token
 Recorded = dict[Layer, tuple[Tensor, Tensor | None]]
 Place = Callable[[Tensor], tuple[Tensor, Tensor]]
-OUTSIDE = -2
+OUTSIDE = -3
 
 
 def is_cache(trace: Any) -> bool:
@@ -175,14 +176,17 @@ def _by_sequence(trace: Routes, tokens: Tensor, fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(tokens.split(lengths.tolist())), batch_first=True, padding_value=fill)
 
 
-def reader(where: TokenSelection, recorded: Tensor, place: Place, name: str) -> Callable[[Tensor], Tensor]:
+def reader(
+    where: TokenSelection, recorded: Tensor, place: Place, name: str, needs_all: bool = False
+) -> Callable[[Tensor], Tensor]:
     """A function of a hooked tensor: what was recorded, ``[batch, pos, slot]``, for the tokens of ``where``.
 
     Args:
         where: The tokens.
-        recorded: ``[sequence, pos, slot]``, routes or weights; routes are -2 where nothing is.
+        recorded: ``[sequence, pos, slot]``, routes or weights; routes are ``OUTSIDE`` where nothing is.
         place: From the hooked tensor to the recorded sequence and position ``[batch, pos]`` of each token.
         name: The hook, for the error.
+        needs_all: Refuse tokens that the trace does not cover, rather than give them ``NATIVE``.
     """
 
     def read(value: Tensor) -> Tensor:
@@ -199,6 +203,12 @@ def reader(where: TokenSelection, recorded: Tensor, place: Place, name: str) -> 
                 f"row {b}, position {p + n_past} at {name}, which the trace does not hold",
                 f"at most {source.shape[0]} sequences with recorded positions",
                 "Replay on the recorded tokens, or limit `positions`; the model was left as it was.",
+            )
+        if needs_all and bool((native := tokens & (new == NATIVE).any(dim=-1)).any()):
+            raise RouteError(
+                f"a route for row {native.nonzero()[0, 0]} at {name} from a token that the trace does not cover",
+                "recorded routes at the source's positions",
+                "Name other source positions; the model was left as it was.",
             )
         return new
 

@@ -30,7 +30,8 @@ def replay_routes(
         moe: Attached hooks.
         trace: A cache with ``expert_indices`` (and ``expert_weights``, if they are to be replayed too), whose rows and
             positions are those of the batch; or a ``RoutingTrace``, whose s-th sequence is for row s of the batch and
-            which counts positions from each row's first real token.
+            which counts positions from each row's first real token. Tokens that the trace does not cover (-2) are left
+            to the model's own router.
         layers: Layers to replay, as the trace labels them; by default all that were recorded. "moe": the columns of the
             trace are all the model's MoE layers, in their order and whatever their labels, as inference engines record
             them.
@@ -60,7 +61,7 @@ def _same_place(selection: TokenSelection, by_column: bool, n_rows: int, value: 
 def routes_from(
     moe: MoEHooks,
     source: Any,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | Literal["moe"] | None = None,
     positions: Positions = None,
     source_positions: Sequence[int] | Tensor | None = None,
     source_rows: int | Sequence[int] | None = None,
@@ -76,7 +77,7 @@ def routes_from(
     Args:
         moe: Attached hooks.
         source: A cache with ``expert_indices`` (and ``expert_weights``), or a ``RoutingTrace``.
-        layers: Layers, as the source labels them; by default all that were recorded.
+        layers: Layers, as the source labels them; by default all that were recorded; "moe" as in ``replay_routes``.
         positions, attention_mask: The tokens that take a route: see :class:`.positions.TokenSelection`.
         source_positions: For each of ``positions``, which then are integers, the position that its route is from;
             negative ones count from the end of the source's sequence. By default the same positions.
@@ -88,7 +89,8 @@ def routes_from(
 
     Raises:
         RouteError: nothing recorded at a layer, routes of another model, a mask that is not the source's; when it runs,
-            a position that the source does not have, or a left-padded batch of which the source's padding is not known.
+            a position that the source does not have or does not cover, or a left-padded batch of which the source's
+            padding is not known.
         ConfigError: source positions that do not match ``positions``, or other weights.
     """
     check_attached(moe)
@@ -99,7 +101,8 @@ def routes_from(
         name, selection = moe.hook_name("expert_indices", layer), TokenSelection(moe, layer, positions, attention_mask)
         place = OtherPlace(selection, indices, is_cache(source), source_positions, source_rows, source_mask)
         weigh = None if recorded is None or weights == "family" else reader(selection, recorded, place, name)
-        hooks += RouteWriter(moe, layer, selection, reader(selection, indices, place, name), weigh).hooks
+        route = reader(selection, indices, place, name, needs_all=True)
+        hooks += RouteWriter(moe, layer, selection, route, weigh).hooks
     return hooks
 
 

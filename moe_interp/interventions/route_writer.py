@@ -14,6 +14,7 @@ from moe_interp.errors import RouteError
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.hooks.layer import LayerPass
 from moe_interp.interventions.positions import TokenSelection, merge_slots, merge_weights
+from moe_interp.slots import NATIVE
 from moe_interp.types import EMPTY, Hooks, Layer
 
 
@@ -27,7 +28,7 @@ class RouteWriter:
         moe: Attached hooks.
         layer: An MoE layer.
         selection: The tokens.
-        route: From the present route ``[batch, pos, slot]`` to the new one.
+        route: From the present route ``[batch, pos, slot]`` to the new one; ``NATIVE`` where the token keeps its own.
         weigh: From the present weights to the new ones, both ``[batch, pos, slot]``; the family's own without it.
         is_named: The route's experts were named one by one: no later intervention may take one away as if by chance.
     """
@@ -55,7 +56,11 @@ class RouteWriter:
         tokens, run = self.selection.tokens(value), self.moe.running(self.layer)
         if not bool(tokens.any()):
             return value
-        written = run.notes[self] = merge_slots(tokens, self.route(value), value)
+        new = self.route(value)
+        tokens = tokens & (new != NATIVE).all(dim=-1)
+        if not bool(tokens.any()):
+            return value
+        written = run.notes[self] = merge_slots(tokens, new, value)
         note_route(run, tokens, written, self.is_named)
         before = torch.zeros_like(tokens, dtype=torch.int64) if run.writer is None else run.writer
         run.writer = before.masked_fill(tokens, id(self))

@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_interp.checks import as_whole, check_name, check_whole
 from moe_interp.errors import DataError
+from moe_interp.slots import NATIVE
+
+PHASES = ("prefill", "generation")
 
 
 def as_array(values: Any) -> NDArray[Any]:
@@ -29,7 +32,28 @@ def checked_indices(values: ArrayLike) -> NDArray[np.int32]:
             "integers [token, layer, slot], at least one of each",
             "Record at least one token, and flatten batch and position into one token axis without the padding.",
         )
+    wide = np.iinfo(np.int32)
+    if int(indices.max()) > wide.max or int(indices.min()) < wide.min:
+        token, layer, slot = np.argwhere((indices > wide.max) | (indices < wide.min))[0]
+        raise DataError(
+            f"Expert {indices[token, layer, slot]} at token {token}, column {layer}, slot {slot}",
+            "an index of 32 bits",
+            "Check how the indices were recorded.",
+        )
     return indices.astype(np.int32)
+
+
+def uncovered(indices: NDArray[np.int32], covered: ArrayLike) -> NDArray[np.int32]:
+    """The indices with ``NATIVE`` where a mask ``[token]`` or ``[token, layer]`` is False."""
+    mask = as_array(covered)
+    if mask.dtype != bool or mask.shape not in {indices.shape[:1], indices.shape[:2]}:
+        raise DataError(
+            f"covered of shape {mask.shape} and type {mask.dtype}",
+            f"a boolean mask [token] or [token, layer], {indices.shape[:1]} or {indices.shape[:2]}",
+            "True where the routes were recorded.",
+        )
+    mask = mask.reshape(*mask.shape, *[1] * (3 - mask.ndim))
+    return np.where(mask, indices, np.int32(NATIVE))
 
 
 def checked_count(n_experts: int | None, indices: NDArray[np.int32]) -> int:
@@ -60,13 +84,16 @@ def checked_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ..
 
 
 def refuse_bad_experts(indices: NDArray[np.int32], n_experts: int, layers: tuple[int, ...]) -> None:
-    """Refuse experts out of range, and experts that fill two slots of one token and layer."""
-    outside = (indices < -1) | (indices >= n_experts)
+    """Refuse experts out of range, experts that fill two slots of one token and layer, and routes covered in part."""
+    native = indices == NATIVE
+    mixed = native & ~native.all(axis=2, keepdims=True)
+    outside = (indices < NATIVE) | (indices >= n_experts) | mixed
     if outside.any():
         token, layer, slot = np.argwhere(outside)[0]
         raise DataError(
             f"Expert {indices[token, layer, slot]} at token {token}, layer {layers[layer]}, slot {slot}",
-            f"an index from 0 to {n_experts - 1}, or -1 for an empty slot",
+            f"an index from 0 to {n_experts - 1}, -1 for an empty slot, "
+            f"or {NATIVE} in all slots of a token that the trace does not cover",
             "Check n_experts and how the indices were recorded.",
         )
     ordered = np.sort(indices, axis=2)
@@ -82,23 +109,83 @@ def refuse_bad_experts(indices: NDArray[np.int32], n_experts: int, layers: tuple
 
 def checked_weights(values: ArrayLike, indices: NDArray[np.int32], layers: tuple[int, ...]) -> NDArray[np.float32]:
     """Finite float32 weights in the shape of the indices, 0 at empty slots."""
-    weights = as_array(values)
-    if weights.shape != indices.shape or weights.dtype.kind not in "fiu":
+    return _by_slot("expert_weights", "Weight", values, indices, layers)
+
+
+def checked_norms(values: ArrayLike, indices: NDArray[np.int32], layers: tuple[int, ...]) -> NDArray[np.float32]:
+    """Finite float32 norms in the shape of the indices, none negative, 0 at empty slots."""
+    norms = _by_slot("expert_norms", "Norm", values, indices, layers)
+    if (norms < 0).any():
+        token, layer, slot = np.argwhere(norms < 0)[0]
         raise DataError(
-            f"expert_weights of shape {weights.shape} and type {weights.dtype}",
-            f"numbers in the shape of expert_indices, {indices.shape}",
-            "Record weights and indices from the same forward pass.",
-        )
-    weights = np.where(indices >= 0, weights, 0).astype(np.float32)
-    if not np.isfinite(weights).all():
-        token, layer, slot = np.argwhere(~np.isfinite(weights))[0]
-        raise DataError(
-            f"Weight {weights[token, layer, slot]} at token {token}, layer {layers[layer]}, "
+            f"Norm {norms[token, layer, slot]} at token {token}, layer {layers[layer]}, "
             f"expert {indices[token, layer, slot]}",
-            "finite weights",
+            "norms of at least 0",
+            "Record the L2 norm of each expert's output before its weight is applied.",
+        )
+    return norms
+
+
+def _by_slot(
+    name: str, one: str, values: ArrayLike, indices: NDArray[np.int32], layers: tuple[int, ...]
+) -> NDArray[np.float32]:
+    numbers = as_array(values)
+    if numbers.shape != indices.shape or numbers.dtype.kind not in "fiu":
+        raise DataError(
+            f"{name} of shape {numbers.shape} and type {numbers.dtype}",
+            f"numbers in the shape of expert_indices, {indices.shape}",
+            f"Record {name} and indices from the same forward pass.",
+        )
+    numbers = np.where(indices >= 0, numbers, 0).astype(np.float32)
+    if not np.isfinite(numbers).all():
+        token, layer, slot = np.argwhere(~np.isfinite(numbers))[0]
+        raise DataError(
+            f"{one} {numbers[token, layer, slot]} at token {token}, layer {layers[layer]}, "
+            f"expert {indices[token, layer, slot]}",
+            f"finite {name.removeprefix('expert_')}",
             "Look for a non-finite activation in the model, or for padding recorded as tokens.",
         )
-    return weights
+    return numbers
+
+
+def checked_vectors(
+    name: str, values: ArrayLike, indices: NDArray[np.int32], layers: tuple[int, ...], width: int | None = None
+) -> NDArray[np.float32]:
+    """Finite float32 ``[token, layer, width]``; NaN in the rows that the trace does not cover."""
+    vectors = as_array(values)
+    expected = (*indices.shape[:2], width or (vectors.shape[-1] if vectors.ndim == 3 else 0))
+    if vectors.shape != expected or 0 in vectors.shape or vectors.dtype.kind not in "fiu":
+        raise DataError(
+            f"{name} of shape {vectors.shape} and type {vectors.dtype}",
+            f"numbers of shape ({expected[0]}, {expected[1]}, {width or 'd_model'})",
+            f"Record {name} and indices from the same forward pass.",
+        )
+    is_native = (indices == NATIVE).all(axis=2)
+    vectors = np.where(is_native[..., None], np.float32(np.nan), vectors.astype(np.float32, copy=False))
+    wrong = ~np.isfinite(vectors).all(axis=2) & ~is_native
+    if wrong.any():
+        token, layer = np.argwhere(wrong)[0]
+        raise DataError(
+            f"{name} with a non-finite number at token {token}, layer {layers[layer]}",
+            "finite numbers",
+            "Look for a non-finite activation in the model, or for padding recorded as tokens.",
+        )
+    return vectors
+
+
+def checked_phase(values: ArrayLike | None, n_tokens: int) -> NDArray[np.str_] | None:
+    """One of the two phases per token, from one for all or one per token."""
+    if values is None:
+        return None
+    phase = np.asarray(values)
+    known = phase.dtype.kind in "UO" and all(value in PHASES for value in phase.ravel().tolist())
+    if phase.shape not in {(), (n_tokens,)} or not known:
+        raise DataError(
+            f"phase of shape {phase.shape} with {sorted({str(value)[:20] for value in phase.ravel().tolist()})[:4]}",
+            f"{' or '.join(PHASES)}, one for all or one for each of {n_tokens} tokens",
+            "Say in which phase each token was the input.",
+        )
+    return np.broadcast_to(phase.astype(np.str_), (n_tokens,)).copy()
 
 
 def checked_lengths(values: ArrayLike | None, n_tokens: int) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from moe_interp.traces.trace import RoutingTrace
 
 
 def load(trace: RoutingTrace) -> xr.Dataset:
-    """How evenly a trace uses its experts; empty slots are skipped.
+    """How evenly a trace uses its experts; empty slots and tokens that the trace does not cover are skipped.
 
     Returns:
         ``share[layer, expert]`` q_e, share of the slots in use; ``entropy[layer]`` H(q) in nats;
@@ -30,7 +30,8 @@ def load(trace: RoutingTrace) -> xr.Dataset:
     counts = trace.counts()[0]
     share = ratio(counts, counts.sum(axis=1, keepdims=True))
     nats = entropy(share)
-    empty = trace.expert_indices < 0
+    empty = (trace.expert_indices < 0) & trace.covered[..., None]
+    covered = trace.covered.sum(axis=0)
     return xr.Dataset(
         {
             "share": (("layer", "expert"), share),
@@ -38,8 +39,8 @@ def load(trace: RoutingTrace) -> xr.Dataset:
             "effective_experts": ("layer", np.exp(nats) / trace.n_experts),
             "max_violation": ("layer", share.max(axis=1) * trace.n_experts - 1),
             "dead_experts": ("layer", (counts == 0).sum(axis=1)),
-            "dropped_tokens": ("layer", empty.all(axis=2).mean(axis=0)),
-            "dropped_slots": ("layer", empty.mean(axis=(0, 2))),
+            "dropped_tokens": ("layer", ratio(empty.all(axis=2).sum(axis=0), covered)),
+            "dropped_slots": ("layer", ratio(empty.sum(axis=(0, 2)), covered * trace.n_slots)),
         },
         coords=axes(trace),
     )
@@ -95,8 +96,8 @@ def saturation(trace: RoutingTrace, final: RoutingTrace) -> xr.Dataset:
         final: Routes of the last checkpoint on the same tokens.
 
     Returns:
-        ``saturation[layer]`` from 0 to 1, over the tokens with an expert in ``final``; ``chance[layer]``, its value for
-        independent routes of the same widths, mean |S| / E.
+        ``saturation[layer]`` from 0 to 1, over the tokens that both cover, with an expert in ``final``;
+        ``chance[layer]``, its value for independent routes of the same widths, mean |S| / E.
 
     Raises:
         DataError: Traces of different tokens, layers or numbers of experts.
@@ -115,7 +116,7 @@ def saturation(trace: RoutingTrace, final: RoutingTrace) -> xr.Dataset:
     for layer in range(len(trace.layers)):
         now, then = memberships(trace, layer), memberships(final, layer)
         wanted = then.sum(axis=1)
-        kept = wanted > 0
+        kept = (wanted > 0) & trace.covered[:, layer]
         weight = ratio(kept, kept.sum())  # a mean over the tokens with an expert, NaN without any
         found.append((weight * now.multiply(then).sum(axis=1) / np.maximum(wanted, 1)).sum())
         chance.append((weight * now.sum(axis=1)).sum() / trace.n_experts)
@@ -136,7 +137,8 @@ def standing_committee(trace: RoutingTrace, top: int | None = None, presence: fl
 
     Returns:
         ``rank[domain, layer, expert]``; ``mean_rank, rank_variance`` (over domains) and ``presence[layer, expert]``;
-        ``member[layer, expert]``; ``committee_share[layer]``, the members' share of all slots.
+        ``member[layer, expert]``; ``committee_share[layer]``, the members' share of all slots. Domains without any slot
+        at a layer are left out there, with NaN ranks.
 
     Raises:
         DataError: No labels.
@@ -153,8 +155,11 @@ def standing_committee(trace: RoutingTrace, top: int | None = None, presence: fl
             "Choose values in these ranges.",
         )
     counts = trace.counts(trace.domain_codes, len(trace.domains))
-    rank = mean_ranks(-counts)
-    present = (rank <= width).mean(axis=0)
+    used = counts.sum(axis=2, keepdims=True) > 0  # a domain without slots at a layer has no ranks there
+    n_used = used.sum(axis=0)
+    rank = np.where(used, mean_ranks(-counts), np.nan)
+    present = ratio((rank <= width).sum(axis=0), n_used)
+    mean = ratio(np.where(used, rank, 0).sum(axis=0), n_used)
     member = present >= presence
     slots = counts.sum(axis=0)
     share = ratio((slots * member).sum(axis=1), slots.sum(axis=1))
@@ -162,8 +167,8 @@ def standing_committee(trace: RoutingTrace, top: int | None = None, presence: fl
     return xr.Dataset(
         {
             "rank": (("domain", *by_expert), rank),
-            "mean_rank": (by_expert, rank.mean(axis=0)),
-            "rank_variance": (by_expert, rank.var(axis=0)),
+            "mean_rank": (by_expert, mean),
+            "rank_variance": (by_expert, ratio(np.where(used, (rank - mean) ** 2, 0).sum(axis=0), n_used)),
             "presence": (by_expert, present),
             "member": (by_expert, member),
             "committee_share": ("layer", share),

@@ -12,14 +12,18 @@ import numpy as np
 import pandas as pd
 
 from moe_interp.disk import parse_json, read_bytes
-from moe_interp.errors import ConfigError, MoEInterpError, ResultError
+from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError
 from moe_interp.results.files import replacing
 from moe_interp.results.npz import FREELY, RATIO, npz_arrays, npz_bytes
 from moe_interp.results.seals import LENGTH, check_seal, read_sealed, sealed
 
 VERSION = 2  # 1 had no checksum
 VERSION_KEY = "moe_interp_trace_version"
-OPTIONAL = ("expert_weights", "domain", "token_ids", "predicted_ids")
+BY_SLOT = ("expert_weights", "expert_norms")
+VECTORS = ("router_logits", "router_inputs")
+BY_TOKEN = ("domain", "token_ids", "predicted_ids", "phase")
+OPTIONAL = (*BY_SLOT, *VECTORS, *BY_TOKEN)
+COLUMNS = {"expert_indices": "expert", "expert_weights": "weight", "expert_norms": "norm"}
 FIELDS = ("expert_indices", "sequence_lengths", "n_experts", "layers", *OPTIONAL)
 AGAIN = "Save the trace again; for arrays of another origin use RoutingTrace.from_arrays."
 
@@ -61,6 +65,26 @@ def read_trace_file(path: str | Path, format: str | None) -> dict[str, Any]:
     return arrays
 
 
+def halved(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with router logits and inputs in float16.
+
+    Raises:
+        DataError: A number that float16 cannot hold.
+    """
+    short = {}
+    for name in VECTORS:
+        if (values := arrays[name]) is not None:
+            with np.errstate(over="ignore"):
+                short[name] = values.astype(np.float16)
+            if np.isinf(short[name]).any():
+                raise DataError(
+                    f"{name} of up to {np.nanmax(np.abs(values)):g}",
+                    "numbers up to 65504, the largest of float16",
+                    "Save the trace without half.",
+                )
+    return arrays | short
+
+
 def known_format(path: Path, format: str | None) -> str:
     """The format given, or that of the suffix."""
     name = path.suffix.removeprefix(".") if format is None else format
@@ -99,17 +123,19 @@ def parquet_bytes(arrays: dict[str, Any]) -> bytes:
     starts = np.cumsum(lengths) - lengths
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     columns = {"sequence": sequence, "position": np.arange(n_tokens) - starts[sequence]}
-    columns |= {name: arrays[name] for name in OPTIONAL[1:] if name in arrays}
+    columns |= {name: arrays[name] for name in BY_TOKEN if name in arrays}
     table = pd.DataFrame({name: np.repeat(values, n_layers) for name, values in columns.items()})
     table.insert(2, "layer", np.tile(arrays["layers"], n_tokens))
-    # shape: (token, layer, slot) -> (token layer, slot)
-    for slot, values in enumerate(indices.reshape(-1, n_slots).T):
-        table[f"expert_{slot}"] = values
-    if "expert_weights" in arrays:
-        for slot, values in enumerate(arrays["expert_weights"].reshape(-1, n_slots).T):
-            table[f"weight_{slot}"] = values
+    for name, column in COLUMNS.items():
+        # shape: (token, layer, slot) -> (token layer, slot)
+        for slot, values in enumerate(arrays[name].reshape(-1, n_slots).T if name in arrays else ()):
+            table[f"{column}_{slot}"] = values
     layout = {VERSION_KEY: VERSION, "n_experts": int(arrays["n_experts"]), "n_slots": n_slots}
     typed = pa.Table.from_pandas(table, preserve_index=False)
+    for name in VECTORS:
+        if name in arrays:  # shape: (token, layer, width) -> (token layer, width)
+            width = arrays[name].shape[2]
+            typed = typed.append_column(name, pa.FixedSizeListArray.from_arrays(pa.array(arrays[name].ravel()), width))
     buffer = io.BytesIO()
     parquet.write_table(typed.replace_schema_metadata({"moe_interp": json.dumps(layout)}), buffer)
     content = buffer.getvalue()
@@ -136,7 +162,8 @@ def read_parquet(path: Path) -> tuple[int, dict[str, Any]]:
     layout = parse_json(stored.schema.metadata[b"moe_interp"])
     if layout[VERSION_KEY] != VERSION:
         return layout[VERSION_KEY], {}
-    table = stored.to_pandas()
+    vectors = [name for name in VECTORS if name in stored.column_names]
+    table = stored.drop_columns(vectors).to_pandas()
     n_layers, n_slots = table["layer"].nunique(), layout["n_slots"]
     tokens = table.iloc[::n_layers]
     _refuse_moved_rows(table, n_layers)
@@ -151,9 +178,12 @@ def read_parquet(path: Path) -> tuple[int, dict[str, Any]]:
         "n_experts": layout["n_experts"],
         "layers": table["layer"].iloc[:n_layers].tolist(),
     }
-    arrays |= {name: tokens[name].to_numpy() for name in OPTIONAL[1:] if name in table}
-    if "weight_0" in table:
-        arrays["expert_weights"] = by_slot("weight")
+    arrays |= {name: tokens[name].to_numpy() for name in BY_TOKEN if name in table}
+    arrays |= {name: by_slot(COLUMNS[name]) for name in BY_SLOT if f"{COLUMNS[name]}_0" in table}
+    for name in vectors:
+        # shape: (token layer width) -> (token, layer, width)
+        flat = stored[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        arrays[name] = flat.reshape(len(tokens), n_layers, -1)
     return VERSION, arrays
 
 

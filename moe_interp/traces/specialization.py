@@ -17,8 +17,9 @@ def domain_specialization(trace: RoutingTrace) -> xr.Dataset:
 
     Returns:
         ``share[domain, layer, expert]`` = share of the domain's tokens with the expert in their route (rows sum to k);
-        ``baseline[layer]`` = k / E, k the mean number of experts per token; ``tokens[domain]``. Tokens without any
-        expert count among the domain's tokens.
+        ``baseline[layer]`` = k / E, k the mean number of experts per token; ``tokens[domain]``, covered at any layer.
+        Tokens without any expert count among the domain's tokens; those not covered at a layer do not. NaN for a
+        domain or layer without any token.
 
     Raises:
         DataError: No labels.
@@ -27,11 +28,13 @@ def domain_specialization(trace: RoutingTrace) -> xr.Dataset:
     every domain; compare domains with each other.
     """
     counts = trace.counts(trace.domain_codes, len(trace.domains))
-    tokens = np.bincount(trace.domain_codes)
+    codes, n_domains = trace.domain_codes, len(trace.domains)
+    covered = np.stack([np.bincount(codes[mask], minlength=n_domains) for mask in trace.covered.T], axis=1)
+    tokens = np.bincount(codes[trace.covered.any(axis=1)], minlength=n_domains)
     return xr.Dataset(
         {
-            "share": (("domain", "layer", "expert"), counts / tokens[:, None, None]),
-            "baseline": ("layer", counts.sum(axis=(0, 2)) / trace.n_tokens / trace.n_experts),
+            "share": (("domain", "layer", "expert"), ratio(counts, covered[..., None])),
+            "baseline": ("layer", ratio(counts.sum(axis=(0, 2)), covered.sum(axis=0)) / trace.n_experts),
             "tokens": ("domain", tokens),
         },
         coords={"domain": list(trace.domains)} | axes(trace),
@@ -67,9 +70,10 @@ def vocabulary_specialization(
             f"ids={ids!r}, min_count={min_count}", "'input' or 'predicted', and at least 1", "Choose these."
         )
     values = trace.token_ids if ids == "input" else trace.predicted_ids
+    values = None if values is None else values[trace.covered.any(axis=1)]
     known, count = (None, None) if values is None else np.unique(values, return_counts=True)
-    if values is None or known is None or count is None or count.max() < min_count:
-        most = "no such ids" if count is None else f"at most {count.max()} occurrences of an id"
+    if values is None or known is None or count is None or count.max(initial=0) < min_count:
+        most = "no such ids" if count is None else f"at most {count.max(initial=0)} occurrences of an id"
         raise DataError(
             f"A trace of {trace.n_tokens} tokens with {most}",
             f"{ids} ids, one of them at least {min_count} times",
@@ -78,7 +82,7 @@ def vocabulary_specialization(
     kept = known[count >= min_count]
     chosen = np.isin(values, kept)
     code = np.searchsorted(kept, values[chosen])
-    first = top_experts(trace)[chosen]
+    first = top_experts(trace)[trace.covered.any(axis=1)][chosen]
     shape = (len(kept), trace.n_experts)
     tables = [
         np.bincount((code * trace.n_experts + top)[top >= 0], minlength=shape[0] * shape[1]).reshape(shape)
@@ -101,7 +105,7 @@ def vocabulary_specialization(
 
 
 def top_experts(trace: RoutingTrace) -> np.ndarray:
-    """``[token, layer]`` the expert of largest weight, or of the first slot without weights; -1 without any."""
+    """``[token, layer]`` the expert of largest weight, or of the first slot without weights; below 0 without any."""
     if trace.expert_weights is None:
         slot = (trace.expert_indices >= 0).argmax(axis=2)
     else:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moe_interp.errors import DataError
-from moe_interp.slots import EMPTY
+from moe_interp.slots import EMPTY, NATIVE
 from moe_interp.traces.checks import (
     as_array,
     checked_count,
@@ -21,10 +21,14 @@ from moe_interp.traces.checks import (
     checked_indices,
     checked_layers,
     checked_lengths,
+    checked_norms,
+    checked_phase,
+    checked_vectors,
     checked_weights,
     refuse_bad_experts,
+    uncovered,
 )
-from moe_interp.traces.files import read_trace_file, write_trace_file
+from moe_interp.traces.files import BY_SLOT, OPTIONAL, halved, read_trace_file, write_trace_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +36,9 @@ class RoutingTrace:
     """The routes of a set of sequences, one row per real token (padding is not recorded).
 
     Made by :meth:`from_arrays` or :meth:`read`, which check it. A slot with index -1 is empty: it has weight 0 and is
-    skipped by every measure.
+    skipped by every measure. A row ``[token, layer]`` with -2 in all slots is not covered: nothing is known of the
+    token's route there. No measure counts such a token at that layer, and :func:`~moe_interp.replay_routes` leaves it
+    to the model's own router.
 
     Attributes:
         expert_indices: ``[token, layer, slot]`` int32; slots in the router's own order.
@@ -43,6 +49,12 @@ class RoutingTrace:
         token_ids: ``[token]`` int64 ids of the input tokens; None where not recorded.
         predicted_ids: ``[token]`` int64 ids that the model predicts at each token; None where not recorded.
         domain: ``[token]`` labels; None where there are none.
+        phase: ``[token]`` "prefill" or "generation", in which the token was the model's input; None where not recorded.
+        router_logits: ``[token, layer, expert]`` float32, as the router's linear map gives them, NaN where the row is
+            not covered; None where not recorded.
+        router_inputs: ``[token, layer, d_model]`` float32, likewise.
+        expert_norms: ``[token, layer, slot]`` float32, the L2 norm of each used expert's output before its weight is
+            applied, 0 in empty slots; None where not recorded.
 
     What it does not show: what the experts compute. Two tokens on one route may be treated differently.
     """
@@ -55,6 +67,10 @@ class RoutingTrace:
     token_ids: NDArray[np.int64] | None = None
     predicted_ids: NDArray[np.int64] | None = None
     domain: NDArray[np.str_] | None = None
+    phase: NDArray[np.str_] | None = None
+    router_logits: NDArray[np.float32] | None = None
+    router_inputs: NDArray[np.float32] | None = None
+    expert_norms: NDArray[np.float32] | None = None
 
     @classmethod
     def from_arrays(
@@ -67,12 +83,17 @@ class RoutingTrace:
         domain: ArrayLike | None = None,
         token_ids: ArrayLike | None = None,
         predicted_ids: ArrayLike | None = None,
+        phase: ArrayLike | None = None,
+        router_logits: ArrayLike | None = None,
+        router_inputs: ArrayLike | None = None,
+        expert_norms: ArrayLike | None = None,
+        covered: ArrayLike | None = None,
     ) -> RoutingTrace:
         """A checked trace from arrays or tensors; the sequences lie one after the other along the token axis.
 
         Args:
             expert_indices: ``[token, layer, slot]`` integers from -1 (empty slot) to ``n_experts - 1``, no expert twice
-                for one token and layer.
+                for one token and layer; or -2 in all slots of a token that the trace does not cover at a layer.
             expert_weights: ``[token, layer, slot]`` finite numbers; those of empty slots are stored as 0.
             sequence_lengths: ``[sequence]`` tokens of each sequence. Without it, all tokens are one sequence.
             n_experts: Experts per layer; required, since unused experts leave no mark in the indices.
@@ -80,11 +101,17 @@ class RoutingTrace:
             domain: One label for all, or one per sequence, or one per token.
             token_ids: ``[token]`` input ids.
             predicted_ids: ``[token]`` predicted ids.
+            phase: "prefill" or "generation", one for all or one per token.
+            router_logits: ``[token, layer, expert]`` finite numbers; those of rows not covered are stored as NaN.
+            router_inputs: ``[token, layer, d_model]``, likewise.
+            expert_norms: ``[token, layer, slot]`` norms; those of empty slots are stored as 0.
+            covered: Boolean mask ``[token]`` or ``[token, layer]``; where it is False, the routes become -2.
 
         Raises:
             DataError: Wrong shapes or types, an expert out of range or used twice; names token, layer and expert.
         """
         indices = checked_indices(expert_indices)
+        indices = indices if covered is None else uncovered(indices, covered)
         n_tokens, n_layers, _ = indices.shape
         n_experts = checked_count(n_experts, indices)
         layers = checked_layers(layers, n_layers)
@@ -99,6 +126,14 @@ class RoutingTrace:
             token_ids=checked_ids("token_ids", token_ids, n_tokens),
             predicted_ids=checked_ids("predicted_ids", predicted_ids, n_tokens),
             domain=checked_domain(domain, lengths),
+            phase=checked_phase(phase, n_tokens),
+            router_logits=None
+            if router_logits is None
+            else checked_vectors("router_logits", router_logits, indices, layers, n_experts),
+            router_inputs=None
+            if router_inputs is None
+            else checked_vectors("router_inputs", router_inputs, indices, layers),
+            expert_norms=None if expert_norms is None else checked_norms(expert_norms, indices, layers),
         )
 
     @classmethod
@@ -121,20 +156,31 @@ class RoutingTrace:
         def widened(values: NDArray[Any], fill: int) -> NDArray[Any]:
             return np.pad(values, ((0, 0), (0, 0), (0, width - values.shape[2])), constant_values=fill)
 
+        def widened_routes(trace: RoutingTrace) -> NDArray[np.int32]:
+            indices = widened(trace.expert_indices, EMPTY)
+            indices[~trace.covered] = NATIVE
+            return indices
+
         def joined(name: str) -> NDArray[Any] | None:
             parts = [getattr(t, name) for t in traces]
             if any(part is None for part in parts):
                 return None
-            if name == "expert_weights":
+            if name in BY_SLOT:
                 parts = [widened(part, 0) for part in parts]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise DataError(
+                    f"{name} of widths {sorted({part.shape[-1] for part in parts})}",
+                    "vectors of one width",
+                    "Concatenate traces of one model only.",
+                )
             return np.concatenate(parts)
 
         return cls.from_arrays(
-            np.concatenate([widened(t.expert_indices, EMPTY) for t in traces]),
+            np.concatenate([widened_routes(t) for t in traces]),
             sequence_lengths=np.concatenate([t.sequence_lengths for t in traces]),
             n_experts=traces[0].n_experts,
             layers=traces[0].layers,
-            **{name: joined(name) for name in ("expert_weights", "domain", "token_ids", "predicted_ids")},
+            **{name: joined(name) for name in OPTIONAL},
         )
 
     @classmethod
@@ -147,21 +193,28 @@ class RoutingTrace:
         """
         return cls.from_arrays(**read_trace_file(path, format))
 
-    def save(self, path: str | Path, format: str | None = None) -> Path:
+    def save(self, path: str | Path, format: str | None = None, half: bool = False) -> Path:
         """Write the trace to one file, which appears whole or not at all, and return its path.
 
         ``npz``: one array a field. ``parquet`` (needs pyarrow): one row per token and layer with ``sequence, position,
-        layer``, the labels, and ``expert_0, weight_0, ...`` by slot. By the suffix where ``format`` is None.
+        layer``, the labels, ``expert_0, weight_0, norm_0, ...`` by slot, and lists of router logits and inputs.
+
+        Args:
+            path: The file.
+            format: By the suffix where it is None.
+            half: Store router logits and router inputs in float16, which keeps 3 digits and no number above 65504.
 
         Raises:
             ResultError: Unknown format, or the file cannot be written.
+            DataError: A number that float16 cannot hold.
         """
-        return write_trace_file(path, format, self.arrays())
+        arrays = self.arrays()
+        return write_trace_file(path, format, halved(arrays) if half else arrays)
 
     def arrays(self) -> dict[str, Any]:
         """The arguments of :meth:`from_arrays` that make this trace again."""
-        names = ("expert_indices", "expert_weights", "sequence_lengths", "n_experts", "layers")
-        return {name: getattr(self, name) for name in (*names, "domain", "token_ids", "predicted_ids")}
+        names = ("expert_indices", "sequence_lengths", "n_experts", "layers", *OPTIONAL)
+        return {name: getattr(self, name) for name in names}
 
     @property
     def n_tokens(self) -> int:
@@ -172,6 +225,11 @@ class RoutingTrace:
     def n_slots(self) -> int:
         """Width of the widest route."""
         return self.expert_indices.shape[2]
+
+    @cached_property
+    def covered(self) -> NDArray[np.bool_]:
+        """``[token, layer]``: whether the token's route was recorded. -2 fills the others."""
+        return self.expert_indices[..., 0] != NATIVE
 
     @cached_property
     def sequence_lengths(self) -> NDArray[np.int64]:
@@ -226,12 +284,12 @@ class RoutingTrace:
                 f"a boolean mask of shape ({self.n_tokens},) with at least one token",
                 "Build it by comparing trace.domain, trace.sequence or trace.position with a value.",
             )
-        fields = ("expert_indices", "expert_weights", "token_ids", "predicted_ids", "domain")
+        fields = ("expert_indices", *OPTIONAL)
         kept: dict[str, Any] = {name: values[mask] for name in fields if (values := getattr(self, name)) is not None}
         return replace(self, **kept, sequence=np.unique(self.sequence[mask], return_inverse=True)[1])
 
     def counts(self, groups: ArrayLike | None = None, n_groups: int = 1) -> NDArray[np.int64]:
-        """Slots per expert, ``[group, layer, expert]``; empty slots are skipped.
+        """Slots per expert, ``[group, layer, expert]``; empty slots and tokens that are not covered are skipped.
 
         Args:
             groups: ``[token]`` group of each token in ``range(n_groups)``, such as :attr:`domain_codes`; one group
@@ -250,4 +308,5 @@ class RoutingTrace:
     def __repr__(self) -> str:
         domains = f", domains {', '.join(self.domains)}" if self.domains else ""
         shape = f"{self.n_tokens} tokens in {len(self.sequence_lengths)} sequences, {len(self.layers)} layers"
-        return f"RoutingTrace({shape}, {self.n_experts} experts, {self.n_slots} slots{domains})"
+        bare = "" if self.covered.all() else f", {int((~self.covered).sum())} routes not covered"
+        return f"RoutingTrace({shape}, {self.n_experts} experts, {self.n_slots} slots{domains}{bare})"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_interp.errors import ConfigError, RouteError
 from moe_interp.hooks.attach import attach
-from moe_interp.interventions import force_experts, random_routing, replay_routes
+from moe_interp.interventions import force_experts, random_routing, replay_routes, routes_from
 from moe_interp.traces import RoutingTrace
 from tests import tiny
 from tests.integration.interventions.support import (
@@ -187,6 +187,30 @@ def test_traces_that_cannot_be_replayed_are_refused() -> None:
     sliced = replay_routes(model.moe, record(model, pos_slice=-1))
     with pytest.raises(RouteError, match=r"row 0, position 1 at blocks.1"):
         run(model, sliced)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "phimoe", "gpt_oss"])
+def test_tokens_that_a_trace_does_not_cover_keep_the_models_own_routes(name: str) -> None:
+    model = opened(name)
+    first, native = model.labels[0], see(model, [], model.labels[0])[1]
+    other = trace_of(model, record(model, tokens=tiny.random_tokens(2, 6, seed=9)), EVERYWHERE)
+    covered = np.ones((12, len(other.layers)), bool)
+    covered[[0, 5, 7]] = False
+    trace = RoutingTrace.from_arrays(**other.arrays(), covered=covered)
+    seen = see(model, replay_routes(model.moe, trace), first)[1]
+    there = torch.tensor(covered[:, 0]).reshape(2, 6)
+    taken = {name: getattr(other, name)[:, 0].reshape(2, 6, -1) for name in ROUTE}
+    assert same(seen, {name: torch.tensor(values) for name, values in taken.items()}, there)
+    assert same(seen, native, ~there)
+    bare = RoutingTrace.from_arrays(**other.arrays(), covered=np.zeros(12, bool))
+    assert torch.equal(run(model, replay_routes(model.moe, bare)), plain(model))
+    # an earlier intervention's route stays where the trace says nothing
+    forced = force_experts(model.moe, first, 3)
+    both = see(model, [*forced, *replay_routes(model.moe, trace)], first)[1]
+    assert (both["expert_indices"][~there] == 3).any(dim=-1).all()
+    with pytest.raises(RouteError, match=r"for row 1 at .* from a token that the trace does not cover.*other source"):
+        run(model, routes_from(model.moe, trace, positions=[2], source_positions=[1]))
+    run(model, routes_from(model.moe, trace, positions=[2], source_positions=[2]))
 
 
 # --- columns that are MoE layers in order ---------------------------------------------------------------------

@@ -14,7 +14,9 @@ from moe_interp.results.seals import sealed
 from moe_interp.traces import RoutingTrace
 from moe_interp.traces.files import footer_bytes
 
-FIELDS = ("expert_indices", "expert_weights", "sequence", "token_ids", "predicted_ids", "domain")
+FIELDS = ("expert_indices", "expert_weights", "sequence", "token_ids", "predicted_ids", "domain", "phase")
+FIELDS += ("router_logits", "router_inputs", "expert_norms")
+OPTIONAL = ("expert_weights", "domain", "token_ids", "predicted_ids", "phase", *FIELDS[-3:])
 
 
 def random_indices(rng, n_tokens=7, n_layers=2, n_slots=3, n_experts=5):
@@ -34,6 +36,10 @@ def labelled(seed=0, **changes):
         "domain": ["math", "Recht und §"],
         "token_ids": rng.integers(0, 99, 7),
         "predicted_ids": rng.integers(0, 99, 7),
+        "phase": ["prefill"] * 5 + ["generation"] * 2,
+        "router_logits": rng.normal(size=(7, 2, 5)),
+        "router_inputs": rng.normal(size=(7, 2, 4)),
+        "expert_norms": rng.random((7, 2, 3)),
     }
     return RoutingTrace.from_arrays(**arguments | changes)
 
@@ -61,12 +67,44 @@ def test_sequences_positions_and_labels_follow_from_the_lengths():
 @pytest.mark.parametrize("format", ["npz", "parquet"])
 @pytest.mark.parametrize("bare", [False, True])
 def test_a_saved_trace_comes_back(tmp_path, format, bare):
-    changes = dict.fromkeys(("expert_weights", "domain", "token_ids", "predicted_ids")) if bare else {}
-    trace = labelled(**changes)
+    trace = labelled(**dict.fromkeys(OPTIONAL)) if bare else labelled(covered=np.arange(7) != 3)
     path = trace.save(tmp_path / f"trace.{format}")
     assert_same(RoutingTrace.read(path), trace)
     other = trace.save(tmp_path / "trace.bin", format=format)
     assert_same(RoutingTrace.read(other, format=format), trace)
+
+
+@pytest.mark.parametrize("format", ["npz", "parquet"])
+def test_vectors_are_stored_in_half_only_if_asked(tmp_path, format):
+    trace = labelled(covered=np.arange(7) != 3)
+    short = RoutingTrace.read(trace.save(tmp_path / f"trace.{format}", half=True))
+    for name in ("router_logits", "router_inputs"):
+        assert getattr(short, name).dtype == np.float32
+        np.testing.assert_array_equal(getattr(short, name), getattr(trace, name).astype(np.float16))
+    large = labelled(router_inputs=np.full((7, 2, 4), 7e4))
+    with pytest.raises(DataError, match=r"router_inputs of up to 70000. Expected: numbers up to 65504"):
+        large.save(tmp_path / "large", format, half=True)
+    large.save(tmp_path / "large", format)
+
+
+def test_a_row_that_is_not_covered_has_no_route_and_no_numbers():
+    covered = np.ones((7, 2), bool)
+    covered[3], covered[5, 1] = False, False
+    trace = labelled(covered=covered)
+    np.testing.assert_array_equal(trace.covered, covered)
+    assert (trace.expert_indices[~covered] == -2).all()
+    assert (trace.expert_indices[covered] >= -1).all()
+    assert np.isnan(trace.router_logits[~covered]).all()
+    assert np.isnan(trace.router_inputs[~covered]).all()
+    assert not trace.expert_norms[~covered].any()
+    assert not trace.expert_weights[~covered].any()
+    assert "3 routes not covered" in repr(trace)
+    again = RoutingTrace.from_arrays(**trace.arrays())
+    assert_same(again, trace)
+    narrow = RoutingTrace.from_arrays([[[-2], [-2]], [[1], [0]]], n_experts=5, layers=[1, 4])
+    joined = RoutingTrace.concatenate([narrow, trace])
+    assert joined.expert_indices[:2].tolist() == [[[-2] * 3] * 2, [[1, -1, -1], [0, -1, -1]]]
+    assert_same(joined.select(joined.sequence > 0), labelled(covered=covered, **dict.fromkeys(OPTIONAL)))
 
 
 def test_tensors_make_the_same_trace_as_arrays():
@@ -143,6 +181,19 @@ def with_entry(token, layer, slot, value):
         ({"layers": [1, 1]}, "layers=[1, 1] for a trace with 2 layers. Expected: 2 different"),
         ({"domain": ["a", "b", "c"]}, "domain of shape (3,). Expected: one label, 2 labels (one per sequence) or 7"),
         ({"token_ids": [1, 2]}, "token_ids of shape (2,)"),
+        ({"expert_indices": with_entry(0, 0, 0, 2**32)}, "Expert 4294967296 at token 0, column 0, slot 0"),
+        ({"expert_indices": with_entry(5, 0, 1, -3)}, "Expert -3 at token 5, layer 1, slot 1"),
+        ({"phase": "decode"}, "phase of shape () with ['decode']. Expected: prefill or generation"),
+        ({"phase": ["prefill"] * 2}, "phase of shape (2,)"),
+        ({"router_logits": np.zeros((7, 2, 4))}, "router_logits of shape (7, 2, 4)"),
+        ({"router_inputs": np.zeros((7, 2, 0))}, "numbers of shape (7, 2, d_model)"),
+        (
+            {"router_inputs": np.where(np.arange(7) == 4, np.nan, 0)[:, None, None] * np.ones((7, 2, 3))},
+            "router_inputs with a non-finite number at token 4, layer 1",
+        ),
+        ({"expert_norms": np.full((7, 2, 3), -1.0)}, "Norm -1.0 at token 0, layer 1, expert 0"),
+        ({"covered": np.ones(7)}, "covered of shape (7,) and type float64"),
+        ({"covered": np.ones((2, 7), bool)}, "a boolean mask [token] or [token, layer], (7,) or (7, 2)"),
     ],
 )
 def test_an_invalid_trace_is_refused_by_name(changes, message):
