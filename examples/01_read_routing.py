@@ -2,7 +2,8 @@
 
     python examples/01_read_routing.py
 
-Claim: activations are [batch, pos, ...], and padding on the left changes nothing at the real tokens.
+Claim: activations are [batch, pos, ...], and padding on the left changes nothing at the real tokens. First the routing
+of one prompt at a glance, as `moe.show` prints it.
 """
 
 import torch
@@ -12,6 +13,8 @@ import moe_interp as mi
 
 moe = mi.attach(tiny_bridge())
 long, short = random_tokens(1, 8), random_tokens(1, 5, seed=1)
+print(moe.show(long), "\n")  # in a notebook, moe.show(...) alone as the last line of a cell
+
 tokens = torch.cat([long, torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1)])  # 0 is the padding
 mask = (tokens != 0).long()
 

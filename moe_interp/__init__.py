@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from moe_interp.experiments.router_tuning.delta import RouterDelta as RouterDelta
     from moe_interp.experiments.router_tuning.experiment import tune_router as tune_router
     from moe_interp.experiments.router_tuning.result import RouterTuningResult as RouterTuningResult
+    from moe_interp.experiments.show_routing import show as show
     from moe_interp.experiments.inputs.items import load_items as load_items
     from moe_interp.experiments.inputs.sequence_texts import load_sequences as load_sequences
     from moe_interp.experiments.pass_at_k.experiment import evaluate_pass_at_k as evaluate_pass_at_k
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
         uniform_routing as uniform_routing,
     )
     from moe_interp.results import load_result as load_result
+    from moe_interp.routing_view import RoutingView as RoutingView
     from moe_interp.routes import (
         AllSubsets as AllSubsets,
         GumbelTopK as GumbelTopK,
@@ -92,6 +94,8 @@ _HOME = {
     "RouterDelta": "moe_interp.experiments.router_tuning.delta",
     "RouterTuningResult": "moe_interp.experiments.router_tuning.result",
     "tune_router": "moe_interp.experiments.router_tuning.experiment",
+    "show": "moe_interp.experiments.show_routing",
+    "RoutingView": "moe_interp.routing_view",
     "domain_router": "moe_interp.experiments.domain_router",
     "isolate_experts": "moe_interp.experiments.isolation.experiment",
     "load_demo": "moe_interp.testbed.bundled",

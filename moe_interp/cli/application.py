@@ -20,6 +20,7 @@ from moe_interp.cli.commands.demo import demo
 from moe_interp.cli.commands.isolate import isolate
 from moe_interp.cli.commands.models import models
 from moe_interp.cli.commands.pass_at_k import pass_at_k
+from moe_interp.cli.commands.show import show_routing
 from moe_interp.cli.commands.support import support
 from moe_interp.cli.commands.testbed import compare_strategies
 from moe_interp.cli.commands.tune_router import tune_router
@@ -82,6 +83,7 @@ def _add(name: str, function: Callable[..., None], short: str, example: str) -> 
 
 
 _add("demo", demo, "Experts and routes of the bundled model, offline.", "--first 20 --out demo")
+_add("show", show_routing, "Which expert does each token of a prompt go to?", '--model demo "Gus has 3 coins."')
 _add("isolate", isolate, "Which experts are good for which domain?", "--model demo --layers -1 --out results")
 _add("counterfactual", counterfactual, "Would other routes predict better?", "--model demo --first 6 --out results")
 _add("pass-at-k", pass_at_k, "Is one of K tries right?", "--model demo --first 8 --samples 16 --k 1,4,16 --out results")

@@ -230,6 +230,20 @@ def expert_sets(experts: str | None) -> list[int | tuple[int, ...]] | None:
     return [one[0] if len(one) == 1 else one for one in sets]
 
 
+def token_ids(tokens: str | None) -> list[int] | None:
+    """``--tokens`` such as "12,7,99"; None where there are none.
+
+    Raises:
+        ConfigError: not of this form.
+    """
+    if tokens is None:
+        return None
+    parts = [part.strip() for part in tokens.split(",")]
+    if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in parts):
+        raise ConfigError(f"--tokens {tokens!r}", "integers separated by commas", "Write them as 12,7,99.")
+    return [int(part) for part in parts]
+
+
 def names_of(option: str, text: str | None, example: str) -> list[str] | None:
     """Names separated by commas; None for all.
 

@@ -21,10 +21,13 @@ from moe_interp.hooks.names import HOOK_NAMES, absence, hooks_of
 from moe_interp.hooks.passes import Generation, PassContext, Passes
 from moe_interp.hooks.thread_ownership import LayerHookPoint, ThreadOwnership
 from moe_interp.hooks.verification_table import Verification
+from moe_interp.routing_view.view import RoutingView
 from moe_interp.types import Layer
 
 _MARK = "_moe_interp_hooks"
-_VERIFY = "moe_interp.verification.verify:verify"  # of a floor above: found when it is asked for
+# of floors above: found when they are asked for
+_VERIFY = "moe_interp.verification.verify:verify"
+_SHOW = "moe_interp.experiments.show_routing:show"
 
 
 class MoEHooks:
@@ -207,6 +210,17 @@ class MoEHooks:
         """Check every hook by cause on this very model: see :func:`moe_interp.verification.verify.verify`."""
         verify: Callable[..., Verification] = resolve_name(_VERIFY)
         return verify(self, tokens, None if layers is None else [self.layer_label(label) for label in layers])
+
+    def show(self, text: Any, layer: Layer | Sequence[Layer] | None = None, **options: Any) -> RoutingView:
+        """The routing of a prompt at a glance, in a notebook or a terminal: a row a token, a column a layer.
+
+        Args:
+            text: A text, a list of chat messages, token ids, or a recorded ``RoutingTrace``.
+            layer: One MoE layer, shown with all of its experts and weights; or several side by side; all by default.
+            options: ``weights``, ``positions`` and more: see :func:`moe_interp.experiments.show_routing.show`.
+        """
+        show: Callable[..., RoutingView] = resolve_name(_SHOW)
+        return show(self, text, layer, **options)
 
     @contextmanager
     def suspended(self) -> Iterator[TransformerBridge]:

@@ -28,7 +28,9 @@ def verify_model(
     """
     options.check_common(model, device, dtype, seed)
     options.check_device_map(device_map, device)
-    layer_names, ids = options.layer_names(layers), _ids(tokens, text)
+    layer_names, ids = options.layer_names(layers), options.token_ids(tokens)
+    if text is not None and ids is not None:
+        raise ConfigError("both --text and --tokens", "at most one of them", "Leave one out.")
 
     import torch
 
@@ -46,17 +48,6 @@ def verify_model(
     _print(table, full)
     if not table.ok:
         raise typer.Exit(1)
-
-
-def _ids(tokens: str | None, text: str | None) -> list[int] | None:
-    if tokens is None:
-        return None
-    if text is not None:
-        raise ConfigError("both --text and --tokens", "at most one of them", "Leave one out.")
-    parts = [part.strip() for part in tokens.split(",")]
-    if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in parts):
-        raise ConfigError(f"--tokens {tokens!r}", "integers separated by commas", "Write them as 12,7,99.")
-    return [int(part) for part in parts]
 
 
 def _print(table: Any, full: bool) -> None:

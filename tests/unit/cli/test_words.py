@@ -30,7 +30,8 @@ NOT_REACHED = {
     *("delta_array", "routing_array", "check_counterfactual", "_asked", "_check_counts", "check_attached"),
     *("_check_bridge", "patch_index", "block_sizes", "halves_by_sequence", "load_demo_assets", "_no_scores", "route"),
     *("save", "load", "result_class", "result_file", "read_result_file", "domain_effect_table", "check_budget", "draw"),
-    *("check_one_shape", "_chosen", "steer"),  # families of experts and contrasts are asked for in Python
+    # families of experts and contrasts are asked for in Python, and the tokens of a prompt that are shown
+    *("check_one_shape", "_chosen", "steer", "_places", "_unpadded_row"),
 }
 
 NOT_SAID = {"a sampler, such as GumbelTopK()", "baselines=3, mode=3"}
