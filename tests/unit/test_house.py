@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"errors", "types"},
     "disk": {"errors"},
     "jsonlines": {"errors", "disk"},
+    "processes": set(),
     "stats": {"errors", "types", "checks"},
     "results": {"errors", "types", "checks", "disk", "stats"},
     "plots": {"errors", "types", "stats", "results"},
@@ -47,9 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "routes": BASE | {*TOWER} | NUMBERS,
     "traces": BASE | {*TOWER} | NUMBERS,
     "verification": BASE | {*TOWER} | METHODS,
-    "experiments": BASE | {*TOWER} | NUMBERS | METHODS | {"routing_view"},
+    "experiments": BASE | {*TOWER} | NUMBERS | METHODS | {"routing_view", "processes"},
     "runs": BASE | {*TOWER} | NUMBERS | METHODS | {"experiments"},
-    "testbed": BASE | {*TOWER} | NUMBERS | {"traces"},
+    "testbed": BASE | {*TOWER} | NUMBERS | {"traces", "processes"},
     "assets": BASE,
 }
 EVERYTHING = {"cli", "__init__"}

@@ -64,8 +64,8 @@ def tune_router(
     """Train the router of the last MoE layer (or of others), and nothing else, towards better routes; and measure on
     held-out text what was learned: cross-entropy, and whether better routes are taken or only preferred.
 
-    Writes router_tuning.nc, the weights' change router_delta.safetensors,
-    figures and a page. An interrupted run goes on from its checkpoint.
+    Writes router_tuning.nc, the weights' change router_delta.safetensors, figures and a page. An interrupted run goes
+    on from its checkpoint. Several processes or GPUs: accelerate launch -m moe_interp.cli tune-router ...
     """
     options.check_one_of("--objective", objective, OBJECTIVES)
     options.check_one_of("--schedule", schedule, SCHEDULES)
@@ -91,7 +91,14 @@ def tune_router(
     from moe_interp.cli.load import checkpoint_folder, load_hooks
     from moe_interp.cli.outputs import write_router_tuning
     from moe_interp.experiments.router_tuning import experiment
+    from moe_interp.processes import accelerator
 
+    processes = accelerator()
+    if processes.num_processes > 1:
+        if device is not None:
+            given = f"--device {device} for {processes.num_processes} processes"
+            raise ConfigError(given, "no device: each process has its own", "Leave it out.")
+        device = str(processes.device)
     train = read_sequence_files(files, first, **names)
     evaluated = read_sequence_files(held, first, **names) if held else None
     domains = {Path(name).stem: read_sequence_files([name], first, **names) for name in others}
@@ -99,8 +106,9 @@ def tune_router(
     labels = -1 if layer_names is None else [moe.layer_label(name) for name in layer_names]
     source = checkpoint_folder(model) if merge is not None else None
     work_begins()
-    if not resume:
+    if not resume and processes.is_main_process:
         (out / experiment.STATE).unlink(missing_ok=True)
+    processes.wait_for_everyone()
     try:
         result = experiment.tune_router(
             moe,
@@ -126,6 +134,8 @@ def tune_router(
     except KeyboardInterrupt:
         console.say(f"Interrupted. The same command goes on from the checkpoint in {out}.")
         raise typer.Exit(INTERRUPTED) from None
+    if not processes.is_main_process:
+        return
     write_router_tuning(result, out)
     console.summary(result.summary())
     if merge is not None and source is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from moe_interp.experiments.router_tuning.options import TuningOptions
 from moe_interp.experiments.router_tuning.routers import TunedRouter, Weights
 from moe_interp.experiments.router_tuning.step import scored_routes
 from moe_interp.experiments.router_tuning.token_sources.tokens import TokenSource, chunks
+from moe_interp.processes import accelerator, gathered
 from moe_interp.routes import TokenKeys
 from moe_interp.types import EMPTY
 
@@ -46,6 +48,9 @@ class _Start:
     log_better: Tensor
 
 
+_Part = tuple[NDArray[np.int64], NDArray[np.float64], dict[str, NDArray[np.float64]], Tensor]
+
+
 class HeldOut:
     """Held-out tokens, with the routes of the untuned router and the better ones among its draws.
 
@@ -58,6 +63,7 @@ class HeldOut:
         start: The untuned weights.
         options: The run's.
         seed: Of the draws.
+        processes: Those that share the run; accelerate's by default.
     """
 
     def __init__(
@@ -67,11 +73,12 @@ class HeldOut:
         start: Weights,
         options: TuningOptions,
         seed: int,
+        processes: Accelerator | None = None,
     ) -> None:
+        self.processes = accelerator() if processes is None else processes
         self.source, self.routers, self.options, self.seed = source, routers, options, seed
-        self._start: list[dict[int, _Start]] = []
-        for rows in chunks(source, AT_ONCE):
-            self._start.append(self._before(rows, start))
+        parts = list(chunks(source, AT_ONCE))[self.processes.process_index :: self.processes.num_processes]
+        self._start = [(rows, self._before(rows, start)) for rows in parts]
 
     @torch.no_grad()
     def _before(self, rows: Tensor, start: Weights) -> dict[int, _Start]:
@@ -91,28 +98,29 @@ class HeldOut:
 
     @torch.no_grad()
     def evaluate(self, weights: Weights) -> Evaluation:
-        """Every measure with these weights in the routers."""
-        ce: list[Tensor] = []
-        found: dict[str, list[Tensor]] = {name: [] for name in PER_TOKEN}
-        loads = [torch.zeros(router.rule.n_experts, dtype=torch.float64) for router in self.routers]
-        for rows, start in zip(chunks(self.source, AT_ONCE), self._start):
-            opened = self.source.open(rows, weights)
-            logits = {r.layer: r.logits(opened.inputs[r.layer], weights[r.layer]) for r in self.routers}
-            ce.append(opened.own_ce(logits).double().cpu())
-            by_layer = []
-            for router, load in zip(self.routers, loads):
-                routes = router.rule.route(logits[router.layer])[0]
-                load += torch.bincount(routes[routes >= 0].cpu(), minlength=len(load))
-                by_layer.append(_measures(router.rule.log_policy(logits[router.layer]), routes, start[router.layer]))
-            for name, parts in found.items():
-                parts.append(torch.stack([one[name] for one in by_layer], dim=-1).double().cpu())
-        order = np.concatenate([rows.numpy() for rows in chunks(self.source, AT_ONCE)]).argsort()
-        load = torch.stack(loads)
+        """Every measure with these weights in the routers; of several processes each takes its part of the tokens."""
+        found = gathered(self.processes, [self._measured(*part, weights) for part in self._start])
+        order = np.concatenate([rows for rows, _, _, _ in found]).argsort()
+        load = torch.stack([loads for _, _, _, loads in found]).sum(dim=0)
         return Evaluation(
-            torch.cat(ce).numpy()[order],
-            {name: torch.cat(parts).numpy()[order] for name, parts in found.items()},
+            np.concatenate([ce for _, ce, _, _ in found])[order],
+            {name: np.concatenate([measures[name] for _, _, measures, _ in found])[order] for name in PER_TOKEN},
             (load / load.sum(dim=-1, keepdim=True)).numpy(),
         )
+
+    def _measured(self, rows: Tensor, start: dict[int, _Start], weights: Weights) -> _Part:
+        """Some tokens: which they are, their cross-entropies, their measures, and how often experts are taken."""
+        opened = self.source.open(rows, weights)
+        logits = {r.layer: r.logits(opened.inputs[r.layer], weights[r.layer]) for r in self.routers}
+        by_layer, loads = [], []
+        for router in self.routers:
+            routes = router.rule.route(logits[router.layer])[0]
+            loads.append(torch.bincount(routes[routes >= 0].cpu(), minlength=router.rule.n_experts).double())
+            by_layer.append(_measures(router.rule.log_policy(logits[router.layer]), routes, start[router.layer]))
+        measures = {
+            name: torch.stack([one[name] for one in by_layer], dim=-1).double().cpu().numpy() for name in PER_TOKEN
+        }
+        return rows.numpy(), opened.own_ce(logits).double().cpu().numpy(), measures, torch.stack(loads)
 
 
 def _measures(policy: Tensor, routes: Tensor, start: _Start) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
@@ -28,6 +29,7 @@ from moe_interp.experiments.router_tuning.routers import TunedRouter, frozen
 from moe_interp.experiments.router_tuning.token_sources.sources import Sources
 from moe_interp.experiments.router_tuning.training import Tuning
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.processes import accelerator, gathered
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum
 from moe_interp.results.files import check_folder
@@ -95,6 +97,10 @@ def tune_router(
     model. At other layers it runs one pass a step, and scores routes as branches of it
     (:func:`moe_interp.score_routes`).
 
+    Several processes or GPUs (``accelerate launch``) share the tokens of each step and of each evaluation. All of them
+    call this with the same arguments, each with the model on its own device. The numbers are those of one process to
+    rounding; the first writes the checkpoint.
+
     Args:
         moe: Attached hooks of a causal decoder.
         sequences: As for :func:`moe_interp.counterfactual_routes`; a sequence's ``mask`` or ``score_from`` says which
@@ -143,6 +149,7 @@ def tune_router(
         objective, select, sampler or PUBLISHED, n_routes, beta, temperature, reference, lr, schedule, warmup,
         batch_size, epochs, max_steps, weight_decay, clip, evaluate_every, checkpoint_every, seed,
     )  # fmt: skip
+    processes = accelerator()
     memory = check_memory(moe, memory_budget)
     routers = tuple(TunedRouter.of(moe, one) for one in layers)
     _check_routes(routers, options)
@@ -172,11 +179,14 @@ def tune_router(
                 "from_cache": why_not is None,
             }
         )
-        tuning = Tuning(source, routers, HeldOut(measured, routers, start, options, draws), options, plan, state)
+        _check_same(processes, plan)
+        held_out_tokens = HeldOut(measured, routers, start, options, draws, processes)
+        tuning = Tuning(source, routers, held_out_tokens, options, plan, state, processes)
         if state is not None and state.exists():
             tuning.load()
-        with reporting("tuning the router", progress) as report:
+        with reporting("tuning the router", progress if processes.is_main_process else False) as report:
             tuning.run(report, stop_at)
+        processes.wait_for_everyone()
     _check_frozen(moe, before, started)
     tuned = {layer: weight.detach() for layer, weight in tuning.weights.items()}
     data = tuning_dataset(tuning.history, measured.table, domains, routers, start, tuned)
@@ -255,6 +265,20 @@ def _check_routes(routers: tuple[TunedRouter, ...], options: TuningOptions) -> N
         if isinstance(options.sampler, GumbelTopK) and (pool := options.sampler.pool) is not None and pool <= top_k:
             given, expected = f"pool={pool} at layer {router.layer}, which takes {top_k} experts", f"more than {top_k}"
             raise ConfigError(given, expected, "Widen the pool, or leave it out.")
+
+
+def _check_same(processes: Accelerator, plan: str) -> None:
+    """See that all processes are of one run.
+
+    Raises:
+        ConfigError: they have other sequences, options or models.
+    """
+    if len({*gathered(processes, [plan])}) > 1:
+        raise ConfigError(
+            f"{processes.num_processes} processes with other sequences, options or models than one another",
+            "one run, which all processes share",
+            "Pass the same to all of them, or start each run outside of accelerate launch.",
+        )
 
 
 def _check_frozen(moe: MoEHooks, before: Mapping[str, str], started: Mapping[str, Any]) -> None:

@@ -1,4 +1,8 @@
-"""The training loop: steps, evaluations, and checkpoints from which an interrupted run goes on exactly."""
+"""The training loop: steps, evaluations, and checkpoints from which an interrupted run goes on exactly.
+
+Where several processes share a run (``accelerate launch``), each scores its part of a step's tokens, the gradients are
+summed, and every process takes the same step of the optimiser. The first process writes the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +24,7 @@ from moe_interp.experiments.router_tuning.options import TuningOptions
 from moe_interp.experiments.router_tuning.routers import TunedRouter
 from moe_interp.experiments.router_tuning.step import step_loss
 from moe_interp.experiments.router_tuning.token_sources.tokens import TokenSource, epoch_order
+from moe_interp.processes import accelerator, summed
 from moe_interp.progress import Report
 from moe_interp.results.files import replacing
 from moe_interp.results.seals import read_sealed, sealed_zip
@@ -52,6 +58,7 @@ class Tuning:
         options: The run's.
         plan: What the run is, in words that a checkpoint must repeat.
         path: The checkpoint; None keeps none.
+        processes: Those that share the run; accelerate's by default.
     """
 
     def __init__(
@@ -62,7 +69,9 @@ class Tuning:
         options: TuningOptions,
         plan: str,
         path: Path | None = None,
+        processes: Accelerator | None = None,
     ) -> None:
+        self.processes = accelerator() if processes is None else processes
         self.source, self.routers, self.held_out = source, routers, held_out
         self.options, self.plan, self.path = options, plan, path
         self.start = {router.layer: router.start() for router in routers}
@@ -102,8 +111,14 @@ class Tuning:
         return torch.from_numpy(self._order[1][start : start + self.options.batch_size])
 
     def loss(self, step: int) -> tuple[Tensor, int]:
-        """The loss of a step's batch under the weights as they are, and how many tokens had a better route."""
-        rows = self.rows_of(step)
+        """The loss of a step's batch under the weights as they are, and how many tokens had a better route.
+
+        Of several processes each gives the part of its own tokens: the batch's loss is the sum.
+        """
+        batch = self.rows_of(step)
+        rows = batch.tensor_split(self.processes.num_processes)[self.processes.process_index]
+        if not len(rows):
+            return torch.zeros(()), 0
         opened = self.source.open(rows, self.weights)
         epoch = step // self.options.steps_per_epoch(len(self.source.table))
         sequence, pos = self.source.table.keys(rows)
@@ -112,7 +127,8 @@ class Tuning:
         for router in self.routers:
             device = opened.inputs[router.layer].device
             keys[router.layer] = TokenKeys(seed, router.layer, sequence.to(device), pos.to(device))
-        return step_loss(opened, self.routers, self.weights, self.start, self.options, keys)
+        loss, n_better = step_loss(opened, self.routers, self.weights, self.start, self.options, keys)
+        return loss * (len(rows) / len(batch)), n_better
 
     def train_step(self) -> None:
         """One optimiser step.
@@ -122,20 +138,22 @@ class Tuning:
         """
         rate = self.options.rate(self.step, self.n_steps)
         loss, n_better = self.loss(self.step)
-        self._check("loss", float(loss.detach()), rate)
+        numbers = torch.tensor([float(loss.detach()), float(n_better)], dtype=torch.float64)
+        value, better = summed(self.processes, numbers).tolist()
+        self._check("loss", value, rate)
         leaves = list(self.weights.values())
         # of these alone: no other parameter of the model gets a gradient
         found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
         for leaf, gradient in zip(leaves, found):
-            leaf.grad = torch.zeros_like(leaf) if gradient is None else gradient
+            leaf.grad = summed(self.processes, torch.zeros_like(leaf) if gradient is None else gradient)
         norm = float(torch.nn.utils.clip_grad_norm_(leaves, self.options.clip or math.inf))
         self._check("gradient's norm", norm, rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for name, value in zip(STEP, (float(loss.detach()), rate, norm, float(n_better))):
-            self.history.steps[name].append(value)
+        for name, number in zip(STEP, (value, rate, norm, better)):
+            self.history.steps[name].append(number)
         self.step += 1
 
     def evaluate(self) -> None:
@@ -158,6 +176,9 @@ class Tuning:
     def save(self) -> None:
         """Everything that the next step depends on, and the history; a kill leaves the old one."""
         assert self.path is not None
+        self.is_saved = True
+        if not self.processes.is_main_process:
+            return
         found = self.history.evaluations
         state = {
             "plan": self.plan,
@@ -171,7 +192,6 @@ class Tuning:
         torch.save(state, buffer)
         with replacing(self.path) as file:
             file.write(sealed_zip(buffer.getvalue()))
-        self.is_saved = True
 
     def load(self) -> None:
         """Inverse of :meth:`save`.

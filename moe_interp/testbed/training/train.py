@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import Accelerator, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
@@ -20,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from moe_interp.engine import threads_asleep
 from moe_interp.errors import ConfigError, first_sentence
 from moe_interp.hooks.attach import MoEHooks, attach
+from moe_interp.processes import accelerator
 from moe_interp.results import checksum
 from moe_interp.testbed.config import TestbedConfig
 from moe_interp.testbed.domains.domain import Domain
@@ -109,27 +108,27 @@ def train(
     folder = None if out is None else RunFolder(Path(out))
     if folder is not None:
         folder.check(config, resume, described_method(mixed_precision))
-    accelerator = _accelerator()
-    if device is not None and accelerator.num_processes > 1:
+    processes = accelerator()
+    if device is not None and processes.num_processes > 1:
         expected = "no device: each process has its own"
-        raise ConfigError(f"device {device} for {accelerator.num_processes} processes", expected, "Leave it out.")
+        raise ConfigError(f"device {device} for {processes.num_processes} processes", expected, "Leave it out.")
     data = load_domains(config) if domains is None else domains
     origin = described_run(data, mixed_precision)
     if folder is not None:
         folder.check(config, resume, origin)
-    trainer = Trainer(config, data, accelerator, mixed_precision, device, compile)
+    trainer = Trainer(config, data, processes, mixed_precision, device, compile)
     if folder is not None:
         if folder.state.exists():
             trainer.load_state(folder.state)
-        if accelerator.is_main_process:
+        if processes.is_main_process:
             folder.open(config, trainer.history, origin)
-    _run_steps(trainer, folder, min(config.steps, stop_at or config.steps), progress and accelerator.is_main_process)
+    _run_steps(trainer, folder, min(config.steps, stop_at or config.steps), progress and processes.is_main_process)
     final = trainer.evaluate()
     path = None
     if folder is not None and trainer.step == config.steps:
         path = folder.model
         _save_model(trainer, path)
-        if accelerator.is_main_process:
+        if processes.is_main_process:
             folder.close(origin)
     trainer.bridge.eval()
     trainer.moe.detach()
@@ -175,26 +174,9 @@ def check_device(device: str | torch.device | None) -> None:
         ) from error
 
 
-def _accelerator() -> Accelerator:
-    """For processes and devices. Its precision, which a process has one of, is not used: each run has its own."""
-    try:
-        accelerator = Accelerator(mixed_precision="no")
-    except ValueError:  # the process has an Accelerator of another precision already
-        accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        atexit.unregister(_end_process_group)
-        atexit.register(_end_process_group)
-    return accelerator
-
-
 def _check_precision(mixed_precision: str) -> None:
     if mixed_precision not in PRECISIONS:
         raise ConfigError(f"mixed_precision {mixed_precision!r}", f"one of {', '.join(PRECISIONS)}", "Choose one.")
-
-
-def _end_process_group() -> None:
-    """Before Python ends: a communication thread that is still alive then can abort the process."""
-    PartialState().destroy_process_group()
 
 
 def _save_model(trainer: Trainer, path: Path) -> None:
