@@ -5,6 +5,7 @@ from moe_interp.report.domain_router import domain_router_chapter, domain_router
 from moe_interp.report.isolation import isolation_chapter, isolation_page
 from moe_interp.report.page import render_page, write_page
 from moe_interp.report.pass_at_k import pass_at_k_chapter, pass_at_k_page
+from moe_interp.report.router_tuning import router_tuning_chapter, router_tuning_page
 from moe_interp.report.tokens import token_view
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "pass_at_k_chapter",
     "pass_at_k_page",
     "render_page",
+    "router_tuning_chapter",
+    "router_tuning_page",
     "token_view",
     "write_page",
 ]

@@ -12,12 +12,14 @@ from moe_interp.report.domain_router import domain_router_page
 from moe_interp.report.isolation import isolation_page
 from moe_interp.report.page import Chapter, render_page, section, write_page
 from moe_interp.report.pass_at_k import pass_at_k_page
+from moe_interp.report.router_tuning import router_tuning_page
 
 PAGES: dict[str, Callable[[Any], str]] = {
     "isolation": isolation_page,
     "counterfactual": counterfactual_page,
     "domain_router": domain_router_page,
     "pass_at_k": pass_at_k_page,
+    "router_tuning": router_tuning_page,
 }
 
 

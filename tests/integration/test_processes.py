@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,14 @@ def tune_routers(folder: Path) -> dict[str, list[float]]:
     moe = attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe", tiny.tiny_tokenizer()))
     tokens = tiny.random_tokens(8, 9, seed=1).tolist()
     given = [{"id": f"s{i}", "tokens": row} for i, row in enumerate(tokens)]
-    shared = {"held_out": given[5:], "n_routes": 4, "lr": 0.02, "batch_size": 9, "max_steps": 4, "progress": False}
+    shared: dict[str, Any] = {
+        "held_out": given[5:],
+        "n_routes": 4,
+        "lr": 0.02,
+        "batch_size": 9,
+        "max_steps": 4,
+        "progress": False,
+    }
     shared["sampler"] = mi.GumbelTopK(1.0)
     runs = {
         "cached": lambda: mi.tune_router(moe, given[:5], **shared),
@@ -79,7 +87,7 @@ def other_sequences(rank: int) -> str:
     return ""
 
 
-def test_training_and_tuning_are_the_same_on_one_process_and_on_two(tmp_path):
+def test_training_and_tuning_are_the_same_on_one_process_and_on_two(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     shared = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # two processes over gloo, which find each other on a free port
@@ -102,12 +110,12 @@ def test_training_and_tuning_are_the_same_on_one_process_and_on_two(tmp_path):
     assert two[0]["refusal"].startswith("2 processes with other sequences")
 
 
-def test_micro_batches_that_do_not_divide_are_refused():
+def test_micro_batches_that_do_not_divide_are_refused() -> None:
     class ThreeProcesses:
         num_processes = 3
 
     with pytest.raises(ConfigError, match="micro_batches=4 on 3 processes"):
-        Trainer(CONFIG, DOMAINS, ThreeProcesses())
+        Trainer(CONFIG, DOMAINS, ThreeProcesses())  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

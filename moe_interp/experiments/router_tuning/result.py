@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_interp.experiments.router_tuning import tables
 from moe_interp.experiments.router_tuning.data import check_tuning
 from moe_interp.experiments.router_tuning.delta import RouterDelta
-from moe_interp.experiments.router_tuning.summary import summary_text
+from moe_interp.experiments.router_tuning.summary import headlines, summary_text
 from moe_interp.hooks.attach import MoEHooks
 from moe_interp.results import Result
 
@@ -79,6 +79,10 @@ class RouterTuningResult(Result, kind="router_tuning"):
     def curve(self) -> pd.DataFrame:
         """The same over training: :func:`.tables.curve`."""
         return self.cached(tables.curve)
+
+    def headlines(self) -> list[str]:
+        """What was tuned, and what came of it: cross-entropy, routes, harm; a sentence or two each."""
+        return headlines(self)
 
     def summary(self) -> str:
         """The run in plain words; it says where preference rose without adoption."""

@@ -23,8 +23,8 @@ def held_out(data: xr.Dataset) -> pd.DataFrame:
 
     Returns:
         A row for each domain and class of tokens (by p of the realized token before tuning: fragile below .5, confident
-        from .9 on): n_tokens, n_sequences, and with ``_low`` and ``_high`` (95%, over sequences;
-        :func:`moe_interp.stats.cluster_interval`):
+        from .9 on): n_tokens, n_sequences, n_better (sequences with a better route r+ at some token), and with ``_low``
+        and ``_high`` (95%, over sequences; :func:`moe_interp.stats.cluster_interval`):
 
         - ce_before, ce, ce_change: cross-entropy of the next token before and after tuning, and their paired
           difference (nats; negative is better).
@@ -92,7 +92,8 @@ def _row(data: xr.Dataset, number: int, is_in: NDArray[np.bool_]) -> dict[str, A
     np.add.at(counts, sequence, ~np.isnan(values))
     with np.errstate(divide="ignore", invalid="ignore"):
         found = stats.cluster_interval([totals, counts], lambda total, count: total / count)
-    row: dict[str, Any] = {"n_tokens": int(is_in.sum()), "n_sequences": len(names)}
+    n_better = int((counts[:, MEASURES.index("preference")] > 0).sum())
+    row: dict[str, Any] = {"n_tokens": int(is_in.sum()), "n_sequences": len(names), "n_better": n_better}
     for at, name in enumerate(MEASURES):
         low, high = float(found.low[at]), float(found.high[at])
         if name not in ("ce_change",):

@@ -152,12 +152,17 @@ def test_tensors_go_to_the_disk_where_memory_is_short(tmp_path: Any) -> None:
 
 def test_preference_without_adoption_is_said_in_words() -> None:
     row = {"preference": 0.9, "preference_low": 0.8, "preference_high": 0.95, "overlap": 0.31, "overlap_before": 0.3}
-    row |= {"adoption": 0.01, "adoption_low": 0.0, "adoption_high": 0.03, "ce_change_high": 0.1}
+    row |= {"adoption": 0.01, "adoption_low": 0.0, "adoption_high": 0.03, "ce_change_low": -0.2, "ce_change_high": 0.1}
+    row |= {"n_sequences": 20, "n_better": 18}
     assert preference_words(row).startswith("Preference rose without adoption: preference accuracy 0.90 [0.80, 0.95]")
     assert "takes others." in preference_words(row)
     assert "better than before all the same" in preference_words(row | {"ce_change_high": -0.1})
     assert preference_words(row | {"adoption": 0.4}).startswith("Preference rose, and better routes are taken")
     assert preference_words(row | {"preference_low": 0.4}).startswith("Preference did not rise")
+    fell = row | {"preference": 0.2, "preference_low": 0.1, "preference_high": 0.4}
+    assert preference_words(fell).startswith("Preference fell")
+    for few in (row | {"n_better": 5}, row | {"preference_low": float("nan"), "preference_high": float("nan")}):
+        assert preference_words(few).startswith("Too few sequences have better routes to say")
     assert preference_words(row | {"preference": float("nan")}).startswith("No drawn route")
 
 
