@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "epo": {"epochs": 3, "beta": 0.3, "reference": None, **DRAWN},
     "cross_entropy": {"epochs": 4},
     "listwise": {"epochs": 3, "temperature": 0.3, **DRAWN},
-    "distill": {"epochs": 3, **DRAWN},
+    "distill": {"epochs": 3, "lr": 0.05, **DRAWN},
 }
 DAMAGES = ("permuted", "noised")
 
@@ -127,9 +127,10 @@ def repairs(moe: MoEHooks) -> None:
                 row, weight = found.held_out().iloc[0], start + next(iter(found.delta.values()))
                 after = cross_entropies(held_tokens, router, weight)
                 assert abs(float(after.mean()) - row["ce"]) < 1e-4
+                back = given_back(held_tokens, before, after, sound)
                 was, now = (agreement(held_tokens, router, one, whole) for one in (start, weight))
                 print(
-                    f"  {way}: {row['ce_before']:.3f} to {row['ce']:.3f}, {given_back(held_tokens, before, after, sound)} "
+                    f"  {way}: {row['ce_before']:.3f} to {row['ce']:.3f}, {back} "
                     f"given back; preference {row['preference']:.2f}, adoption {row['adoption']:.2f}, overlap "
                     f"{row['overlap_before']:.2f} to {row['overlap']:.2f}; route of the undamaged router {was:.2f} to "
                     f"{now:.2f}",
