@@ -14,7 +14,7 @@ from moe_interp.errors import DataError
 Layers = Sequence[int] | Literal["all", "moe"] | None
 
 HOW = (
-    "Pass layers=[...], the model's index of each column; layers=\"all\", a column for every layer of the model, dense "
+    'Pass layers=[...], the model\'s index of each column; layers="all", a column for every layer of the model, dense '
     'ones included; layers="moe", the MoE layers in order; or moe=, the attached model.'
 )
 

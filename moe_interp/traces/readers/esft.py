@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def read_esft(
         lines: Lines = []
         for place in folders:
             if layer not in names[place]:
-                raise DataError(f"{place} without a log of layer {layer}", "the same layers of all ranks", "Restore it.")
+                raise DataError(
+                    f"{place} without a log of layer {layer}", "the same layers of all ranks", "Restore it."
+                )
             lines += _lines(names[place][layer], count)
         of_layer.append(lines)
     _refuse_uneven(of_layer, [found[column] for column in columns])
@@ -77,11 +80,11 @@ def read_esft(
         for where, ids, shares in lines:
             _check_line(where, ids, shares, k, weights)
     stacked = [np.concatenate([ids.reshape(-1, k) for _, ids, _ in lines]) for lines in of_layer]
-    shares = [np.concatenate([w.reshape(-1, k) for _, _, w in lines]) for lines in of_layer]
+    of_slots = [np.concatenate([w.reshape(-1, k) for _, _, w in lines]) for lines in of_layer]
     lengths = [len(ids) // k for _, ids, _ in of_layer[0]]
     return {
         "expert_indices": np.stack(stacked, axis=1),
-        "expert_weights": np.stack(shares, axis=1) if weights else None,
+        "expert_weights": np.stack(of_slots, axis=1) if weights else None,
         "sequence_lengths": lengths if sequence_lengths is None else sequence_lengths,
         "n_experts": count,
         "layers": labels,
@@ -146,11 +149,8 @@ def _lines(path: Path, n_experts: int) -> Lines:
                 EXPECTED,
                 "Log again, or remove the line from the logs of all layers.",
             )
-        ids = np.array(halves[0].split(b"\t")).astype(np.int64)
-        try:
-            shares = np.array(halves[1].split(b"\t")).astype(np.float64)
-        except ValueError as error:
-            raise DataError(f"{where}: {error}", EXPECTED, "Log again, or remove the line.") from error
+        ids = np.fromstring(halves[0], dtype=np.int64, sep="\t")
+        shares = _numbers(halves[1], where)
         if len(ids) != len(shares):
             raise DataError(f"{where}: {len(ids)} ids and {len(shares)} weights", "as many of each", "Log again.")
         if (outside := np.flatnonzero(ids >= n_experts)).size:
@@ -163,6 +163,15 @@ def _lines(path: Path, n_experts: int) -> Lines:
     if not lines:
         raise DataError(f"{path}, which is empty", EXPECTED, "Log again.")
     return lines
+
+
+def _numbers(text: bytes, where: str) -> NDArray[np.float64]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of what is no number
+            return np.fromstring(text, dtype=np.float64, sep="\t")
+    except (ValueError, Warning) as error:
+        raise DataError(f"{where}: weights that are no numbers", EXPECTED, "Log again, or remove the line.") from error
 
 
 def _refuse_uneven(of_layer: list[Lines], layers: list[int]) -> None:
@@ -182,9 +191,7 @@ def _refuse_uneven(of_layer: list[Lines], layers: list[int]) -> None:
             )
 
 
-def _check_line(
-    where: str, ids: NDArray[np.int32], shares: NDArray[np.float32], k: int, weights: bool
-) -> None:
+def _check_line(where: str, ids: NDArray[np.int32], shares: NDArray[np.float32], k: int, weights: bool) -> None:
     if len(ids) % k:
         raise DataError(f"{where}: {len(ids)} ids", f"a multiple of top_k={k}", "Correct top_k, or log again.")
     ordered = np.sort(ids.reshape(-1, k), axis=1)
@@ -195,11 +202,13 @@ def _check_line(
             f"{k} different experts a token",
             "Correct top_k, or log again.",
         )
-    sums = shares.reshape(-1, k).astype(float).sum(axis=1)
-    if weights and ((bad := (sums > 1 + k * ROUNDED) | (shares.reshape(-1, k) < 0).any(axis=1)).any() or np.isnan(sums).any()):
-        token = int(np.argmax(bad | np.isnan(sums)))
+    by_token = shares.reshape(-1, k).astype(float)
+    sums = by_token.sum(axis=1)
+    bad = ~(sums <= 1 + k * ROUNDED) | (by_token < 0).any(axis=1)  # NaN is bad as well
+    if weights and bad.any():
+        token = int(np.argmax(bad))
         raise DataError(
-            f"{where}: weights {shares.reshape(-1, k)[token].tolist()} of token {token} of the line, sum {sums[token]:g}",
+            f"{where}: weights {by_token[token].round(6).tolist()} of token {token} of the line, sum {sums[token]:g}",
             "shares of a softmax, of a sum up to 1",
             "They do not belong to these experts, or the router is of another kind: pass weights=False.",
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_interp.errors import ConfigError, DataError
+from moe_interp.errors import ConfigError, DataError, ResultError
 from moe_interp.traces.files import WRITERS, read_trace_file
 from moe_interp.traces.readers.columns import Layers, experts_of, labelled
 from moe_interp.traces.readers.esft import read_esft
@@ -52,8 +52,10 @@ def _of_our_file(
     known = {"moe", *OF_TRACES}
     _refuse_unknown(options, known, known, format or Path(path).suffix.removeprefix("."))
     if format is not None and format not in WRITERS:
-        raise ConfigError(
-            f"format={format!r}", f"one of {', '.join((*WRITERS, *READERS))}", "Choose the tool that wrote the file."
+        raise ResultError(
+            f"Trace format {format!r} for {str(path)!r}",
+            f"one of {', '.join((*WRITERS, *READERS))}",
+            "Choose the tool that wrote the file.",
         )
     arguments, moe = read_trace_file(path, format), options.pop("moe", None)
     if n_experts is not None or moe is not None:

@@ -1,4 +1,4 @@
-"""The router trace of Megatron-Core (``--moe-routing-trace-path``), as its transformer/moe/router_trace.py writes it.
+"""The router trace of Megatron-Core (``--moe-routing-trace-path``), as moe/router_trace.py writes it.
 
 ``router_trace_rank{r}.jsonl``: one line a step, block and layer, with ``step, block, layer, rank, num_tokens, topk`` and
 ``top_indices`` ``[token, slot]``; slots in the order of the expert ids where the router gives a map. Beside it, where
@@ -214,7 +214,8 @@ def _side(record: Record, key: str, stem: str, folder: Path, width: int | None) 
     line, where = record.line, record.where
     rank = check_whole(line.get("rank"), f"{where}: rank", 0, 2**31, error=DataError)
     offset, size = (
-        check_whole(line.get(f"{key}_{n}"), f"{where}: {key}_{n}", 0, 2**48, error=DataError) for n in ("offset", "bytes")
+        check_whole(line.get(f"{key}_{n}"), f"{where}: {key}_{n}", 0, 2**48, error=DataError)
+        for n in ("offset", "bytes")
     )
     shape = line.get(f"{key}_shape")
     n_tokens = len(record.rows)
@@ -226,7 +227,9 @@ def _side(record: Record, key: str, stem: str, folder: Path, width: int | None) 
         or size != 2 * n_tokens * check_whole(shape[1], f"{where}: {key}_shape", 1, 2**31, error=DataError)
     ):
         raise DataError(
-            f"{where}: {key}_shape {shape} in {size} bytes", f"[{n_tokens}, {width or 'd_model'}] of 2 bytes", "Trace again."
+            f"{where}: {key}_shape {shape} in {size} bytes",
+            f"[{n_tokens}, {width or 'd_model'}] of 2 bytes",
+            "Trace again.",
         )
     path = folder / f"{stem}_rank{rank}.bin"
     with opened(path, f"the {stem} that {where} names", "Copy it beside the trace, or pass side_files=False.") as file:

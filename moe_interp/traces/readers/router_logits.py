@@ -135,7 +135,9 @@ def _mask(mask: Any, n: int, first: Any) -> tuple[NDArray[np.bool_], tuple[int, 
     real = as_array(mask)
     if real.ndim != 2 or real.size != n or not real.any(axis=1).all():
         raise DataError(
-            f"an attention mask of shape {real.shape} for {n} tokens", "[batch, pos], 1 at real tokens", "Pass the run's."
+            f"an attention mask of shape {real.shape} for {n} tokens",
+            "[batch, pos], 1 at real tokens",
+            "Pass the run's.",
         )
     return real.astype(bool).ravel(), (real.shape[0], real.shape[1])
 

@@ -135,7 +135,7 @@ def _sequence(holder: Any, usage: Any, shape: Shape, where: str, start: int) -> 
 def decoded_flat(
     text: str | bytes, shape: Shape, where: str, n_tokens: int | None = None, start: int = 0
 ) -> NDArray[np.int32]:
-    """``[row, column, slot]`` of the base64 of int32 values; of several numbers of columns, the one that fits the tokens."""
+    """``[row, column, slot]`` of the base64 of int32 values; of several numbers of columns, the one that fits."""
     content = decoded_base64(text, where)
     columns, top_k = shape
     if not columns or top_k is None:

@@ -48,18 +48,20 @@ def read_vllm(
     sentinel: int | None = None,
     uncaptured: Uncaptured = "refuse",
 ) -> dict[str, Any]:
-    """The arguments of a trace from a file: ``.npy`` of one sequence, or the server's responses, ``.json`` or ``.jsonl``.
+    """The arguments of a trace from a file: ``.npy`` of one sequence, or responses as ``.json`` or ``.jsonl``.
 
     Args:
         path: The file.
         n_experts, layers, moe, sentinel, uncaptured: see ``RoutingTrace.read``.
-        sequence_lengths: Tokens of each sequence, prompt and generation; for an array, its rows are one fewer or as many.
+        sequence_lengths: Tokens of each sequence, prompt and generation; its rows are as many, or one fewer.
         token_ids: ``[token]``.
         start: Leading tokens without a row (``routed_experts_prompt_start``).
     """
     source = Path(path)
     if source.suffix in (".json", ".jsonl"):
-        sequences = [part for where, value in read_responses(source, EXPECTED) for part in of_output(value, where, start)]
+        sequences = [
+            part for where, value in read_responses(source, EXPECTED) for part in of_output(value, where, start)
+        ]
     else:
         rows = decoded_npy(read_bytes(source, EXPECTED), str(source))
         sequences = [EngineRows(rows, str(source), start=check_whole(start, "start", 0, error=DataError))]
@@ -139,7 +141,9 @@ def decoded_base64(text: Any, where: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: a text that is not base64 ({error})", EXPECTED, "Save the whole response.") from error
+        raise DataError(
+            f"{where}: a text that is not base64 ({error})", EXPECTED, "Save the whole response."
+        ) from error
 
 
 def decoded_npy(content: bytes, where: str) -> NDArray[Any]:
