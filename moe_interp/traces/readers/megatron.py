@@ -1,6 +1,6 @@
 """The router trace of Megatron-Core (``--moe-routing-trace-path``), as moe/router_trace.py writes it.
 
-``router_trace_rank{r}.jsonl``: one line a step, block and layer, with ``step, block, layer, rank, num_tokens, topk`` and
+``router_trace_rank{r}.jsonl``: a line a step, block and layer, with ``step, block, layer, rank, num_tokens, topk``, and
 ``top_indices`` ``[token, slot]``; slots in the order of the expert ids where the router gives a map. Beside it, where
 asked for, ``logits_rank{r}.bin`` and ``hidden_states_rank{r}.bin``: bfloat16 ``[token, expert]`` and ``[token,
 d_model]`` at the offsets that the lines name. Weights and token ids are not among it.

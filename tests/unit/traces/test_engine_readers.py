@@ -40,7 +40,7 @@ def test_n_tokens_have_n_rows_or_one_fewer(tmp_path):
     for wrong in ([5], [8]):
         with pytest.raises(DataError, match=rf"r.npy: 6 rows from token 0 for {wrong[0]} tokens.*last sampled token"):
             read(tmp_path / "r.npy", "vllm", 8, "moe", sequence_lengths=wrong)
-    with pytest.raises(DataError, match="2 sequence_lengths. Expected: 1, one a sequence"):
+    with pytest.raises(DataError, match=r"2 sequence_lengths. Expected: 1, one a sequence"):
         read(tmp_path / "r.npy", "vllm", 8, "moe", sequence_lengths=[3, 3])
 
 
@@ -69,9 +69,9 @@ def test_a_fill_value_in_some_slots_is_refused_unless_named():
     array = rows(experts=256).astype(np.uint8)
     array[3] = 255
     assert of(array, 256, sentinel=255).covered.all(axis=1).tolist() == [True] * 3 + [False] + [True] * 2
-    with pytest.raises(DataError, match="Expert 255 twice at token 3"):
+    with pytest.raises(DataError, match=r"Expert 255 twice at token 3"):
         of(array, 256)
-    with pytest.raises(DataError, match="sentinel=7 among 8 experts with one slot"):
+    with pytest.raises(DataError, match=r"sentinel=7 among 8 experts with one slot"):
         of(rows(k=1), sentinel=7)
 
 
@@ -81,7 +81,7 @@ def test_zeros_throughout_are_a_capture_that_never_ran(k, n):
     for array in (np.zeros((n, 3, k), np.int16), [np.zeros((n, 3, k), np.uint8)] * 2):
         with pytest.raises(DataError, match=r"zeros for all tokens in every row.*enable_return_routed_experts=True"):
             of(array)
-    with pytest.raises(DataError, match="zeros for all tokens"):
+    with pytest.raises(DataError, match=r"zeros for all tokens"):
         of(np.full((n, 3, k), -1, np.int16))
 
 
@@ -98,7 +98,7 @@ def test_a_last_row_of_zeros_is_a_dummy_and_any_other_is_refused(k, columns):
     with pytest.raises(ConfigError, match='"refuse" or "native"'):
         of(array, uncaptured="drop")
     sequences = [rows(columns=columns, k=k), np.zeros((3, columns, k), np.int16)]
-    with pytest.raises(DataError, match="zeros for all tokens in every row of output 1"):
+    with pytest.raises(DataError, match=r"zeros for all tokens in every row of output 1"):
         of(sequences)
 
 
@@ -129,7 +129,7 @@ def test_columns_are_told_by_number():
             of(array, layers=layers)
     single = np.insert(rows(k=1), [0], 0, axis=1)
     assert of(single, layers=[1, 2, 3]).layers == (1, 2, 3)
-    with pytest.raises(DataError, match="zeros in column 0, a dense layer's or expert 0"):
+    with pytest.raises(DataError, match=r"zeros in column 0, a dense layer's or expert 0"):
         of(single, layers="all")
 
 
@@ -188,13 +188,13 @@ def test_flat_texts_need_their_shape(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             read([text(rows())], 8, **options)
-    with pytest.raises(DataError, match="no routed_experts.*--enable-return-routed-experts"):
+    with pytest.raises(DataError, match=r"no routed_experts.*--enable-return-routed-experts"):
         read({"meta_info": {"prompt_tokens": 3}}, 8, [1, 2, 3], top_k=2)
     (tmp_path / "r.jsonl").write_text('{"meta_info": {"routed_experts": "' + text(rows()) + '"}}\n{"meta')
-    with pytest.raises(DataError, match="r.jsonl, line 2"):
+    with pytest.raises(DataError, match=r"r\.jsonl, line 2"):
         RoutingTrace.read(tmp_path / "r.jsonl", "sglang", 8, [1, 2, 3], top_k=2)
     (tmp_path / "r.json").write_text("[1]")
-    with pytest.raises(DataError, match="r.json, response 0: '1'"):
+    with pytest.raises(DataError, match=r"r\.json, response 0: '1'"):
         RoutingTrace.read(tmp_path / "r.json", "sglang", 8, [1, 2, 3], top_k=2)
 
 
@@ -205,16 +205,16 @@ def test_options_are_those_of_the_format(tmp_path):
     np.save(tmp_path / "r.npy", rows())
     with pytest.raises(ConfigError, match=r"option 'batch_size' for format 'vllm'.*one of domain, moe"):
         RoutingTrace.read(tmp_path / "r.npy", "vllm", 8, "moe", batch_size=2)
-    with pytest.raises(ResultError, match="Trace format 'csv' .*npz, parquet, esft, vllm, sglang, megatron, transf"):
+    with pytest.raises(ResultError, match=r"Trace format 'csv' .*npz, parquet, esft, vllm, sglang, megatron, transf"):
         RoutingTrace.read(tmp_path / "r.npy", "csv")
     path = of(rows(), layers=[3, 5, 7]).save(tmp_path / "t.npz")
     part = RoutingTrace.read(path, n_experts=8, layers=[7, 3])
     np.testing.assert_array_equal(part.expert_indices, rows()[:, [2, 0]])
-    with pytest.raises(DataError, match="t.npz of 8 experts. Expected: 9"):
+    with pytest.raises(DataError, match=r"t\.npz of 8 experts. Expected: 9"):
         RoutingTrace.read(path, n_experts=9)
-    with pytest.raises(DataError, match="layer 4, which was not recorded"):
+    with pytest.raises(DataError, match=r"layer 4, which was not recorded"):
         RoutingTrace.read(path, layers=[4])
-    with pytest.raises(ConfigError, match="option 'start'"):
+    with pytest.raises(ConfigError, match=r"option 'start'"):
         RoutingTrace.read(path, start=1)
 
 
