@@ -9,6 +9,7 @@ import pytest
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.traces import RoutingTrace
+import itertools
 
 LENGTHS = [5, 3, 40]
 
@@ -22,7 +23,7 @@ def routes(n=48, columns=2, k=3, experts=8, seed=0):
 
 def esft_lines(ids, weights, lengths=LENGTHS):
     starts = np.cumsum([0, *lengths])
-    for start, end in zip(starts, starts[1:]):
+    for start, end in itertools.pairwise(starts):
         yield "\t".join(map(str, ids[start:end].ravel())) + "\t\t" + "\t".join(map(str, weights[start:end].ravel()))
 
 
@@ -138,7 +139,7 @@ def write_megatron(folder, ids, steps, layers=(1, 2), logits=None, inputs=None):
     """One record a step and layer; ``steps`` are their numbers of tokens."""
     records, sides = [], {"logit": b"", "hs": b""}
     starts = np.cumsum([0, *steps])
-    for step, (start, end) in enumerate(zip(starts, starts[1:])):
+    for step, (start, end) in enumerate(itertools.pairwise(starts)):
         for column, layer in enumerate(layers):
             rows = ids[start:end, column]
             record = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": 3}
