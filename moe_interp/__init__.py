@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     # isort: off
     from moe_interp import patching as patching, stats as stats, testbed as testbed, traces as traces
     from moe_interp.errors import MoEInterpError as MoEInterpError
+    from moe_interp.engine.decoding.batch_invariant import batch_invariant as batch_invariant
+    from moe_interp.experiments.capture.experiment import capture_routing as capture_routing
+    from moe_interp.experiments.capture.recorded import RecordedRouting as RecordedRouting
     from moe_interp.experiments.contrast.experiment import contrast_experts as contrast_experts
     from moe_interp.experiments.contrast.result import ContrastResult as ContrastResult
     from moe_interp.experiments.contrast.steering import Completion as Completion, steering_effect as steering_effect
@@ -82,6 +85,9 @@ _HOME = {
     "UniformSubsets": "moe_interp.routes",
     "score_routes": "moe_interp.routes",
     "screen_routes": "moe_interp.routes",
+    "RecordedRouting": "moe_interp.experiments.capture.recorded",
+    "batch_invariant": "moe_interp.engine.decoding.batch_invariant",
+    "capture_routing": "moe_interp.experiments.capture.experiment",
     "Completion": "moe_interp.experiments.contrast.steering",
     "ContrastResult": "moe_interp.experiments.contrast.result",
     "SteeringResult": "moe_interp.experiments.contrast.steering_result",

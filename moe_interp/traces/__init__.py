@@ -2,6 +2,7 @@
 
 from moe_interp.traces.counts import RoutingCounts
 from moe_interp.traces.expert_use import co_activation, load, saturation, standing_committee, transitions
+from moe_interp.traces.parts import read_parts
 from moe_interp.traces.specialization import (
     domain_specialization,
     esft_experts,
@@ -18,6 +19,7 @@ __all__ = [
     "esft_experts",
     "esft_scores",
     "load",
+    "read_parts",
     "saturation",
     "standing_committee",
     "transitions",

@@ -13,7 +13,7 @@ map to a single number (the gate of a shared expert).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ from moe_interp.engine.policy import policy_of
 from moe_interp.hooks.attach import MoEHooks
 
 FEWEST_ROWS = 16
+_LANES = 32
+_ACTIVATIONS = {
+    nn.functional.silu, nn.functional.gelu, nn.functional.softplus, torch.sigmoid, torch.tanh, torch.exp,
+    torch.nn.functional.sigmoid, torch.nn.functional.tanh, Tensor.sigmoid, Tensor.tanh, Tensor.exp,
+}  # fmt: skip
 BATCH_INVARIANT = "moe_interp_batch_invariant"
 
 
@@ -58,6 +63,13 @@ class BatchInvariance:
                 config._experts_implementation = "grouped_mm"
 
     @contextmanager
+    def operations(self) -> Iterator[None]:
+        """Inside the ``with``, in passes of whatever size: linear maps as :meth:`products` has them, those to a single
+        number too, and activations without a remainder."""
+        with _PaddedOperations() if self.is_served else nullcontext():
+            yield
+
+    @contextmanager
     def products(self, n_rows: int) -> Iterator[None]:
         """Around one pass of ``n_rows`` tokens: its linear maps have at least 16 rows."""
         with ExitStack() as stack:
@@ -79,6 +91,26 @@ class _PaddedLinear(TorchFunctionMode):
                 flat = nn.functional.pad(rows.reshape(n, -1), (0, 0, 0, FEWEST_ROWS - n))
                 return func(flat, *args[1:], **(kwargs or {}))[:n].view(*rows.shape[:-1], -1)
         return func(*args, **(kwargs or {}))
+
+
+class _PaddedOperations(_PaddedLinear):
+    """Linear maps have at least 16 rows and 16 outputs, activations a multiple of 32 elements."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not (args and isinstance(args[0], Tensor) and args[0].dtype == torch.float32 and args[0].numel()):
+            return super().__torch_function__(func, types, args, kwargs)
+        value, n = args[0], args[0].numel()
+        if func in _ACTIVATIONS and not (kwargs or {}).get("inplace"):
+            # strided tensors have a kernel of their own
+            flat = nn.functional.pad(value.reshape(-1), (0, -n % _LANES)).contiguous()
+            return func(flat, *args[1:], **(kwargs or {}))[:n].view(value.shape)
+        if func is nn.functional.linear and len(args) > 1 and len(args[1]) == 1 and not (kwargs or {}):
+            bias = [nn.functional.pad(b, (0, FEWEST_ROWS - 1)) for b in args[2:] if b is not None]
+            weight = nn.functional.pad(args[1], (0, 0, 0, FEWEST_ROWS - 1))
+            return super().__torch_function__(func, types, (value, weight, *bias))[..., :1]
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def batch_invariant_experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +36,15 @@ class CachedDecoder:
     Args:
         moe: Attached hooks of a decoder-only model.
         hooks: Interventions, in place while :meth:`running`.
+        plain: The model's own modules as they are: numbers are those of ``run_with_cache``, which depend on the batch
+            by rounding, and every position has its prediction.
 
     Raises:
         AttachError: an encoder-decoder.
     """
 
-    def __init__(self, moe: MoEHooks, hooks: Hooks = ()) -> None:  # type: ignore[assignment]
-        self.moe, self.hooks = moe, list(hooks)
+    def __init__(self, moe: MoEHooks, hooks: Hooks = (), plain: bool = False) -> None:  # type: ignore[assignment]
+        self.moe, self.hooks, self.is_plain = moe, list(hooks), plain
         model: Any = moe.bridge.original_model
         self.model = model
         if moe.bridge._modules.get("blocks") is None:
@@ -57,13 +59,13 @@ class CachedDecoder:
     def running(self) -> Iterator[None]:
         """With the interventions, and the passes' own ways, in place; without gradients."""
         native = self._head.forward
-        with (
-            torch.no_grad(),
-            self.moe.bridge.hooks(fwd_hooks=self.hooks),
-            self._fast.norms(),
-            self._invariance.experts(),
-            swapped_forward(self._head, lambda hidden: self._last(native, hidden)),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.moe.bridge.hooks(fwd_hooks=self.hooks))
+            if not self.is_plain:
+                stack.enter_context(self._fast.norms())
+                stack.enter_context(self._invariance.experts())
+                stack.enter_context(swapped_forward(self._head, lambda hidden: self._last(native, hidden)))
             yield
 
     def prompts(self, tokens: Tensor, keys: Tensor) -> PromptCache:
@@ -78,8 +80,8 @@ class CachedDecoder:
                 module.rope_deltas = None
         generation = Generation(prompt=tokens.shape[1], row_keys=keys)
         with self.moe.generating(generation):
-            logits, cache = self._pass(tokens, None)
-        return PromptCache(tokens, logits, cache)
+            logits, cache, predicted = self._pass(tokens, None)
+        return PromptCache(tokens, logits, cache, predicted)
 
     def rows(self, prompts: PromptCache, of: Tensor, keys: Tensor) -> DecodedRows:
         """Rows that go on from prompts.
@@ -97,18 +99,19 @@ class CachedDecoder:
             ]
         return DecodedRows(self, prompts.tokens[of], prompts.logits[of], cache, keys)
 
-    def _pass(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits ``[row, vocabulary]`` of the last position, and the cache."""
-        with self._invariance.products(tokens.numel()):
+    def _pass(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any, Tensor | None]:
+        """Logits ``[row, vocabulary]`` of the last position, the cache, and what plain passes predict everywhere."""
+        with nullcontext() if self.is_plain else self._invariance.products(tokens.numel()):
             out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        return out.logits[:, -1], getattr(out, "past_key_values", None)
+        predicted = out.logits.argmax(dim=-1) if self.is_plain else None
+        return out.logits[:, -1], getattr(out, "past_key_values", None), predicted
 
     def step(self, rows: DecodedRows, tokens: Tensor) -> None:
         """Rows go on by a token each, ``[row]``; without a cache they are run anew."""
         rows.tokens = torch.cat([rows.tokens, tokens.unsqueeze(1)], dim=1)
         feed = rows.tokens if rows.cache is None else rows.tokens[:, -1:]
         with self.moe.generating(Generation(prompt=rows.n_prompt, cached=0, row_keys=rows.keys)):
-            rows.logits, rows.cache = self._pass(feed, rows.cache)
+            rows.logits, rows.cache, rows.predicted = self._pass(feed, rows.cache)
 
     def _last(self, native: nn.Module, hidden: Tensor) -> Tensor:
         """The unembedding of the last position alone, of as many rows as products that do not depend on the batch."""
@@ -124,10 +127,11 @@ class PromptCache:
         tokens: ``[prompt, pos]``.
         logits: ``[prompt, vocabulary]`` of what comes next.
         cache: What the model keeps of them; None where it keeps nothing.
+        predicted: ``[prompt, pos]`` the likeliest next ids, of plain passes.
     """
 
-    def __init__(self, tokens: Tensor, logits: Tensor, cache: Any) -> None:
-        self.tokens, self.logits, self.cache = tokens, logits, cache
+    def __init__(self, tokens: Tensor, logits: Tensor, cache: Any, predicted: Tensor | None = None) -> None:
+        self.tokens, self.logits, self.cache, self.predicted = tokens, logits, cache, predicted
 
 
 class DecodedRows:
@@ -139,11 +143,13 @@ class DecodedRows:
         cache: What the model keeps of them.
         keys: ``[row]`` numbers that tell them apart.
         n_prompt: Tokens of the prompt.
+        predicted: ``[row, pos]`` the likeliest next ids of the last step's tokens, of plain passes.
     """
 
     def __init__(self, decoder: CachedDecoder, tokens: Tensor, logits: Tensor, cache: Any, keys: Tensor) -> None:
         self._decoder, self.tokens, self.logits, self.cache, self.keys = decoder, tokens, logits, cache, keys
         self.n_prompt = tokens.shape[1]
+        self.predicted: Tensor | None = None
 
     def step(self, tokens: Tensor) -> None:
         """Go on by a token each, ``[row]``."""

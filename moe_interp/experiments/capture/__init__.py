@@ -1,0 +1,1 @@
+"""Recording the routing of an attached model."""

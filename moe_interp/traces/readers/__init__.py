@@ -1,1 +1,0 @@
-"""Routing that inference engines and other tools recorded, one file a format."""
