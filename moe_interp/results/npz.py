@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -43,6 +43,17 @@ def npz_arrays(content: bytes) -> dict[str, NDArray[Any]]:
         return {name: arrays[name] for name in arrays.files}
 
 
+def npy_array(content: bytes) -> NDArray[Any]:
+    """The array of an npy file; numpy's errors pass.
+
+    Raises:
+        ValueError: Python objects, or an array of more or fewer values than follow its header.
+    """
+    stream = io.BytesIO(content)
+    _check_claim(stream, len(content), "the array")
+    return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
+
+
 def _archive(arrays: Mapping[str, Any], compressed: bool) -> bytes:
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, allow_pickle=False, **arrays)
@@ -56,11 +67,15 @@ def _bound(content: bytes) -> int:
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     """Refuse an array whose header claims other than what follows it."""
     with archive.open(member) as stream:
-        version = npy.read_magic(stream)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(stream)
-        n = 1
-        for size in shape:
-            n *= size
-        if dtype.hasobject or min(shape, default=0) < 0 or n * dtype.itemsize != member.file_size - stream.tell():
-            raise ValueError(f"{member.filename!r} claims {shape} values of {dtype}")
+        _check_claim(stream, member.file_size, repr(member.filename))
+
+
+def _check_claim(stream: IO[bytes], size: int, name: str) -> None:
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    n = 1
+    for length in shape:
+        n *= length
+    if dtype.hasobject or min(shape, default=0) < 0 or n * dtype.itemsize != size - stream.tell():
+        raise ValueError(f"{name} claims {shape} values of {dtype}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from moe_interp.disk import read_json
 from moe_interp.errors import ResultError, warn
 from moe_interp.results import checksum
 from moe_interp.results.files import replacing
-from moe_interp.traces.files import read_trace_file
 
 MANIFEST = "manifest.json"
 FORMAT_KEY = "moe_interp_capture"
@@ -46,6 +46,11 @@ def read_checked_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict) or content.pop("checksum", None) != checksum([content]):
         raise ResultError(f"{str(path)!r}, which was changed since it was written", what, remedy)
     return content
+
+
+def is_recorded(path: str | Path) -> bool:
+    """Whether a path is a folder that a capture wrote."""
+    return (Path(path) / MANIFEST).is_file()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -108,13 +113,10 @@ def part_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def read_part(file: Path) -> dict[str, Any]:
-    """The arguments of ``RoutingTrace.from_arrays`` that a part holds.
-
-    Raises:
-        ResultError: it is damaged.
-    """
+@contextmanager
+def reading_a_part() -> Iterator[None]:
+    """Inside the ``with``, the remedy for a damaged file is to record it again."""
     try:
-        return read_trace_file(file, None)
+        yield
     except ResultError as error:
         raise ResultError(error.given, error.expected, AGAIN) from error

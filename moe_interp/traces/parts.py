@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_interp.traces.part_files import part_files, read_part
+from moe_interp.traces.part_files import part_files, reading_a_part
 from moe_interp.traces.trace import RoutingTrace
 
 
@@ -28,4 +28,9 @@ def read_parts(path: str | Path) -> Iterator[RoutingTrace]:
     if not Path(path).is_dir():
         return iter([RoutingTrace.read(path)])
     files = part_files(path)
-    return (RoutingTrace.from_arrays(**read_part(file)) for file in files)
+    return (_read(file) for file in files)
+
+
+def _read(file: Path) -> RoutingTrace:
+    with reading_a_part():
+        return RoutingTrace.read(file)

@@ -28,8 +28,14 @@ from moe_interp.traces.checks import (
     refuse_bad_experts,
     uncovered,
 )
-from moe_interp.traces.files import BY_SLOT, OPTIONAL, halved, read_trace_file, write_trace_file
-from moe_interp.traces.part_files import part_files, read_part
+from moe_interp.traces.files import BY_SLOT, OPTIONAL, halved, write_trace_file
+from moe_interp.traces.part_files import is_recorded, part_files, reading_a_part
+from moe_interp.traces.readers.columns import Layers
+from moe_interp.traces.readers.engine_rows import Uncaptured
+from moe_interp.traces.readers.formats import read_arguments
+from moe_interp.traces.readers.router_logits import Rule, router_logit_arguments
+from moe_interp.traces.readers.sglang import sglang_arguments
+from moe_interp.traces.readers.vllm import vllm_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,20 +191,128 @@ class RoutingTrace:
         )
 
     @classmethod
-    def read(cls, path: str | Path, format: str | None = None) -> RoutingTrace:
-        """The trace of a file: ``format="npz"`` or ``"parquet"``, as :meth:`save` writes them; by the suffix without.
+    def from_vllm(
+        cls,
+        outputs: Any,
+        n_experts: int | None = None,
+        layers: Layers = None,
+        *,
+        moe: Any = None,
+        sentinel: int | None = None,
+        uncaptured: Uncaptured = "refuse",
+    ) -> RoutingTrace:
+        """The trace of what vLLM returned with ``enable_return_routed_experts=True``: a sequence for each completion,
+        its prompt included; no weights.
+
+        Args:
+            outputs: What ``LLM.generate`` returned, responses of the server as JSON objects, or arrays ``[row, column,
+                slot]``, one a sequence.
+            n_experts, layers, moe, sentinel, uncaptured: See :meth:`read`, also for the errors.
+        """
+        return cls.from_arrays(**vllm_arguments(outputs, n_experts, layers, moe, sentinel, uncaptured))
+
+    @classmethod
+    def from_sglang(
+        cls,
+        responses: Any,
+        n_experts: int | None = None,
+        layers: Layers = None,
+        *,
+        moe: Any = None,
+        top_k: int | None = None,
+        n_columns: int | None = None,
+        sentinel: int | None = None,
+        uncaptured: Uncaptured = "refuse",
+    ) -> RoutingTrace:
+        """The trace of what SGLang returned with ``return_routed_experts``; as :meth:`from_vllm`.
+
+        Args:
+            responses: JSON objects of the server, base64 texts of ``meta_info["routed_experts"]``, or arrays ``[row,
+                column, slot]``; one a sequence.
+            top_k, n_columns: Slots and columns, which the texts do not tell; by default of ``moe`` or ``layers``.
+            n_experts, layers, moe, sentinel, uncaptured: See :meth:`read`, also for the errors.
+        """
+        arguments = sglang_arguments(responses, n_experts, layers, moe, top_k, n_columns, sentinel, uncaptured)
+        return cls.from_arrays(**arguments)
+
+    @classmethod
+    def from_router_logits(
+        cls,
+        router_logits: Sequence[Any],
+        n_experts: int | None = None,
+        layers: Layers = None,
+        *,
+        moe: Any = None,
+        rule: Rule | None = None,
+        top_k: int | None = None,
+        attention_mask: Any = None,
+        **labels: Any,
+    ) -> RoutingTrace:
+        """The trace that follows from transformers' ``output.router_logits`` (``output_router_logits=True``).
+
+        Logits do not tell which experts ran. Correction biases, groups of experts and scales are the family's own, and
+        the largest logits are the wrong experts where it has any: pass the attached model, whose rule is applied.
+
+        Args:
+            router_logits: One tensor a MoE layer, ``[batch * pos, expert]`` or ``[batch, pos, expert]``, or None.
+            n_experts, layers, moe: See :meth:`read`.
+            rule: Without a model: "softmax" (weights are shares of a softmax over all experts), "topk_softmax" (over
+                the ``top_k`` chosen ones, or normalised), or a function from the logits to indices and weights.
+            top_k: Experts a token, for a named rule.
+            attention_mask: ``[batch, pos]``, 1 at real tokens; without it and from flat logits, one sequence.
+            **labels: ``token_ids, predicted_ids, domain, phase``: as :meth:`from_arrays`.
+
+        Raises:
+            ConfigError: neither a model nor a rule.
+            DataError: probabilities instead of logits, another number of layers than the model has MoE layers, or
+                logits that the rule does not start from (after a soft-cap).
+        """
+        arguments = router_logit_arguments(router_logits, n_experts, layers, moe, rule, top_k, attention_mask)
+        return cls.from_arrays(**arguments, **labels)
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        format: str | None = None,
+        n_experts: int | None = None,
+        layers: Layers = None,
+        **options: Any,
+    ) -> RoutingTrace:
+        """The trace of a file, of this package or of another tool.
+
+        Args:
+            path: The file; the folder of ESFT's or Megatron's logs; or one that ``capture_routing(out=...)`` wrote.
+            format: "npz", "parquet" (what :meth:`save` wrote; by the suffix), "esft", "vllm", "sglang", "megatron" or
+                "transformers"; the modules of :mod:`moe_interp.traces.readers` describe what these write.
+            n_experts: Experts per layer; needed unless the file or ``moe`` tells.
+            layers: The model's index of each column. Engines do not record it, so it must be said: a list; "all", a
+                column for every layer of the model, empty where it is dense; or "moe", the MoE layers in order. With
+                "moe" and no ``moe`` they are counted from 0, and ``replay_routes(..., layers="moe")`` puts them in
+                their places. Where a file numbers its layers: those to read.
+            **options: ``moe``: attached hooks, which tell experts and layers. ``token_ids, predicted_ids, domain``: as
+                :meth:`from_arrays`. "vllm", "sglang": ``sequence_lengths`` (tokens of prompt and generation), ``start``
+                (leading tokens without a row), ``sentinel`` (a fill value), ``uncaptured="native"`` (rows of zeros are
+                not covered, rather than refused); "sglang": ``top_k, n_columns``. "esft": ``top_k, sequence_lengths,
+                weights``. "megatron": ``batch_size, steps, side_files``. "transformers": as :meth:`from_router_logits`.
 
         A folder that ``capture_routing(out=...)`` wrote gives all its parts as one trace; one that does not fit into
         memory is read by :func:`moe_interp.traces.read_parts`.
 
         Raises:
             ResultError: No such file, of an unknown format, of another version, or damaged.
-            DataError: The file's routes are not valid; as :meth:`from_arrays`.
+            DataError: The file's routes are not valid; names file and line, or token, layer and expert.
+            ConfigError: An option that the format does not have.
         """
-        if format is None and Path(path).is_dir():
-            parts = [cls.from_arrays(**read_part(file)) for file in part_files(path)]
+        if format is None and is_recorded(path):
+            with reading_a_part():
+                parts = [cls.read(file, None, n_experts, layers, **options) for file in part_files(path)]
             return parts[0] if len(parts) == 1 else cls.concatenate(parts)
-        return cls.from_arrays(**read_trace_file(path, format))
+        try:
+            return cls.from_arrays(**read_arguments(path, format, n_experts, layers, options))
+        except DataError as error:
+            given = error.given if str(path) in error.given else f"{path}: {error.given}"
+            raise DataError(given, error.expected, error.remedy) from error
 
     def save(self, path: str | Path, format: str | None = None, half: bool = False) -> Path:
         """Write the trace to one file, which appears whole or not at all, and return its path.

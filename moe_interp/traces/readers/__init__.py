@@ -1,0 +1,1 @@
+"""Routing that inference engines and other tools recorded, one file a format."""
