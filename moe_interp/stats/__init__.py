@@ -12,12 +12,16 @@ from moe_interp.stats.correlation import (
     spearman,
 )
 from moe_interp.stats.geometry.linear_bound import LinearBound, linear_bound
+from moe_interp.stats.geometry.mantel import MantelResult, mantel
+from moe_interp.stats.geometry.overlap import expected_jaccard, jaccard, smallest_sets
+from moe_interp.stats.geometry.pairs import pair_interval
 from moe_interp.stats.geometry.shared_direction import SharedDirection, shared_direction
 from moe_interp.stats.intervals.bootstrap import bootstrap_interval
 from moe_interp.stats.intervals.clusters import cluster_bootstrap
 from moe_interp.stats.intervals.means import Interval, median_interval, pseudomedian_interval
 from moe_interp.stats.intervals.small_samples import (
     cluster_interval,
+    jackknife_interval,
     mean_interval,
     ratio_interval,
     stratified_interval,
@@ -39,8 +43,8 @@ from moe_interp.stats.significance.power import plan_wilcoxon, wilcoxon_power
 from moe_interp.stats.significance.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
-    "CORRECTED_COVERS",
     "BestOf",
+    "CORRECTED_COVERS",
     "CorrectedCorrelation",
     "Decision",
     "DomainEffect",
@@ -49,6 +53,7 @@ __all__ = [
     "ITEMS_IF_WIDER",
     "Interval",
     "LinearBound",
+    "MantelResult",
     "MeanCorrelation",
     "PermutationResult",
     "Reliability",
@@ -64,16 +69,21 @@ __all__ = [
     "decide",
     "derive_rng",
     "domain_effect",
+    "expected_jaccard",
     "expected_spearman",
     "fisher_z_interval",
     "fisher_z_mean",
     "in_top",
     "items_needed",
+    "jaccard",
+    "jackknife_interval",
     "latent_pearson",
     "linear_bound",
+    "mantel",
     "mean_interval",
     "mean_rho_permutation",
     "median_interval",
+    "pair_interval",
     "paired_permutation",
     "pass_at_k",
     "plan_wilcoxon",
@@ -83,6 +93,7 @@ __all__ = [
     "shared_direction",
     "shifted_group_test",
     "smallest_attainable_p",
+    "smallest_sets",
     "spearman",
     "spearman_brown",
     "split_half_reliability",

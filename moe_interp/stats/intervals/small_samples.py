@@ -121,6 +121,28 @@ def cluster_interval(
     return _interval(estimate, np.moveaxis(apart, 0, -1), np.moveaxis(weights, 0, -1), level, bounds)
 
 
+def jackknife_interval(
+    estimate: ArrayLike, without: ArrayLike, *, level: float = 0.95, bounds: tuple[float, float] | None = None
+) -> Interval:
+    """The interval of :func:`cluster_interval` from leave-one-out values that the caller has computed.
+
+    For statistics that are no function of sums over units, such as those of pairs of units.
+
+    Args:
+        estimate: ``[...]``, with all units.
+        without: ``[..., unit]``, without each of them in turn.
+
+    Returns:
+        NaN bounds with a single unit, or where a value without a unit is missing.
+
+    Source: as :func:`cluster_interval`.
+    """
+    found, values = np.asarray(estimate, dtype=np.float64), np.asarray(without, dtype=np.float64)
+    n = values.shape[-1]
+    apart = (n - 1) * (values.mean(-1, keepdims=True) - values)
+    return _interval(found, apart, np.ones_like(values), level, bounds)
+
+
 def stratified_interval(
     parts: Sequence[ArrayLike], *, level: float = 0.95, bounds: tuple[float, float] | None = None
 ) -> Interval:
