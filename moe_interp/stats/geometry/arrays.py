@@ -43,7 +43,10 @@ def weights_and_states(weights: ArrayLike, states: ArrayLike) -> tuple[FloatArra
     return weight, state
 
 
-def principal_axes(states: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+PrincipalAxes = tuple[FloatArray, FloatArray, FloatArray]
+
+
+def principal_axes(states: FloatArray) -> PrincipalAxes:
     """The mean ``[d]``, singular values ``[axis]`` (largest first) and axes ``[axis, d]`` of the centred states.
 
     Axes without variance (below the largest by more than the rounding of the states' own sums) are left out.

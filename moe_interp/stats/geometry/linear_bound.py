@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from moe_interp.errors import ConfigError
 from moe_interp.stats.checks import FloatArray
-from moe_interp.stats.geometry.arrays import principal_axes, weights_and_states
+from moe_interp.stats.geometry.arrays import PrincipalAxes, principal_axes, weights_and_states
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class LinearBound:
         return np.linalg.norm(delta, axis=-1), inside, seen
 
 
-def linear_bound(weights: ArrayLike, states: ArrayLike, *, variance: float = 1.0) -> LinearBound:
+def linear_bound(
+    weights: ArrayLike, states: ArrayLike, *, variance: float = 1.0, axes: PrincipalAxes | None = None
+) -> LinearBound:
     """The constants of ``||W h_i - W h_j|| <= ||W Pi_r|| ||h_i - h_j||`` and of its converse.
 
     ``Pi_r`` is the projection on the principal subspace of the centred states that holds ``variance`` of theirs. With
@@ -59,6 +61,7 @@ def linear_bound(weights: ArrayLike, states: ArrayLike, *, variance: float = 1.0
         weights: ``[expert, d]``; a bias cancels in the difference.
         states: ``[token, d]``.
         variance: Share of the centred states' variance that the principal subspace holds, above 0.
+        axes: :func:`.arrays.principal_axes` of the same states, where they are known.
 
     Raises:
         DataError: shapes that do not fit, values that are not finite, states without variance.
@@ -70,12 +73,12 @@ def linear_bound(weights: ArrayLike, states: ArrayLike, *, variance: float = 1.0
     if not 0 < variance <= 1:
         raise ConfigError(f"variance={variance}", "a share above 0 and at most 1", "Take 1.0, or 0.99.")
     weight, state = weights_and_states(weights, states)
-    _, singular, axes = principal_axes(state)
-    rank = len(axes)
+    _, singular, directions = axes or principal_axes(state)
+    rank = len(directions)
     if variance < 1:
         held = np.cumsum(singular**2) / (singular**2).sum()
         rank = int(np.searchsorted(held, variance - 1e-12)) + 1
-    inside, outside = axes[:rank], axes[rank:]
+    inside, outside = directions[:rank], directions[rank:]
     _, gain, seen = np.linalg.svd(weight @ inside.T, full_matrices=False)
     is_seen = gain > np.finfo(np.float64).eps * max(weight.shape) * gain[0]
     is_seen &= gain > 0

@@ -65,14 +65,16 @@ def pair_interval(
     return jackknife_interval(estimate, np.moveaxis(without[has_part], 0, -1), level=level, bounds=bounds)
 
 
-def correlation_of_sums(x: FloatArray, y: FloatArray, xx: FloatArray, yy: FloatArray, xy: FloatArray, n: FloatArray):  # type: ignore[no-untyped-def]
+def correlation_of_sums(
+    x: FloatArray, y: FloatArray, xx: FloatArray, yy: FloatArray, xy: FloatArray, n: FloatArray
+) -> FloatArray:
     """Pearson's correlation from sums; NaN where a side is constant."""
     n = _aligned(n, x)
     spread = _spread(x, xx, n) * _spread(y, yy, n)
     return np.where(spread > 0, (xy / n - x * y / n**2) / np.sqrt(np.where(spread > 0, spread, 1)), np.nan)
 
 
-def share_of_sums(x: FloatArray, y: FloatArray, xx: FloatArray, xy: FloatArray, n: FloatArray):  # type: ignore[no-untyped-def]
+def share_of_sums(x: FloatArray, y: FloatArray, xx: FloatArray, xy: FloatArray, n: FloatArray) -> FloatArray:
     """``cov(x, y) / var(x)`` from sums; NaN where x is constant."""
     n = _aligned(n, x)
     spread = _spread(x, xx, n)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from moe_interp.errors import DataError
 from moe_interp.stats.checks import FloatArray, check_at_least
-from moe_interp.stats.geometry.arrays import principal_axes, weights_and_states
+from moe_interp.stats.geometry.arrays import PrincipalAxes, principal_axes, weights_and_states
 from moe_interp.stats.random_generators import derive_rng
 
 
@@ -42,7 +42,13 @@ class SharedDirection:
 
 
 def shared_direction(
-    weights: ArrayLike, states: ArrayLike, *, n_random: int = 999, n_components: int = 8, seed: int = 0
+    weights: ArrayLike,
+    states: ArrayLike,
+    *,
+    n_random: int = 999,
+    n_components: int = 8,
+    seed: int = 0,
+    axes: PrincipalAxes | None = None,
 ) -> SharedDirection:
     """The router's gain along the shared direction, ``||Pi_e W mu_hat||``, with its controls.
 
@@ -55,6 +61,7 @@ def shared_direction(
         states: ``[token, d]``, what that map reads, padding left out.
         n_random: Random directions, uniform on the sphere.
         n_components: Principal axes of the centred states, as many as there are at most.
+        axes: :func:`.arrays.principal_axes` of the same states, where they are known.
 
     Raises:
         DataError: shapes that do not fit, values that are not finite, states without variance or of mean 0.
@@ -66,7 +73,7 @@ def shared_direction(
     check_at_least(n_components, 1, "n_components")
     weight, state = weights_and_states(weights, states)
     centred_weight = centred_logits(weight)
-    mean, singular, axes = principal_axes(state)
+    mean, singular, directions = axes or principal_axes(state)
     norm = float(np.linalg.norm(mean))
     if norm == 0:
         raise DataError("states with mean 0", "a mean that has a direction", "Pass the router's inputs, not centred.")
@@ -74,7 +81,7 @@ def shared_direction(
     random = gains(centred_weight, drawn)
     gain = float(gains(centred_weight, mean[None])[0])
     variance = singular**2
-    per_axis = gains(centred_weight, axes)
+    per_axis = gains(centred_weight, directions)
     return SharedDirection(
         gain=gain,
         mean_norm=norm,

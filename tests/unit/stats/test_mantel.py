@@ -106,7 +106,7 @@ def test_a_constant_side_has_no_correlation() -> None:
 
 def test_bad_input_is_named() -> None:
     square = np.eye(4)
-    with pytest.raises(DataError, match="2 things in units of 1, 2 units.*at least 3 units"):
+    with pytest.raises(DataError, match=r"2 things in units of 1, 2 units.*at least 3 units"):
         stats.mantel(np.eye(2), np.eye(2))
     with pytest.raises(DataError, match="4 things in units of 3"):
         stats.mantel(square, square, tokens_per_unit=3)

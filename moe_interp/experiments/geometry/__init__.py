@@ -1,0 +1,26 @@
+"""The geometry of routing: how far routes follow from the states that routers read."""
+
+from moe_interp.experiments.geometry.experiment import (
+    explained_by_geometry,
+    linear_bounds,
+    measure,
+    route_vs_hidden_similarity,
+    routed_states,
+    shared_direction,
+)
+from moe_interp.experiments.geometry.model_pass import router_weights
+from moe_interp.experiments.geometry.overlap import answer_overlap, depth_overlap
+from moe_interp.experiments.geometry.result import GeometryResult
+
+__all__ = [
+    "GeometryResult",
+    "answer_overlap",
+    "depth_overlap",
+    "explained_by_geometry",
+    "linear_bounds",
+    "measure",
+    "route_vs_hidden_similarity",
+    "routed_states",
+    "router_weights",
+    "shared_direction",
+]
