@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
         DomainRouterResult as DomainRouterResult,
         score_domain_router as score_domain_router,
     )
+    from moe_interp.experiments import geometry as geometry
+    from moe_interp.experiments.geometry.result import GeometryResult as GeometryResult
     from moe_interp.experiments.isolation.experiment import isolate_experts as isolate_experts
     from moe_interp.experiments.isolation.result import IsolationResult as IsolationResult
     from moe_interp.experiments.router_tuning.delta import RouterDelta as RouterDelta
@@ -103,6 +105,8 @@ _HOME = {
     "show": "moe_interp.experiments.show_routing",
     "RoutingView": "moe_interp.routing_view",
     "domain_router": "moe_interp.experiments.domain_router",
+    "GeometryResult": "moe_interp.experiments.geometry.result",
+    "geometry": "moe_interp.experiments",
     "isolate_experts": "moe_interp.experiments.isolation.experiment",
     "load_demo": "moe_interp.testbed.bundled",
     "load_items": "moe_interp.experiments.inputs.items",
@@ -140,6 +144,7 @@ RESULT_KINDS = {
     "domain_router": "moe_interp.experiments.domain_router",
     "contrast": "moe_interp.experiments.contrast.result",
     "counterfactual": "moe_interp.experiments.counterfactual.result",
+    "geometry": "moe_interp.experiments.geometry.result",
     "steering": "moe_interp.experiments.contrast.steering_result",
     "pass_at_k": "moe_interp.experiments.pass_at_k.result",
     "router_tuning": "moe_interp.experiments.router_tuning.result",
@@ -170,8 +175,11 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
             near = get_close_matches(name, __all__, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Public names: {', '.join(__all__)}."
             raise AttributeError(f"module 'moe_interp' has no attribute {name!r}.{hint}")
-        module = import_module(_HOME[name])
-        value = module if _HOME[name] == f"moe_interp.{name}" else getattr(module, name)
+        home = import_module(_HOME[name])
+        if _HOME[name] == f"moe_interp.{name}":
+            value = home
+        else:  # a name of that module, or a subpackage that it does not import by itself
+            value = getattr(home, name, None) or import_module(f"{_HOME[name]}.{name}")
         globals()[name] = value
         return value
 

@@ -17,6 +17,7 @@ from moe_interp import __version__
 from moe_interp.cli import console, options
 from moe_interp.cli.commands.counterfactual import counterfactual
 from moe_interp.cli.commands.demo import demo
+from moe_interp.cli.commands.geometry import geometry
 from moe_interp.cli.commands.isolate import isolate
 from moe_interp.cli.commands.models import models
 from moe_interp.cli.commands.pass_at_k import pass_at_k
@@ -44,6 +45,7 @@ ALIASES = {
 INPUTS = {
     "isolate": {"--sequences": "--items"},
     "counterfactual": {"--items": "--sequences"},
+    "geometry": {"--items": "--sequences"},
     "pass-at-k": {"--items": "--problems"},
     "tune-router": {"--items": "--sequences"},
 }
@@ -86,6 +88,7 @@ _add("demo", demo, "Experts and routes of the bundled model, offline.", "--first
 _add("show", show_routing, "Which expert does each token of a prompt go to?", '--model demo "Gus has 3 coins."')
 _add("isolate", isolate, "Which experts are good for which domain?", "--model demo --layers -1 --out results")
 _add("counterfactual", counterfactual, "Would other routes predict better?", "--model demo --first 6 --out results")
+_add("geometry", geometry, "Does routing follow from the geometry of states?", "--model demo --first 6 --out results")
 _add("pass-at-k", pass_at_k, "Is one of K tries right?", "--model demo --first 8 --samples 16 --k 1,4,16 --out results")
 _add("tune-router", tune_router, "Can the router alone learn better routes?", "--model demo --first 6 --out tuned")
 _add("testbed", compare_strategies, "Train small models and compare routers.", "--steps 40 --seeds 0 --out runs")

@@ -108,6 +108,24 @@ def demo_sequences(first: int | None = None, longest: int | None = None) -> list
     return found
 
 
+def read_routed_sequences(sources: list[str], first: int | None = None, **names: str) -> list[Any]:
+    """Sequences whose routing is measured: those of files, and the bundled set's items with their domains.
+
+    Arguments and errors as :func:`read_sequence_files`.
+    """
+    found: list[Any] = []
+    for source in sources:
+        if source != DEMO:
+            found += read_sequence_files([source], first, **names)
+            continue
+        for items in load_demo_assets().items.values():
+            found += [
+                {"id": item.id, "prompt": item.prompt, "answer": item.answer, "domain": item.domain}
+                for item in items[:first]
+            ]
+    return found
+
+
 def read_problems(sources: list[str], first: int | None, **names: str) -> list[Problem]:
     """Problems of files, data sets and the bundled set (word problems, asked from the beginning); the first of each.
 

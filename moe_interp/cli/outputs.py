@@ -11,6 +11,7 @@ from moe_interp.cli import console
 from moe_interp.cli.words import in_options
 from moe_interp.errors import DataError
 from moe_interp.experiments.counterfactual.result import CounterfactualResult
+from moe_interp.experiments.geometry.result import GeometryResult
 from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.experiments.pass_at_k.result import PassAtKResult
 from moe_interp.experiments.router_tuning.result import RouterTuningResult
@@ -20,6 +21,7 @@ from moe_interp.results.tables import classed_by
 
 CELLS = "cells"
 ROUTE_CELLS = "route_cells"  # not the folder of an isolation run
+GEOMETRY_CELLS = "geometry_cells"
 COMPLETIONS = "completions.jsonl"
 
 
@@ -33,6 +35,12 @@ def write_counterfactual(result: CounterfactualResult, out: Path) -> None:
     """The result, and those of its figures that can be drawn as SVG files."""
     result.save(out / "counterfactual.nc")
     write_figures(result, FIGURES["counterfactual"], out / "figures")
+
+
+def write_geometry(result: GeometryResult, out: Path) -> None:
+    """The result, and those of its figures that can be drawn as SVG files."""
+    result.save(out / "geometry.nc")
+    write_figures(result, FIGURES["geometry"], out / "figures")
 
 
 def write_router_tuning(result: RouterTuningResult, out: Path) -> None:

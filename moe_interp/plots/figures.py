@@ -10,6 +10,13 @@ from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
 from moe_interp.plots.contrast_map import contrast_map
 from moe_interp.plots.dominance import dominance
+from moe_interp.plots.geometry import (
+    bound_scatter,
+    depth_overlap,
+    layer_agreement,
+    shared_direction,
+    similarity_scatter,
+)
 from moe_interp.plots.layer_impact import layer_impact
 from moe_interp.plots.layer_regret import layer_regret
 from moe_interp.plots.pass_at_k import pass_at_k
@@ -35,6 +42,13 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
         "sorted_p": sorted_p,
     },
     "counterfactual": {"confidence": confidence, "regret_curve": regret_curve, "layer_regret": layer_regret},
+    "geometry": {
+        "similarity": similarity_scatter,
+        "bound": bound_scatter,
+        "shared_direction": shared_direction,
+        "depth_overlap": depth_overlap,
+        "layer_agreement": layer_agreement,
+    },
     "domain_router": {"router_scores": router_scores},
     "contrast": {"contrast": contrast_map},
     "pass_at_k": {"pass_at_k": pass_at_k},

@@ -2,6 +2,7 @@
 
 from moe_interp.report.counterfactual import counterfactual_chapter, counterfactual_page
 from moe_interp.report.domain_router import domain_router_chapter, domain_router_page
+from moe_interp.report.geometry import geometry_chapter, geometry_page
 from moe_interp.report.isolation import isolation_chapter, isolation_page
 from moe_interp.report.page import render_page, write_page
 from moe_interp.report.pass_at_k import pass_at_k_chapter, pass_at_k_page
@@ -13,6 +14,8 @@ __all__ = [
     "counterfactual_page",
     "domain_router_chapter",
     "domain_router_page",
+    "geometry_chapter",
+    "geometry_page",
     "isolation_chapter",
     "isolation_page",
     "pass_at_k_chapter",

@@ -9,6 +9,7 @@ from typing import Any
 from moe_interp.plots.figures import FIGURES
 from moe_interp.report.counterfactual import counterfactual_page
 from moe_interp.report.domain_router import domain_router_page
+from moe_interp.report.geometry import geometry_page
 from moe_interp.report.isolation import isolation_page
 from moe_interp.report.page import Chapter, render_page, section, write_page
 from moe_interp.report.pass_at_k import pass_at_k_page
@@ -18,6 +19,7 @@ PAGES: dict[str, Callable[[Any], str]] = {
     "isolation": isolation_page,
     "counterfactual": counterfactual_page,
     "domain_router": domain_router_page,
+    "geometry": geometry_page,
     "pass_at_k": pass_at_k_page,
     "router_tuning": router_tuning_page,
 }

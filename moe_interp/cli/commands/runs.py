@@ -37,6 +37,7 @@ ENTRIES = {
     "--method": "method",
     "--memory": "batches",
     "--seed": "seed",
+    "--max-tokens": "max_tokens",
     "--problems": DATA,
     "--domain-field": DATA,
     "--temperature": "temperature",

@@ -1,9 +1,9 @@
 """The geometry of routing: how far routes follow from the states that routers read."""
 
-from moe_interp.experiments.geometry.experiment import (
+from moe_interp.experiments.geometry.experiment import measure
+from moe_interp.experiments.geometry.measures import (
     explained_by_geometry,
     linear_bounds,
-    measure,
     route_vs_hidden_similarity,
     routed_states,
     shared_direction,

@@ -115,7 +115,7 @@ def phase_overlap(trace: RoutingTrace, p: float, seed: int) -> dict[str, Any] | 
 
     None where the trace has no phases, or fewer than two sequences have both.
     """
-    phase = getattr(trace, "phase", None)
+    phase = trace.phase
     if phase is None:
         return None
     n = len(trace.sequence_lengths)

@@ -29,8 +29,8 @@ def findings(data: xr.Dataset) -> pd.DataFrame:
     2. The router reads the shared direction less than a random one: mean log ratio over layers below 0. That balancing
        the load is the cause, one model cannot show.
     3. Two models overlap on one question as one model does on two: difference within .1, and the overlap above chance.
-    4. Deep layers (the last third) use near-identical experts on unrelated inputs: Jaccard@p above .8, and above that of
-       random sets of these sizes.
+    4. Deep layers (the last third) use near-identical experts on unrelated inputs: Jaccard@p above .8, and above that
+       of random sets of these sizes.
     5. The same token across contexts overlaps in the first layer only: more than different tokens do in the first MoE
        layer, and by less than .1 in the mean of the later ones.
     """
@@ -115,8 +115,8 @@ def _deep(data: xr.Dataset) -> dict[str, Any]:
     by_chance = estimate - float(data["deep_beyond_chance"].values[0])
     deepening = data["deepening"].values
     measure = (
-        f"Jaccard@{data.attrs['p']:g} in the last {data.attrs['deep_layers']} layers ({by_chance:.2f} for random sets of "
-        f"these sizes; {deepening[0]:+.2f} against the first layers)"
+        f"Jaccard@{data.attrs['p']:g} in the last third of layers ({by_chance:.2f} for random sets of these sizes; "
+        f"{deepening[0]:+.2f} against the first third)"
     )
     return _row(finding, _said(decision, n), (estimate, low, high), measure)
 

@@ -23,7 +23,8 @@ def bound(routed: RoutedStates, layer: int, axes: PrincipalAxes, pairs: Pairs) -
     """Both constants at a layer, and how much of each bound the pairs use, in float64.
 
     ``tightness`` is ``||W delta|| / (||W Pi|| ||delta||)``, ``converse_tightness`` is ``sigma_min+ ||delta_seen|| /
-    ||W delta||``; both from 0 to 1. ``seen_share`` is ``||delta_seen||^2 / ||delta||^2``.
+    ||W delta||``; both from 0 to 1. ``seen_share`` is ``||delta_seen||^2 / ||delta||^2``, ``even_gain`` the root mean
+    square of ``||W u||`` over directions u of the states' subspace.
     """
     assert routed.weights is not None
     states, weights = routed.states[:, layer].astype(np.float64), routed.weights[layer]
@@ -42,6 +43,7 @@ def bound(routed: RoutedStates, layer: int, axes: PrincipalAxes, pairs: Pairs) -
     return {
         "bound_upper": found.upper,
         "bound_lower": found.lower,
+        "even_gain": float(np.linalg.norm(weights @ found.axes.T) / np.sqrt(found.rank)),
         "bound_rank": found.rank,
         "seen_rank": found.seen_rank,
         "violations": int((moved > found.upper * length + rounding).sum()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import Memory, tokens_per_pass
 from moe_interp.engine.rerun import PrefixRunner, TargetPredictions
 from moe_interp.errors import ConfigError, DataError, warn
-from moe_interp.experiments.geometry.states import RoutedStates, own_tokens, tokens_to_keep
+from moe_interp.experiments.geometry.states import RoutedStates, has_expert, own_tokens, tokens_to_keep
 from moe_interp.experiments.identity.model import model_identity
 from moe_interp.experiments.identity.naming import model_name
 from moe_interp.experiments.inputs.batches import batches_of_run
@@ -108,7 +109,7 @@ def record_states(
         for number, index in enumerate(batches):
             cell = None if cells is None else cells.load(number)
             if cell is None:
-                parts = memory.in_parts(lambda part, index=index: run.cell(index[part]), len(index), "sequences")
+                parts = memory.in_parts(partial(run.part, index), len(index), "sequences")
                 cell = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
                 memory.say()
                 if cells is not None:
@@ -196,6 +197,10 @@ class _Run:
             "states": (states if exact else states.float()).cpu().numpy(),
         }
 
+    def part(self, index: list[int], part: slice) -> Arrays:
+        """The cell of a part of a batch."""
+        return self.cell(index[part])
+
     def _padded(self, flags: np.ndarray, index: list[int], width: int) -> Tensor:
         rows = np.zeros((len(index), width), dtype=bool)
         for row, i in enumerate(index):
@@ -245,7 +250,7 @@ class _Run:
             domain=domain,
             token_ids=plain.token_ids,
         )
-        own = self.own & (routes >= 0).any(axis=2).all(axis=1)
+        own = self.own & has_expert(routes)
         if not np.isfinite(states).all():
             raise DataError("router inputs that are not finite", "finite numbers", "Run in bfloat16 or float32.")
         return RoutedStates(

@@ -43,17 +43,19 @@ def depth_overlap(
         By layer: ``overlap`` with its interval over sequences (``overlap_low, overlap_high``); two chance levels:
         ``size_matched``, of uniform random sets of the same sizes (exact), and ``usage_matched``, of sequences whose
         slots are drawn from the layer's overall use; ``set_size``, the mean number of experts in a set. And
-        ``sequence_overlap[layer, pair]``. ``attrs`` say which pairs.
+        as estimate, low and high: ``deep``, the mean overlap of the last third of layers, ``deep_beyond_chance``, less
+        ``size_matched``, and ``deepening``, less the first third. ``attrs`` say which pairs.
 
     Raises:
         DataError: fewer than two sequences, or one domain only where different ones are compared.
 
     Source: "The Myth of Expert Specialization in MoEs" for Jaccard@p by depth; the chance levels are derived. What it
-    does not show: that layers treat inputs alike. With few experts, or sets of nearly all, any two sets overlap; compare
-    with ``size_matched``. Where the overlap equals ``usage_matched``, unequal load alone explains it.
+    does not show: that layers treat inputs alike. With few experts, or sets of nearly all, any two sets overlap;
+    compare with ``size_matched``. Where the overlap equals ``usage_matched``, unequal load alone explains it.
     """
     variables, attrs = depth_variables(sequence_counts(trace), _domains(trace), p, unrelated, n_draws, seed)
-    return xr.Dataset(variables, coords={"layer": list(trace.layers)}, attrs=attrs)
+    coords = {"layer": list(trace.layers), "bound": ["estimate", "low", "high"]}
+    return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 
 def _domains(trace: RoutingTrace) -> NDArray[np.str_] | None:
@@ -129,10 +131,10 @@ def answer_overlap(
     Args:
         a, b: Traces of the same sequences in the same order, and of the same layers. At the token level, of the same
             tokens (one tokenizer); else each model may have its own.
-        matching: Which expert of ``b`` is compared with which of ``a``, layer by layer. "identity": the same number, for
-            runs of one model. "rank": by rank of total use. "usage": by the Hungarian algorithm on the use that they
-            share, found on one half of the sequences and applied to the other, and the other way round, so that the
-            overlap is not that of the fit.
+        matching: Which expert of ``b`` is compared with which of ``a``, layer by layer. "identity": the same number,
+            for runs of one model. "rank": by rank of total use. "usage": by the Hungarian algorithm on the use that
+            they share, found on one half of the sequences and applied to the other, and the other way round, so that
+            the overlap is not that of the fit.
         seed: Of the halves.
 
     Returns:
@@ -167,7 +169,7 @@ def answer_overlap(
 
 def _check_comparable(a: RoutingTrace, b: RoutingTrace, level: str) -> None:
     if a.layers != b.layers:
-        odd = sorted(set(a.layers) ^ set(b.layers)) or [a.layers, b.layers]
+        odd = sorted(set(a.layers) ^ set(b.layers)) or list(b.layers)
         raise DataError(
             f"layers {odd}, which one of the traces lacks (or orders otherwise)",
             f"traces of the same layers; they have {list(a.layers)} and {list(b.layers)}",

@@ -65,7 +65,15 @@ class GeometryResult(Result, kind="geometry"):
         """
         self._need("bound_upper", "the routers' weights", "Pass weights=, or the model itself.")
         data = self.data
-        names = ("bound_upper", "bound_lower", "bound_rank", "seen_rank", "violations", "converse_violations")
+        names = (
+            "bound_upper",
+            "bound_lower",
+            "even_gain",
+            "bound_rank",
+            "seen_rank",
+            "violations",
+            "converse_violations",
+        )
         columns: dict[str, Any] = {"layer": data["layer"].values} | {name: data[name].values for name in names}
         for name in ("tightness", "converse_tightness", "seen_share"):
             for quantile, suffix in ((0.5, ""), (0.05, "_low"), (0.95, "_high")):

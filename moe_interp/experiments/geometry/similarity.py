@@ -130,7 +130,7 @@ def _agreement(routed: RoutedStates, seed: int) -> FloatArray:
 def explained(
     routed: RoutedStates, layer: int, axes: PrincipalAxes, pairs: Pairs, n_random: int, seed: int
 ) -> dict[str, FloatArray]:
-    """``[level, source]`` shares of route similarity at a layer, with intervals, and ``[level]`` the random routers' own.
+    """``[level, source]`` shares of route similarity at a layer, with intervals, and ``[level]`` random routers' own.
 
     Both levels use the kept tokens: the routes that were taken, and those that a map of the same states gives. The
     router's own map takes its bias; random routers read centred states, since one that reads the shared direction sends

@@ -79,13 +79,19 @@ def membership(indices: NDArray[Any], n_experts: int) -> BoolArray:
     return sets[:, :-1]
 
 
+def has_expert(indices: NDArray[Any]) -> BoolArray:
+    """``[token]``: routes ``[token, layer, slot]`` with an expert at every layer."""
+    at_layer = np.asarray((indices >= 0).sum(axis=2))
+    return np.asarray((at_layer > 0).sum(axis=1) == indices.shape[1])
+
+
 def own_tokens(trace: RoutingTrace, names: tuple[str, ...] | None = None) -> BoolArray:
     """``[token]``: tokens that have an expert at every layer, and a context that no other sequence has.
 
     Raises:
         DataError: a sequence has no such token: it is the beginning of another one.
     """
-    own = (trace.expert_indices >= 0).any(axis=2).all(axis=1)
+    own = has_expert(trace.expert_indices)
     if trace.token_ids is not None:
         own &= ~_shared(trace)
     found = np.bincount(trace.sequence[own], minlength=len(trace.sequence_lengths))
@@ -147,7 +153,7 @@ def states_of_trace(
     Raises:
         DataError: no router inputs, or layers that the trace lacks.
     """
-    inputs = getattr(trace, "router_inputs", None)
+    inputs = trace.router_inputs
     if inputs is None:
         raise DataError(
             "a trace without router inputs",
@@ -196,6 +202,7 @@ def with_layers(trace: RoutingTrace, layers: Any, inputs: NDArray[Any]) -> tuple
         layers=wanted,
         domain=trace.domain,
         token_ids=trace.token_ids,
+        phase=trace.phase,
     )
     return cut, inputs[:, places]
 

@@ -57,7 +57,9 @@ def pair_interval(
     entries = np.concatenate([one, two[cross]]), np.concatenate([at, at[cross]])
     incidence = sparse.csr_matrix((np.ones(len(entries[0])), entries), shape=(n_units, len(one)))
     totals = [array.sum(-1) for array in arrays]
-    of_unit = [(incidence @ array.reshape(-1, len(one)).T).reshape(n_units, *array.shape[:-1]) for array in arrays]
+    of_unit = [
+        np.asarray(incidence @ array.reshape(-1, len(one)).T).reshape((n_units, *array.shape[:-1])) for array in arrays
+    ]
     with np.errstate(divide="ignore", invalid="ignore"):
         estimate = np.asarray(statistic(*[total[None] for total in totals]), dtype=np.float64)[0]
         without = np.asarray(statistic(*[total - part for total, part in zip(totals, of_unit)]), dtype=np.float64)
