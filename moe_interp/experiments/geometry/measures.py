@@ -57,7 +57,7 @@ def routed_states(
             )
         return states_of_trace(source, weights, biases, layers, max_tokens, seed)
     if sequences is None:
-        raise ConfigError("a model without sequences", "sequences to run it on", "Pass sequences=[...].")
+        raise ConfigError("a model without sequences", "sequences to run it on", "Pass at least three.")
     if weights is not None or biases is not None:
         raise ConfigError("weights beside a model", "the model's own", "Leave them out.")
     return record_states(source, sequences, layers, max_tokens, check_budget(memory_budget), store, seed, progress)
@@ -227,7 +227,7 @@ def shared_direction(
 def _with_weights(routed: RoutedStates) -> RoutedStates:
     if routed.weights is None:
         raise DataError(
-            "a trace without the routers' weights", "weights by layer", "Pass weights=router_weights(moe)[0]."
+            "a trace without the routers' weights", "weights by layer", "Give those of the model (router_weights)."
         )
     check_variance(routed)
     return routed

@@ -177,10 +177,11 @@ class _Run:
         layers = [router.layer for router in self.routers]
         # as seen by the linear maps: shape (row * pos, d) -> (row, pos, d)
         seen = {layer: inputs[layer].reshape(len(rows), width, -1) for layer in layers}
+        exact = torch.float64 if seen[layers[0]].dtype == torch.float64 else torch.float32
         off = torch.stack(
             [self._deviation(router, seen[router.layer], taken["router_logits"]) for router in self.routers]
         )
-        sums = torch.stack([(seen[layer].float() * own.unsqueeze(-1)).sum(1) for layer in layers], dim=1)
+        sums = torch.stack([(seen[layer].to(exact) * own.unsqueeze(-1)).sum(1) for layer in layers], dim=1)
         states = torch.stack([seen[layer][kept] for layer in layers], dim=1)
         slots = max(taken["expert_indices"][layer].shape[-1] for layer in layers)
         wide = torch.nn.functional.pad
@@ -189,12 +190,11 @@ class _Run:
         routes = torch.stack([wide(i, (0, slots - i.shape[-1]), value=-1) for i in indices], dim=1)
         applied = torch.stack([wide(w, (0, slots - w.shape[-1])) for w in weights], dim=1)
         self._check_linear(off.cpu().numpy(), states.dtype)
-        exact = states.dtype == torch.float64
         return {
             "routes": routes.to(torch.int32).cpu().numpy(),
             "weights": applied.float().cpu().numpy(),
-            "sums": (sums.double() if exact else sums).cpu().numpy(),
-            "states": (states if exact else states.float()).cpu().numpy(),
+            "sums": sums.cpu().numpy(),
+            "states": states.to(exact).cpu().numpy(),
         }
 
     def part(self, index: list[int], part: slice) -> Arrays:

@@ -15,7 +15,8 @@ BoolArray = NDArray[np.bool_]
 def smallest_sets(mass: ArrayLike, p: float = 0.8) -> BoolArray:
     """The smallest sets of experts that hold at least a share ``p`` of the mass, taken from the largest down.
 
-    Equal masses are taken in the order of their index. A row without any mass gives the empty set.
+    Equal masses are taken in the order of their index, so that sets of renamed experts may differ there. A row without
+    any mass gives the empty set.
 
     Args:
         mass: ``[..., expert]``, not negative, such as slots or summed weights.
