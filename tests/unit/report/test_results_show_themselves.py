@@ -19,6 +19,7 @@ from moe_interp.errors import ConfigError
 from moe_interp.plots import FIGURES
 from moe_interp.results import Result
 from moe_interp.testbed.comparison import ROUTING
+from tests.unit.experiments.planted_geometry import planted as planted_trace
 from tests.unit.experiments.planted_isolation import planted_isolation
 from tests.unit.experiments.test_contrast_tables import dataset as contrast_dataset
 from tests.unit.experiments.test_contrast_tables import planted as planted_contrast
@@ -54,10 +55,18 @@ def strategies() -> Result:
     return mi.testbed.ComparisonResult(data)
 
 
+def geometry() -> mi.GeometryResult:
+    trace, weights = planted_trace(n_sequences=6, n_layers=1)
+    return mi.geometry.measure(
+        trace, weights=weights, max_pairs=40, n_permutations=9, n_random_routers=2, n_random_directions=9
+    )
+
+
 MADE: dict[str, Any] = {
     "isolation": lambda: planted_isolation(n_items={"code": 12, "math": 14}, n_layers=3),
     "counterfactual": planted_routes,
     "domain_router": routers,
+    "geometry": geometry,
     "testbed": strategies,
     "contrast": lambda: mi.ContrastResult(contrast_dataset(planted_contrast(), 12)),
     "steering": lambda: planted_steering(np.random.default_rng(0).normal(2, 1, (4, 12)), ["x"] * 6 + ["y"] * 6),
