@@ -40,6 +40,7 @@ from moe_interp.stats.significance.domains import ITEMS_IF_WIDER, DomainEffect, 
 from moe_interp.stats.significance.multiple import adjust_p, items_needed, rejected, tests_needed_at_floor
 from moe_interp.stats.significance.permutation import paired_permutation, shifted_group_test, two_group_permutation
 from moe_interp.stats.significance.power import plan_wilcoxon, wilcoxon_power
+from moe_interp.stats.significance.risk_differences import RiskDifferences, risk_differences
 from moe_interp.stats.significance.wilcoxon import WilcoxonResult, smallest_attainable_p, wilcoxon_signed_rank
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "MeanCorrelation",
     "PermutationResult",
     "Reliability",
+    "RiskDifferences",
     "SharedDirection",
     "SpearmanResult",
     "WilcoxonResult",
@@ -90,6 +92,7 @@ __all__ = [
     "pseudomedian_interval",
     "ratio_interval",
     "rejected",
+    "risk_differences",
     "shared_direction",
     "shifted_group_test",
     "smallest_attainable_p",

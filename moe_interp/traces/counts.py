@@ -396,3 +396,16 @@ def _aligned(name: str, values: NDArray[Any], old: tuple[str, ...], new: tuple[s
 def _renumbered(codes: NDArray[Any], old: tuple[str, ...], new: tuple[str, ...]) -> NDArray[Any]:
     """Numbers of domains in ``old`` as those in ``new``."""
     return codes if old == new or not old else np.array([new.index(domain) for domain in old])[codes]
+
+
+def counted(source: RoutingTrace | RoutingCounts, *tables: str) -> RoutingCounts:
+    """The counts themselves, or those of a trace with the tables that a measure needs.
+
+    Raises:
+        DataError: neither.
+    """
+    if isinstance(source, RoutingCounts):
+        return source
+    if not isinstance(source, RoutingTrace):
+        raise DataError(f"routing of type {type(source).__name__}", "a RoutingTrace or RoutingCounts", "Pass one.")
+    return RoutingCounts.of(source, tables)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import sparse
 
 from moe_interp.errors import ConfigError, DataError
+from moe_interp.slots import NATIVE
+from moe_interp.stats import ratio_interval
 from moe_interp.stats.checks import FloatArray
+from moe_interp.traces.counts import RoutingCounts, counted
 from moe_interp.traces.trace import RoutingTrace
 
 
-def load(trace: RoutingTrace) -> xr.Dataset:
+def load(source: RoutingTrace | RoutingCounts) -> xr.Dataset:
     """How evenly a trace uses its experts; empty slots and tokens that the trace does not cover are skipped.
+
+    Args:
+        source: Routes, or the counts of a corpus.
 
     Returns:
         ``share[layer, expert]`` q_e, share of the slots in use; ``entropy[layer]`` H(q) in nats;
@@ -27,111 +31,189 @@ def load(trace: RoutingTrace) -> xr.Dataset:
 
     What it does not show: whether each batch is balanced; a trace can be even on the whole and uneven at every step.
     """
-    counts = trace.counts()[0]
+    found = counted(source)
+    counts = found.slots.sum(axis=0)
     share = ratio(counts, counts.sum(axis=1, keepdims=True))
     nats = entropy(share)
-    empty = (trace.expert_indices < 0) & trace.covered[..., None]
-    covered = trace.covered.sum(axis=0)
+    by_width = found.array("tokens_by_width").sum(axis=0)
+    tokens = by_width.sum(axis=1)
     return xr.Dataset(
         {
             "share": (("layer", "expert"), share),
             "entropy": ("layer", nats, {"units": "nats"}),
-            "effective_experts": ("layer", np.exp(nats) / trace.n_experts),
-            "max_violation": ("layer", share.max(axis=1) * trace.n_experts - 1),
+            "effective_experts": ("layer", np.exp(nats) / found.n_experts),
+            "max_violation": ("layer", share.max(axis=1) * found.n_experts - 1),
             "dead_experts": ("layer", (counts == 0).sum(axis=1)),
-            "dropped_tokens": ("layer", ratio(empty.all(axis=2).sum(axis=0), covered)),
-            "dropped_slots": ("layer", ratio(empty.sum(axis=(0, 2)), covered * trace.n_slots)),
+            "dropped_tokens": ("layer", ratio(by_width[:, 0], tokens)),
+            "dropped_slots": ("layer", 1 - ratio(counts.sum(axis=1), tokens * found.n_slots)),
         },
-        coords=axes(trace),
+        coords=axes(found),
     )
 
 
-def co_activation(trace: RoutingTrace) -> xr.Dataset:
+def co_activation(source: RoutingTrace | RoutingCounts, pairs: Literal["all", "adjacent"] = "all") -> xr.Dataset:
     """How often two experts serve the same token: ``N(i, j) / N(i)`` over **all** pairs of slots.
+
+    Args:
+        source: Routes, or the counts of a corpus.
+        pairs: ``"adjacent"`` counts only experts of neighbouring rank, in either order, as the script does that the
+            published OLMoE figures come from: for comparison with those. Slots must be in order of rank.
 
     Returns:
         ``co_activation[layer, expert, other]``, share of the tokens of ``expert`` that ``other`` serves as well; 1 on
-        the diagonal, NaN in the row of an unused expert. ``tokens[layer, expert]`` is N(i).
+        the diagonal (0 for ``"adjacent"``), NaN in the row of an unused expert. ``chance[layer, expert, other]``: the
+        same if the other places of expert i's tokens went to experts j by their use alone, (sum of row i) N(j) /
+        sum_{l != i} N(l) [derived]. ``tokens[layer, expert]`` is N(i).
 
-    Source: OLMoE, whose script counts only pairs of adjacent rank. What it does not show: more than chance. Two experts
-    in constant use meet often; independent ones at about the share of tokens that ``other`` serves.
+    Raises:
+        ConfigError: other ``pairs``.
+
+    Source: OLMoE. What it does not show: more than chance, unless compared with ``chance``. Two experts in constant use
+    meet often.
     """
-    pairs = np.stack([((used := memberships(trace, layer)).T @ used).toarray() for layer in range(len(trace.layers))])
-    tokens = np.diagonal(pairs, axis1=1, axis2=2)
+    if pairs not in ("all", "adjacent"):
+        raise ConfigError(f"pairs={pairs!r}", '"all" or "adjacent"', "Choose one of these.")
+    found = counted(source, "co_activation")
+    both = found.array("pairs")
+    tokens = np.diagonal(both, axis1=1, axis2=2)
+    if pairs == "adjacent":
+        both = found.array("adjacent_pairs")
+        both = both + both.transpose(0, 2, 1)
+    share = ratio(both, tokens[:, :, None])
+    apart = ~np.eye(found.n_experts, dtype=bool)
+    others = tokens[:, None, :] * apart
+    places = (both * apart).sum(axis=2, keepdims=True)
+    chance = ratio(places, tokens[:, :, None]) * ratio(others, others.sum(axis=2, keepdims=True))
+    chance = np.where(apart, chance, share)
     return xr.Dataset(
         {
-            "co_activation": (("layer", "expert", "other"), ratio(pairs, tokens[:, :, None])),
+            "co_activation": (("layer", "expert", "other"), share),
+            "chance": (("layer", "expert", "other"), chance),
             "tokens": (("layer", "expert"), tokens),
         },
-        coords=axes(trace) | {"other": np.arange(trace.n_experts)},
+        coords=axes(found) | {"other": np.arange(found.n_experts)},
     )
 
 
-def transitions(trace: RoutingTrace) -> xr.Dataset:
+def transitions(source: RoutingTrace | RoutingCounts) -> xr.Dataset:
     """From the experts of one layer to those of the next recorded one, over all pairs of slots of a token.
+
+    Args:
+        source: Routes, or the counts of a corpus.
 
     Returns:
         ``probability[layer, expert, next_expert]`` = N(i at l, j at l+1) / sum_j N(i at l, j at l+1), whose rows sum to
-        1; NaN where expert i is unused or its tokens have no expert at the next layer. ``layer`` is the first of two.
+        1; NaN where expert i is unused or its tokens have no expert at the next layer. ``chance[layer, next_expert]``:
+        every row, if the layers were independent. ``information[layer]`` = sum p(i, j) log(p(i, j) / p(i) p(j)) in
+        nats over pairs of slots, 0 under independence; with few tokens it is above 0 by chance, by about
+        (E - 1)^2 / (2 N) for N independent pairs. ``layer`` is the first of two.
 
     Raises:
         DataError: Fewer than two layers.
 
     Source: derived. What it does not show: that one layer's choice causes the next; both follow from the token.
     """
-    if len(trace.layers) < 2:
-        raise DataError(f"A trace of {len(trace.layers)} layer", "at least two layers", "Record more layers.")
-    used = [memberships(trace, layer) for layer in range(len(trace.layers))]
-    pairs = np.stack([(first.T @ second).toarray() for first, second in pairwise(used)])
-    coords = axes(trace) | {"layer": list(trace.layers[:-1]), "next_expert": np.arange(trace.n_experts)}
-    probability = ratio(pairs, pairs.sum(axis=2, keepdims=True))
-    return xr.Dataset({"probability": (("layer", "expert", "next_expert"), probability)}, coords=coords)
+    if len(source.layers) < 2:
+        raise DataError(f"A trace of {len(source.layers)} layer", "at least two layers", "Record more layers.")
+    found = counted(source, "transitions")
+    pairs = found.array("transitions")
+    joint = ratio(pairs, pairs.sum(axis=(1, 2), keepdims=True))
+    first, second = joint.sum(axis=2, keepdims=True), joint.sum(axis=1, keepdims=True)
+    expected = first * second
+    logs = np.log(np.where(joint > 0, joint, 1) / np.where(joint > 0, expected, 1))
+    coords = axes(found) | {"layer": list(found.layers[:-1]), "next_expert": np.arange(found.n_experts)}
+    return xr.Dataset(
+        {
+            "probability": (("layer", "expert", "next_expert"), ratio(pairs, pairs.sum(axis=2, keepdims=True))),
+            "chance": (("layer", "next_expert"), second[:, 0]),
+            "information": ("layer", (joint * logs).sum(axis=(1, 2)), {"units": "nats"}),
+        },
+        coords=coords,
+    )
 
 
-def saturation(trace: RoutingTrace, final: RoutingTrace) -> xr.Dataset:
+def saturation(trace: RoutingTrace, final: RoutingTrace, level: float = 0.95) -> xr.Dataset:
     """Router saturation: how much of the final routing a checkpoint already has, mean of ``|S n S_final| / |S_final|``.
 
     Args:
         trace: Routes of a checkpoint.
         final: Routes of the last checkpoint on the same tokens.
+        level: Of the intervals.
 
     Returns:
-        ``saturation[layer]`` from 0 to 1, over the tokens that both cover, with an expert in ``final``;
-        ``chance[layer]``, its value for independent routes of the same widths, mean |S| / E.
+        ``saturation[layer]`` from 0 to 1, over the tokens with an expert in ``final``, with ``saturation_low`` and
+        ``saturation_high`` over sequences (NaN with a single one); ``chance[layer]``, its value for independent routes
+        of the same widths, mean |S| / E. Tokens that either trace does not cover are skipped.
 
     Raises:
-        DataError: Traces of different tokens, layers or numbers of experts.
+        DataError: Traces of different layers, numbers of experts or tokens (another tokenizer gives other tokens).
 
-    Source: OLMoE. What it does not show: that weights or experts have settled; only the choice is compared.
+    Source: OLMoE; the interval is derived. What it does not show: that weights or experts have settled; only the choice
+    is compared.
     """
-    sizes = [(t.n_tokens, t.layers, t.n_experts) for t in (trace, final)]
-    ids = [t.token_ids for t in (trace, final) if t.token_ids is not None]
-    if sizes[0] != sizes[1] or (len(ids) == 2 and not np.array_equal(ids[0], ids[1])):
-        raise DataError(
-            f"{trace!r} against {final!r}",
-            "traces of the same tokens, layers and experts",
-            "Record both checkpoints on the same sequences.",
-        )
-    found, chance = [], []
+    check_same_tokens(trace, final)
+    sequence = max(trace.sequence, final.sequence, key=lambda s: s[-1])
+    n_sequences = int(sequence[-1]) + 1
+    sums = np.zeros((3, n_sequences, len(trace.layers)))
     for layer in range(len(trace.layers)):
-        now, then = memberships(trace, layer), memberships(final, layer)
-        wanted = then.sum(axis=1)
-        kept = (wanted > 0) & trace.covered[:, layer]
-        weight = ratio(kept, kept.sum())  # a mean over the tokens with an expert, NaN without any
-        found.append((weight * now.multiply(then).sum(axis=1) / np.maximum(wanted, 1)).sum())
-        chance.append((weight * now.sum(axis=1)).sum() / trace.n_experts)
-    coords = {"layer": list(trace.layers)}
-    return xr.Dataset({"saturation": ("layer", found), "chance": ("layer", chance)}, coords=coords)
+        now, then = trace.expert_indices[:, layer], final.expert_indices[:, layer]
+        wanted = (then >= 0).sum(axis=1)
+        kept = (wanted > 0) & ~(now == NATIVE).any(axis=1)
+        shared = np.zeros(len(wanted))
+        for slot in then.T:
+            shared += ((now == slot[:, None]) & (slot[:, None] >= 0)).any(axis=1)
+        values = (shared / np.maximum(wanted, 1), (now >= 0).sum(axis=1) / trace.n_experts, np.ones(len(wanted)))
+        for place, value in enumerate(values):
+            sums[place, :, layer] = np.bincount(sequence, weights=value * kept, minlength=n_sequences)
+    found = ratio_interval(sums[0], sums[2], level=level, bounds=(0.0, 1.0))
+    total = sums.sum(axis=1)
+    data = {"saturation": ratio(total[0], total[2]), "saturation_low": found.low, "saturation_high": found.high}
+    data["chance"] = ratio(total[1], total[2])
+    return xr.Dataset({name: ("layer", value) for name, value in data.items()}, coords={"layer": list(trace.layers)})
 
 
-def standing_committee(trace: RoutingTrace, top: int | None = None, presence: float = 0.8) -> xr.Dataset:
+def check_same_tokens(one: RoutingTrace, other: RoutingTrace) -> None:
+    """Refuse two traces that cannot be compared token by token.
+
+    Raises:
+        DataError: different layers, numbers of experts, lengths of sequences, or token ids.
+    """
+    remedy = "Record both models on the same sequences, with the same tokenizer and layers."
+    expected = "traces of the same tokens, layers and experts"
+    if one.layers != other.layers:
+        odd = sorted({*one.layers} ^ {*other.layers}, key=str)
+        what = f"layers {odd} of only one of them" if odd else "their layers in different orders"
+        raise DataError(f"{one!r} against {other!r}, with {what}", expected, remedy)
+    lengths = [trace.sequence_lengths for trace in (one, other)]
+    # arrays given without lengths are one sequence
+    same = np.array_equal(*lengths) or (min(map(len, lengths)) == 1 and one.n_tokens == other.n_tokens)
+    if one.n_experts != other.n_experts or not same:
+        raise DataError(
+            f"{one!r} against {other!r}, with other sequences or experts (another tokenizer gives other tokens)",
+            expected,
+            remedy,
+        )
+    if one.token_ids is not None and other.token_ids is not None:
+        differs = np.flatnonzero(one.token_ids != other.token_ids)
+        if len(differs):
+            raise DataError(
+                f"{one!r} against {other!r}, whose token ids differ at {len(differs)} tokens, first at token "
+                f"{differs[0]}: other texts, or another tokenizer",
+                expected,
+                remedy,
+            )
+
+
+def standing_committee(
+    source: RoutingTrace | RoutingCounts, top: int | None = None, presence: float = 0.8
+) -> xr.Dataset:
     """Experts that are among the most used ones in nearly every domain.
 
     Per layer and domain, experts are ranked by their share of the domain's slots, 1 = most used, ties sharing their
     mean rank. An expert is present in a domain whose ``top`` first ranks hold it.
 
     Args:
-        trace: Routes with domain labels.
+        source: Routes with domain labels, or the counts of a corpus.
         top: Ranks that count as present; the number of slots without it.
         presence: Share of domains in which a member is present at least.
 
@@ -147,6 +229,8 @@ def standing_committee(trace: RoutingTrace, top: int | None = None, presence: fl
     Source: derived, after the standing committee of mixture models. What it does not show: that members do the work;
     often used is not needed.
     """
+    trace = counted(source)
+    trace.check_domains()
     width = trace.n_slots if top is None else top
     if not 1 <= width <= trace.n_experts or not 0 < presence <= 1:
         raise ConfigError(
@@ -154,7 +238,7 @@ def standing_committee(trace: RoutingTrace, top: int | None = None, presence: fl
             f"top from 1 to {trace.n_experts}, presence above 0 and at most 1",
             "Choose values in these ranges.",
         )
-    counts = trace.counts(trace.domain_codes, len(trace.domains))
+    counts = trace.slots
     used = counts.sum(axis=2, keepdims=True) > 0  # a domain without slots at a layer has no ranks there
     n_used = used.sum(axis=0)
     rank = np.where(used, mean_ranks(-counts), np.nan)
@@ -178,14 +262,6 @@ def standing_committee(trace: RoutingTrace, top: int | None = None, presence: fl
     )
 
 
-def memberships(trace: RoutingTrace, layer: int) -> sparse.csr_array:
-    """``[token, expert]`` counts, 1 where the expert is in the token's route at the layer's place in the trace."""
-    experts = trace.expert_indices[:, layer]
-    token, slot = np.nonzero(experts >= 0)
-    ones = np.ones(len(token), dtype=np.int64)
-    return sparse.csr_array((ones, (token, experts[token, slot])), shape=(trace.n_tokens, trace.n_experts))
-
-
 def mean_ranks(values: NDArray[Any]) -> FloatArray:
     """Ranks along the last axis from 1, ties sharing their mean rank."""
     less = (values[..., None, :] < values[..., :, None]).sum(axis=-1)
@@ -193,7 +269,7 @@ def mean_ranks(values: NDArray[Any]) -> FloatArray:
     return less + (equal + 1) / 2
 
 
-def axes(trace: RoutingTrace) -> dict[str, Any]:
+def axes(trace: RoutingTrace | RoutingCounts) -> dict[str, Any]:
     """Labels of the layer and expert axes."""
     return {"layer": list(trace.layers), "expert": np.arange(trace.n_experts)}
 

@@ -40,8 +40,8 @@ class ContrastResult(Result, kind="contrast"):
         ``ci_low`` and ``ci_high`` over prompts (:func:`moe_interp.stats.stratified_interval`, for pairs
         :func:`moe_interp.stats.mean_interval`; not TransformerLens' ``bootstrap_ci``, which covers .83 to .89 of a
         nominal .95 at 6 to 20 prompts), ``p`` of a permutation of prompts between the sets (for pairs, of signs), ``q``
-        adjusted over all rows, ``stability`` (see :func:`.tables.stability_of`), and ``found``: "a" or "b", the set
-        that uses the expert more, where q <= ``alpha``; else "".
+        adjusted over all rows, ``stability`` (see :func:`.risk_differences.stability_of`), and ``found``: "a" or "b",
+        the set that uses the expert more, where q <= ``alpha``; else "".
 
         The permutation holds where prompts of both sets have one law under the null; BH where rows are independent or
         positively dependent. Shares of a layer's experts sum to k, so that one expert's gain is another's loss.

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 import xarray as xr
-from numpy.typing import NDArray
 
 from moe_interp.errors import DataError
-from moe_interp.stats import (
-    adjust_p,
-    derive_rng,
-    mean_interval,
-    paired_permutation,
-    rejected,
-    stratified_interval,
-    two_group_permutation,
-)
+from moe_interp.stats import risk_differences
 from moe_interp.stats.checks import FloatArray
-
-N_PERMUTATIONS = 9999
-N_RESAMPLES = 200
-_TIE = 1e-12
 
 
 def check_contrast(data: xr.Dataset) -> None:
@@ -53,80 +38,28 @@ def expert_table(data: xr.Dataset, alpha: float = 0.05, method: str = "bh") -> p
     """A row a layer and expert; see :meth:`.result.ContrastResult.experts`."""
     a, b = groups(data)
     seed, paired = int(data.attrs.get("seed", 0)), bool(data.attrs.get("paired", 0))
-    difference = a.mean(0) - b.mean(0)
-    p = np.stack([_p_values(a[:, layer], b[:, layer], paired, seed) for layer in range(a.shape[1])])
-    q = adjust_p(p, method=method)
-    bounds = (-1.0, 1.0)
-    if paired:
-        interval = mean_interval(a - b, axis=0, bounds=bounds)
-    else:
-        # the mean of two groups' means, one of them with the opposite sign
-        interval = stratified_interval([2 * a, -2 * b], bounds=bounds)
-    is_found = rejected(q, alpha)
-    side = np.where(is_found & (difference > 0), "a", np.where(is_found & (difference < 0), "b", ""))
-    stability = stability_of(a, b, int(is_found.sum()), paired, seed)
+    of = risk_differences(a, b, paired=paired, alpha=alpha, method=method, seed=seed)
     layer, expert = np.meshgrid(data["layer"].values, data["expert"].values, indexing="ij")
     columns = {
         "layer": layer,
         "expert": expert,
-        "share_a": a.mean(0),
-        "share_b": b.mean(0),
-        "difference": difference,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "p": p,
-        "q": q,
-        "stability": stability,
-        "found": side,
+        "share_a": of.share_a,
+        "share_b": of.share_b,
+        "difference": of.difference,
+        "ci_low": of.low,
+        "ci_high": of.high,
+        "p": of.p,
+        "q": of.q,
+        "stability": of.stability,
+        "found": np.select([of.found > 0, of.found < 0], ["a", "b"], ""),
     }
     table = pd.DataFrame({name: np.asarray(values).ravel() for name, values in columns.items()})
     table.attrs = {
         "alpha": alpha,
         "method": method,
-        "n_a": len(a),
-        "n_b": len(b),
-        "n_tests": int(p.size),
-        "smallest_p": smallest_p(len(a), len(b), paired),
+        "n_a": of.n_a,
+        "n_b": of.n_b,
+        "n_tests": int(of.p.size),
+        "smallest_p": of.smallest_p,
     }
     return table
-
-
-def _p_values(a: FloatArray, b: FloatArray, paired: bool, seed: int) -> FloatArray:
-    """``[expert]``, of one layer; the same permutations at every layer."""
-    if paired:
-        return paired_permutation(a - b, axis=0, n_permutations=N_PERMUTATIONS, seed=seed).p_value
-    values, is_a = np.concatenate([a, b]), np.arange(len(a) + len(b)) < len(a)
-    return two_group_permutation(values, is_a, axis=0, n_permutations=N_PERMUTATIONS, seed=seed).p_value
-
-
-def smallest_p(n_a: int, n_b: int, paired: bool) -> float:
-    """The smallest p that so many prompts can give."""
-    if paired:
-        return 2 / 2**n_a if n_a <= 14 else 1 / (1 + N_PERMUTATIONS)
-    ways = math.comb(n_a + n_b, n_a)
-    return (1 + (n_a == n_b)) / ways if ways <= 20_000 else 1 / (1 + N_PERMUTATIONS)
-
-
-def stability_of(a: FloatArray, b: FloatArray, n_found: int, paired: bool, seed: int) -> FloatArray:
-    """``[layer, expert]``: in what share of resamples an expert is among as many largest differences as were found.
-
-    A resample is half of each set's prompts (of the pairs), drawn without replacement; the difference has the sign that
-    it has on all prompts. NaN where nothing was found.
-
-    Source: Meinshausen & Buehlmann (2010), stability selection; the ranking by abs(difference) is derived.
-    """
-    if not n_found:
-        return np.full(a.shape[1:], np.nan)
-    rng = derive_rng(seed, "stability of a contrast")
-    sign, hits = np.sign(a.mean(0) - b.mean(0)), np.zeros(a.shape[1:])
-    for _ in range(N_RESAMPLES):
-        rows_a = _half(rng, len(a))
-        rows_b = rows_a if paired else _half(rng, len(b))
-        size = sign * (a[rows_a].mean(0) - b[rows_b].mean(0))
-        least = np.partition(size.ravel(), -n_found)[-n_found]
-        hits += (size >= least - _TIE) & (size > 0)
-    return hits / N_RESAMPLES
-
-
-def _half(rng: np.random.Generator, n: int) -> NDArray[np.int64]:
-    return rng.choice(n, size=max(1, n // 2), replace=False)

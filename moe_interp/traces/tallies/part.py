@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_interp.slots import NATIVE
 from moe_interp.traces.tallies.fixed_point import fixed_point_sums
 from moe_interp.traces.tallies.sparse import SparseCounts
 from moe_interp.traces.trace import RoutingTrace
@@ -34,7 +33,7 @@ class Part:
         self.trace = trace
         self.experts = trace.expert_indices
         used = self.experts >= 0
-        self.covered = ~(self.experts == NATIVE).any(axis=2)
+        self.covered = trace.covered
         self.width = used.sum(axis=2, dtype=np.int32)
         self.first = first_experts(self.experts, trace.expert_weights)
         self.n_domains = max(1, len(trace.domains))
@@ -71,7 +70,7 @@ def count_use(part: Part) -> Arrays:
         top = part.first[:, layer]
         codes = (part.domain * n_experts + top)[top >= 0]
         first[:, layer] = np.bincount(codes, minlength=n_domains * n_experts).reshape(n_domains, n_experts)
-    tokens = np.bincount(part.domain, minlength=n_domains)
+    tokens = np.bincount(part.domain[part.covered.any(axis=1)], minlength=n_domains)
     return {"served": served, "tokens_by_width": by_width, "top1": first, "domain_tokens": tokens}
 
 
@@ -109,7 +108,8 @@ def sum_weights(part: Part) -> Arrays:
         least = np.where(used, values, np.inf).min(axis=1)
         least[~used.any(axis=1)] = 0
         smallest[:, layer] = np.bincount(part.row, weights=least, minlength=n_rows)
-    return {"weight": total, "row_smallest_weight": smallest}
+    served = np.stack([np.bincount(part.row, weights=n > 0, minlength=n_rows) for n in part.width.T], axis=1)
+    return {"weight": total, "row_smallest_weight": smallest, "row_served": served}
 
 
 def count_pairs(part: Part) -> Arrays:
@@ -211,7 +211,7 @@ def count_paths(part: Part, length: int) -> dict[str, SparseCounts]:
 
 def sum_norms(part: Part) -> Arrays:
     """Norms of the experts' outputs by layer and expert, plain and times the weight; and the latter by run."""
-    norms, weights = getattr(part.trace, "expert_norms", None), part.trace.expert_weights
+    norms, weights = part.trace.expert_norms, part.trace.expert_weights
     if norms is None:
         return {}
     (n_layers, n_experts), n_rows = part.shape, len(part.row_domain)
@@ -235,7 +235,7 @@ def sum_norms(part: Part) -> Arrays:
 
 def sum_margins(part: Part) -> Arrays:
     """By run and layer: the sum over tokens of (smallest logit in the route - largest outside); how many are < 0."""
-    logits = getattr(part.trace, "router_logits", None)
+    logits = part.trace.router_logits
     if logits is None:
         return {}
     n_layers, n_rows = part.shape[0], len(part.row_domain)

@@ -15,6 +15,7 @@ from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.contrast import tables
 from moe_interp.experiments.contrast.result import ContrastResult
 from moe_interp.experiments.contrast.steering_result import SteeringResult
+from moe_interp.stats.significance import risk_differences
 
 N_LAYERS, N_EXPERTS = 3, 8
 
@@ -105,8 +106,8 @@ def test_the_false_discovery_rate_is_at_its_level_without_a_difference(
     paired: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing differs, any finding is false: at most .05 of data sets have one, beside chance."""
-    monkeypatch.setattr(tables, "N_PERMUTATIONS", 1999)
-    monkeypatch.setattr(tables, "N_RESAMPLES", 1)
+    monkeypatch.setattr(risk_differences, "N_PERMUTATIONS", 1999)
+    monkeypatch.setattr(risk_differences, "N_RESAMPLES", 1)
     trials, wrong = 120, 0
     for seed in range(trials):
         data = dataset(noise(20, 100 + seed, n_layers=2), 10, paired)
@@ -115,8 +116,8 @@ def test_the_false_discovery_rate_is_at_its_level_without_a_difference(
 
 
 def test_labels_that_are_permuted_lose_what_was_planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "N_PERMUTATIONS", 1999)
-    monkeypatch.setattr(tables, "N_RESAMPLES", 1)
+    monkeypatch.setattr(risk_differences, "N_PERMUTATIONS", 1999)
+    monkeypatch.setattr(risk_differences, "N_RESAMPLES", 1)
     selection, trials, wrong = planted(), 60, 0
     for seed in range(trials):
         order = np.random.default_rng(seed).permutation(len(selection))

@@ -1,0 +1,1 @@
+"""Measures of recorded routing, each of a trace or of the counts of a corpus."""
