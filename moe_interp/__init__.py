@@ -70,13 +70,18 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     )
     from moe_interp.stats import pass_at_k as pass_at_k
     from moe_interp.testbed.bundled import load_demo as load_demo
-    from moe_interp.traces import RoutingTrace as RoutingTrace
+    from moe_interp.traces import RoutingCounts as RoutingCounts, RoutingTrace as RoutingTrace
+    from moe_interp.traces.atlas.build import atlas as atlas
+    from moe_interp.traces.atlas.result import AtlasResult as AtlasResult
     # isort: on
 
 # public name -> module that defines it; "moe_interp.<name>" is that module itself
 _HOME = {
     "MoEInterpError": "moe_interp.errors",
+    "AtlasResult": "moe_interp.traces.atlas.result",
+    "RoutingCounts": "moe_interp.traces",
     "RoutingTrace": "moe_interp.traces",
+    "atlas": "moe_interp.traces.atlas.build",
     "load_result": "moe_interp.results",
     "patching": "moe_interp.patching",
     "traces": "moe_interp.traces",
@@ -140,6 +145,7 @@ _HOME = {
 
 # kind of a result -> module that defines its class, imported when such a file is loaded
 RESULT_KINDS = {
+    "atlas": "moe_interp.traces.atlas.result",
     "isolation": "moe_interp.experiments.isolation.result",
     "domain_router": "moe_interp.experiments.domain_router",
     "contrast": "moe_interp.experiments.contrast.result",

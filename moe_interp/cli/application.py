@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from moe_interp import __version__
 from moe_interp.cli import console, options
+from moe_interp.cli.commands.atlas import atlas
 from moe_interp.cli.commands.counterfactual import counterfactual
 from moe_interp.cli.commands.demo import demo
 from moe_interp.cli.commands.geometry import geometry
@@ -92,6 +93,7 @@ _add("geometry", geometry, "Does routing follow from the geometry of states?", "
 _add("pass-at-k", pass_at_k, "Is one of K tries right?", "--model demo --first 8 --samples 16 --k 1,4,16 --out results")
 _add("tune-router", tune_router, "Can the router alone learn better routes?", "--model demo --first 6 --out tuned")
 _add("testbed", compare_strategies, "Train small models and compare routers.", "--steps 40 --seeds 0 --out runs")
+_add("atlas", atlas, "What does recorded routing look like?", "law=law.npz code=code.npz --out atlas")
 _add("support", support, "The families, and the hooks of each.", "olmoe")
 _add("verify", verify_model, "Check every hook on a model.", "--model demo --layers -1")
 _add("models", models, "What --model takes.", "--family olmoe")

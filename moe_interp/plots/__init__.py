@@ -1,5 +1,6 @@
 """Figures: a result in, a matplotlib Figure out. No formula of their own, and no global state."""
 
+from moe_interp.plots.atlas import co_activation_map, domain_map, layer_curves, load_bars, transition_flow
 from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
 from moe_interp.plots.contrast_map import contrast_map
@@ -20,11 +21,15 @@ from moe_interp.plots.strategies import strategies
 __all__ = [
     "FIGURES",
     "calibration_scatter",
+    "co_activation_map",
     "confidence",
     "contrast_map",
+    "domain_map",
     "dominance",
+    "layer_curves",
     "layer_impact",
     "layer_regret",
+    "load_bars",
     "pass_at_k",
     "regret_curve",
     "router_scores",
@@ -33,6 +38,7 @@ __all__ = [
     "specialization_map",
     "strategies",
     "to_svg",
+    "transition_flow",
     "tuning_curves",
     "tuning_held_out",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from moe_interp.plots.atlas import co_activation_map, domain_map, layer_curves, load_bars, transition_flow
 from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
 from moe_interp.plots.contrast_map import contrast_map
@@ -51,6 +52,13 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
     },
     "domain_router": {"router_scores": router_scores},
     "contrast": {"contrast": contrast_map},
+    "atlas": {
+        "domains": domain_map,
+        "layers": layer_curves,
+        "load": load_bars,
+        "co_activation": co_activation_map,
+        "transitions": transition_flow,
+    },
     "pass_at_k": {"pass_at_k": pass_at_k},
     "testbed": {"strategies": strategies},
     "patching": {"effects": effect_map},

@@ -1,5 +1,6 @@
 """Results to one self-contained HTML page."""
 
+from moe_interp.report.atlas import atlas_chapter, atlas_page
 from moe_interp.report.counterfactual import counterfactual_chapter, counterfactual_page
 from moe_interp.report.domain_router import domain_router_chapter, domain_router_page
 from moe_interp.report.geometry import geometry_chapter, geometry_page
@@ -10,6 +11,8 @@ from moe_interp.report.router_tuning import router_tuning_chapter, router_tuning
 from moe_interp.report.tokens import token_view
 
 __all__ = [
+    "atlas_chapter",
+    "atlas_page",
     "counterfactual_chapter",
     "counterfactual_page",
     "domain_router_chapter",

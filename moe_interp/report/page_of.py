@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_interp.plots.figures import FIGURES
+from moe_interp.report.atlas import atlas_page
 from moe_interp.report.counterfactual import counterfactual_page
 from moe_interp.report.domain_router import domain_router_page
 from moe_interp.report.geometry import geometry_page
@@ -22,6 +23,7 @@ PAGES: dict[str, Callable[[Any], str]] = {
     "geometry": geometry_page,
     "pass_at_k": pass_at_k_page,
     "router_tuning": router_tuning_page,
+    "atlas": atlas_page,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moe_interp.checks import check_whole
+from moe_interp.checks import check_name, check_whole
 from moe_interp.disk import parse_json
 from moe_interp.errors import ConfigError, DataError, MoEInterpError, ResultError
 from moe_interp.results.files import replacing
@@ -235,6 +235,18 @@ class RoutingCounts:
             self._sparse.setdefault(name, SparseCounts()).add(counts)
         self.domains, self.fields = domains, other.fields
         self.n_sequences += other.n_sequences
+
+    def labelled(self, domain: str) -> RoutingCounts:
+        """The same counts of a corpus without labels, under one.
+
+        Raises:
+            DataError: they have labels already.
+        """
+        if self.domains or self.fields is None:
+            raise DataError(f"{self!r}", "counts without labels, of at least one token", "Pass them as they are.")
+        made = RoutingCounts(self.layers, self.n_experts, self.tables, self.path_length).merge(self)
+        made.domains, made.fields = (check_name(domain, "domain"),), self.fields | {"domain"}
+        return made
 
     def has(self, name: str) -> bool:
         """Whether an array, or a table of sparse counts, was counted."""

@@ -32,9 +32,7 @@ def expert_norms(source: RoutingTrace | RoutingCounts, level: float = 0.95) -> x
     """
     found = counted(source, "sequences", "norms")
     if not found.has("norm"):
-        raise DataError(
-            f"{source!r} without expert_norms", "norms of the experts' outputs", "Record them with the routes."
-        )
+        raise DataError("routes without expert_norms", "norms of the experts' outputs", "Record them with the routes.")
     slots = found.slots.sum(axis=0)
     by_expert = ("layer", "expert")
     data = {"norm": (by_expert, ratio(found.sums("norm"), slots))}
@@ -80,7 +78,7 @@ def router_margin(source: RoutingTrace | RoutingCounts, level: float = 0.95) -> 
     if found.has("row_smallest_weight"):
         data |= _mean(found, "smallest_weight", found.array("row_smallest_weight"), found.array("row_served"), level)
     if not data:
-        raise DataError(f"{source!r} with neither logits nor weights", "one of them", "Record router_logits.")
+        raise DataError("routes with neither logits nor weights", "one of them", "Record router_logits.")
     return xr.Dataset({name: ("layer", value) for name, value in data.items()}, coords={"layer": list(found.layers)})
 
 

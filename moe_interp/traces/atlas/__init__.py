@@ -1,0 +1,1 @@
+"""The atlas: all measures of recorded routing in one result."""
