@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_interp.cli import console
-from moe_interp.cli.words import in_options
-from moe_interp.errors import DataError
+from moe_interp.cli.figure_files import write_figures
 from moe_interp.experiments.counterfactual.result import CounterfactualResult
 from moe_interp.experiments.geometry.result import GeometryResult
 from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.experiments.pass_at_k.result import PassAtKResult
 from moe_interp.experiments.router_tuning.result import RouterTuningResult
-from moe_interp.plots import FIGURES, save_figure
+from moe_interp.plots import FIGURES
 from moe_interp.results.files import replacing
 from moe_interp.results.tables import classed_by
 
@@ -55,19 +53,6 @@ def write_table(rows: str, path: Path) -> None:
     """Comma-separated rows as a file, whole or not at all."""
     with replacing(path) as file:
         file.write(rows.encode())
-
-
-def write_figures(result: Any, figures: Mapping[str, Callable[[Any], Any]], folder: Path) -> None:
-    """Write those figures that can be drawn as ``folder/<name>.svg``; what is missing is said."""
-    for name, draw in figures.items():
-        path = folder / f"{name}.svg"
-        path.unlink(missing_ok=True)  # of an earlier run
-        try:
-            figure = draw(result)
-        except DataError as error:  # what so few items or experts cannot bear; the page gives the same reason
-            console.say(in_options(f"Without the figure {name}: {error}"))
-        else:
-            save_figure(figure, path)
 
 
 def group_table(result: CounterfactualResult) -> Any:

@@ -52,10 +52,13 @@ ANSWERS: list[tuple[list[str], int, str]] = [
     (["--version"], 0, "moe-interp 0."),
     (["--help"], 0, "counterfactual"),
     *(([f"{name}", "--help"], 0, f"Example: moe-interp {name}") for name in
-      ("demo", "show", "isolate", "counterfactual", "pass-at-k", "testbed", "support", "verify", "models")),
+      ("demo", "show", "isolate", "counterfactual", "pass-at-k", "testbed", "atlas", "support", "verify", "models")),
     (["isolte"], 2, "No such command 'isolte'; there are demo, show, isolate, counterfactual, pass-at-k, "
                     "tune-router, testbed, support, verify, models. Did you mean isolate? See moe-interp --help."),
     (["isolate", "--modl", "demo"], 2, "No such option: --modl. Did you mean --model? See moe-interp isolate --help."),
+    (["atlas", "none.npz"], 1, "'none.npz', which does not exist"),
+    (["atlas", "x" * 5000], 1, "which does not exist"),
+    (["atlas", "{tmp}", "--path-length", "0"], 1, "--path-length 0"),
     (["isolate"], 2, "Missing option '--model'"),
     (["isolate", "-m"], 2, "requires an argument"),
     ([*ISOLATE, "--seed", "many"], 2, "--seed"),

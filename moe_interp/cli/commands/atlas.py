@@ -45,11 +45,14 @@ def atlas(
         options.check_number(name, value)
     options.check_number("--n-experts", n_experts)
     for text in [*paths, *([against] if against else [])]:
-        path = text if Path(text).exists() else text.partition("=")[2]
-        if not Path(path or text).exists():
-            raise DataError(f"{path or text!r}, which does not exist", "recorded routes", "Check the path.")
+        path = text if options.exists(text) else text.partition("=")[2] or text
+        if not text or not options.exists(path):
+            raise DataError(f"{path[:200]!r}, which does not exist", "a file or folder of routes", "Check the path.")
+    options.check_seed(seed)
+    if out is not None:
+        options.check_out(out)
 
-    from moe_interp.cli.outputs import write_figures
+    from moe_interp.cli.figure_files import write_figures
     from moe_interp.plots import FIGURES
     from moe_interp.report import atlas_page, write_page
     from moe_interp.traces.atlas.build import from_paths
