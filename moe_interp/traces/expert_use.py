@@ -186,7 +186,7 @@ def check_same_tokens(one: RoutingTrace, other: RoutingTrace) -> None:
         raise DataError(f"{one!r} against {other!r}, with {what}", expected, remedy)
     lengths = [trace.sequence_lengths for trace in (one, other)]
     # arrays given without lengths are one sequence
-    same = np.array_equal(*lengths) or (min(map(len, lengths)) == 1 and one.n_tokens == other.n_tokens)
+    same = np.array_equal(lengths[0], lengths[1]) or (min(map(len, lengths)) == 1 and one.n_tokens == other.n_tokens)
     if one.n_experts != other.n_experts or not same:
         raise DataError(
             f"{one!r} against {other!r}, with other sequences or experts (another tokenizer gives other tokens)",

@@ -132,7 +132,7 @@ def measured(of: Corpora) -> tuple[xr.Dataset, dict[str, str]]:
     return merged, missing
 
 
-def _renamed(found: xr.Dataset, prefix: str, keep: Iterable[str] = ()) -> xr.Dataset:
+def _renamed(found: xr.Dataset, prefix: str, keep: tuple[str, ...] = ()) -> xr.Dataset:
     return found.rename({name: f"{prefix}_{name}" for name in found.data_vars if name not in keep})
 
 

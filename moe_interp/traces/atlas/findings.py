@@ -74,7 +74,7 @@ def _domains(result: Atlas) -> Iterator[str]:
         )
     if "domain_share" in data and data.sizes["domain"] > 1:
         table = result.busiest()
-        top, even = table.loc[table["share"].idxmax()], data["domain_baseline"]
+        top, even = table.iloc[int(table["share"].to_numpy().argmax())], data["domain_baseline"]
         yield (
             f"Busiest: layer {top['layer']} expert {top['expert']} serves {top['share']:.1%}"
             f"{_bounds(top.get('share_low'), top.get('share_high'), '.1%')} of the tokens of {top['domain']} "
@@ -117,7 +117,7 @@ def _pairs(result: Atlas) -> Iterator[str]:
         return
     table = result.pairs(1)
     if len(table):
-        top = table.loc[table["excess"].idxmax()]
+        top = table.iloc[int(table["excess"].to_numpy().argmax())]
         yield (
             f"Co-activation: at layer {int(top['layer'])}, {top['share']:.0%} of the tokens of expert "
             f"{int(top['expert'])} also go to expert {int(top['other'])} (by use alone: {top['chance']:.0%})."

@@ -70,7 +70,7 @@ def router_margin(source: RoutingTrace | RoutingCounts, level: float = 0.95) -> 
     Source: derived. What it does not show: how sure the choice of the first expert is; the margin is about the last.
     """
     found = counted(source, "weights", "margin")
-    data = {}
+    data: dict[str, np.ndarray] = {}
     if found.has("row_margin"):
         tokens = found.array("row_margin_tokens")
         for name, column in (("margin", "row_margin"), ("negative", "row_margin_negative")):

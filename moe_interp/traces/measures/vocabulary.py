@@ -94,10 +94,10 @@ def _frequent(found: RoutingCounts, ids: Ids, min_count: int) -> tuple[NDArray[n
             f"{ids} ids, one of them at least {min_count} times",
             "Record ids (token_ids=, predicted_ids=) of more tokens, or lower min_count.",
         )
-    number = np.cumsum(kept) - 1
+    place_kept = np.cumsum(kept) - 1
     among = kept[place]
     table = np.zeros((n_layers, int(kept.sum()), n_experts), dtype=np.int64)
-    table[layer[among], number[place[among]], expert[among]] = counts[among]
+    table[layer[among], place_kept[place[among]], expert[among]] = counts[among]
     return known[kept], table
 
 
