@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moe_interp.cli import console, options
-from moe_interp.errors import DataError
+from moe_interp.errors import ConfigError, DataError
 
 
 def atlas(
@@ -25,6 +25,10 @@ def atlas(
     ] = None,
     n_experts: Annotated[
         int | None, typer.Option("--n-experts", help="Experts a layer, for formats that do not say.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="The model's layer of each column, for formats that do not say: 'moe', 'all' or 1,2,5."),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="Routes of another model on the same tokens.", metavar="PATH")
@@ -49,6 +53,7 @@ def atlas(
         if not text or not options.exists(path):
             raise DataError(f"{path[:200]!r}, which does not exist", "a file or folder of routes", "Check the path.")
     options.check_seed(seed)
+    columns = None if layers is None else _columns(layers)
     if out is not None:
         options.check_out(out)
 
@@ -57,7 +62,8 @@ def atlas(
     from moe_interp.report import atlas_page, write_page
     from moe_interp.traces.atlas.build import from_paths
 
-    reading: dict[str, Any] = {} if n_experts is None else {"n_experts": n_experts}
+    given = {"n_experts": n_experts, "layers": columns}
+    reading: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     result = from_paths(
         paths,
         against=against,
@@ -74,3 +80,12 @@ def atlas(
         write_figures(result, FIGURES["atlas"], out / "figures")
         write_page(out / "index.html", atlas_page(result))
         console.point_to(out / "index.html", out / "atlas.nc")
+
+
+def _columns(text: str) -> str | list[int]:
+    if text in ("moe", "all"):
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 6 for part in parts):
+        raise ConfigError(f"--layers {text}", "'moe', 'all', or layers such as 1,2,5", "Correct it.")
+    return [int(part) for part in parts]

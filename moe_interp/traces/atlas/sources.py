@@ -9,6 +9,8 @@ from typing import Any
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.traces.counts import VERSION_KEY, RoutingCounts
+from moe_interp.traces.part_files import COUNTS, is_recorded
+from moe_interp.traces.parts import read_parts
 from moe_interp.traces.trace import RoutingTrace
 
 Source = RoutingTrace | RoutingCounts | str | Path
@@ -56,8 +58,10 @@ def parts_of(source: Any, reading: Mapping[str, Any]) -> Iterator[RoutingTrace |
         path = Path(source)
         if path.is_file() and is_counts_file(path):
             yield RoutingCounts.load(path)
+        elif path.is_dir() and (path / COUNTS).is_file():
+            yield RoutingCounts.load(path / COUNTS)
         elif path.is_dir() and not reading.get("format"):
-            yield from read_parts(path)
+            yield from read_parts(path) if is_recorded(path) else _files_of(path)
         else:
             yield RoutingTrace.read(path, **reading)
     else:
@@ -68,8 +72,8 @@ def parts_of(source: Any, reading: Mapping[str, Any]) -> Iterator[RoutingTrace |
         )
 
 
-def read_parts(path: Path) -> Iterator[RoutingTrace]:
-    """The traces in a folder, in order of their names."""
+def _files_of(path: Path) -> Iterator[RoutingTrace]:
+    """The trace files in a folder that no capture wrote, in order of their names."""
     files = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".npz"))
     for file in files:
         yield RoutingTrace.read(file)

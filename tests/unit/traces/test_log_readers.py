@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.traces import RoutingTrace
-import itertools
 
 LENGTHS = [5, 3, 40]
 
