@@ -28,7 +28,7 @@ from tests.unit.experiments.test_pass_at_k_result import many as planted_pass_at
 from tests.unit.experiments.test_router_tuning_tables import planted as planted_tuning
 from tests.unit.patching import planted_effects as patching
 from tests.unit.plots.planted_routes import planted_routes
-from tests.unit.traces.planted import planted_trace
+from tests.unit.traces.planted import planted_trace as planted_routing
 
 
 def routers(n: int = 12) -> mi.DomainRouterResult:
@@ -72,7 +72,7 @@ MADE: dict[str, Any] = {
     "contrast": lambda: mi.ContrastResult(contrast_dataset(planted_contrast(), 12)),
     "steering": lambda: planted_steering(np.random.default_rng(0).normal(2, 1, (4, 12)), ["x"] * 6 + ["y"] * 6),
     "router_tuning": lambda: planted_tuning(0.1),
-    "atlas": lambda: mi.atlas(planted_trace(), n_permutations=99),
+    "atlas": lambda: mi.atlas(planted_routing(), n_permutations=99),
     "pass_at_k": lambda: planted_pass_at_k(0.1, 0),
     "patching": patching.planted_sweep,
     "attribution": patching.planted_attribution,
