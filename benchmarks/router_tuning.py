@@ -34,7 +34,7 @@ from moe_interp.hooks.attach import MoEHooks
 NAIVE_TOKENS = 2
 STEPS = 20
 SEEDS = range(3)
-HELD_OUT = 60  # the first items of each domain; the others are trained on
+HELD_OUT, TRAINED = 40, 100  # items of each domain: the first ones, and those after them
 COMMON: dict[str, Any] = {"select": None, "schedule": "linear", "batch_size": 64, "lr": 0.02, "progress": False}
 DRAWN: dict[str, Any] = {"sampler": mi.GumbelTopK(1.0), "n_routes": 16}
 # chosen on other items and other damages (seed 10) than those reported
@@ -84,12 +84,18 @@ def damaged(whole: torch.Tensor, how: str, seed: int) -> torch.Tensor:
     return whole + 2 * whole.std() * torch.randn(whole.shape, generator=draw)
 
 
+def split() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sequences to train on and held-out ones. Numbers of items say their kind (steps of arithmetic), so both are runs
+    of numbers: every fifth one would hold out problems of one step only."""
+    given = demo_sequences(HELD_OUT + TRAINED)
+    place = [i % (HELD_OUT + TRAINED) for i in range(len(given))]
+    train, held = ([one for one, i in zip(given, place) if (i < HELD_OUT) == is_held] for is_held in (False, True))
+    return train, held
+
+
 def repairs(moe: MoEHooks) -> None:
     """Share of the lost held-out cross-entropy that tuning the damaged router gives back, three seeds of each."""
-    given = demo_sequences()
-    each = len(given) // 4
-    held = [one for i, one in enumerate(given) if i % each < HELD_OUT]
-    train = [one for i, one in enumerate(given) if i % each >= HELD_OUT]
+    train, held = split()
     router = TunedRouter.of(moe, moe.layers[-1])
     whole = router.start()
     cached = Sources(moe, (router,), Memory(moe))
@@ -98,8 +104,8 @@ def repairs(moe: MoEHooks) -> None:
     print(
         f"{len(source.table)} tokens to train on, {len(held_tokens.table)} held out; undamaged {sound.mean():.3f} nats"
     )
-    for how in DAMAGES:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for how in DAMAGES:
             start = damaged(whole, how, seed)
             before = cross_entropies(held_tokens, router, start)
             print(f"{how}, seed {seed}: {before.mean():.3f} nats. Taught by the undamaged router:", end="", flush=True)
@@ -140,10 +146,7 @@ def repairs(moe: MoEHooks) -> None:
 
 def sound_router(moe: MoEHooks) -> None:
     """The same options on the router as it is, where there is nothing to repair."""
-    given = demo_sequences()
-    each = len(given) // 4
-    held = [one for i, one in enumerate(given) if i % each < HELD_OUT]
-    train = [one for i, one in enumerate(given) if i % each >= HELD_OUT]
+    train, held = split()
     for way, options in WAYS.items():
         for name, more in (("repair's options", {}), ("learning rate 3e-4", {"lr": 3e-4})):
             chosen = COMMON | options | more

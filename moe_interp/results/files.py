@@ -47,8 +47,10 @@ def check_folder(path: str | os.PathLike[str], what: str) -> Path:
     """The path of a folder that is there, or could be made.
 
     Raises:
-        ResultError: it is a file, or would lie in one.
+        ResultError: it is a file, would lie in one, or is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ResultError(f"{path!r} of type {type(path).__name__}", what, "Pass a path.")
     folder = Path(path)
     if os.path.isfile(folder) or _blocked(folder):
         given = _blocked(folder) or f"{str(folder)!r} is a file"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from moe_interp.checks import check_whole
 from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import out_of_memory_in_words
@@ -149,6 +150,8 @@ def tune_router(
         objective, select, sampler or PUBLISHED, n_routes, beta, temperature, reference, lr, schedule, warmup,
         batch_size, epochs, max_steps, weight_decay, clip, evaluate_every, checkpoint_every, seed,
     )  # fmt: skip
+    if stop_at is not None:
+        check_whole(stop_at, "stop_at", 1)
     processes = accelerator()
     memory = check_memory(moe, memory_budget)
     routers = tuple(TunedRouter.of(moe, one) for one in layers)
@@ -171,8 +174,9 @@ def tune_router(
         start = {router.layer: router.start() for router in routers}
         plan = json.dumps(
             {
-                "options": {name: repr(value) for name, value in asdict(options).items()}
-                | {"sampler": repr(options.sampler)},
+                "options": {
+                    name: repr(getattr(options, name)) for name in asdict(options) if name != "checkpoint_every"
+                },
                 "layers": layers,
                 "model": [rest, checksum([tensor.float() for tensor in started.values()])],
                 "sequences": checksum([[s.id, s.tokens, s.is_scored] for s in (*train, *held)]),
@@ -226,6 +230,9 @@ def _split(
     else:
         held, _ = distinct_sequences(read_sequences(moe.bridge, held_out))
     domains = [HELD_OUT] * len(held)
+    if not isinstance(other_domains or {}, Mapping):
+        expected = "a mapping from names of domains to their sequences"
+        raise ConfigError(f"other_domains of type {type(other_domains).__name__}", expected, "Name each domain.")
     for name, given in (other_domains or {}).items():
         if name == HELD_OUT:
             raise ConfigError(f"a domain called {name!r}", "another name", "Rename it.")

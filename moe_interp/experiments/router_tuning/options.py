@@ -15,6 +15,7 @@ from moe_interp.routes import GumbelTopK, RouteSampler
 SCHEDULES = ("constant", "linear", "cosine")
 CLASSES = {"fragile": (0.0, 0.5), "middle": (0.5, 0.9), "confident": (0.9, math.inf)}
 PUBLISHED = GumbelTopK(tau=0.1, pool=32)
+LARGEST = 1e6  # of a learning rate, beta and the like: beyond it float32 overflows in a step
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class TuningOptions:
         check_seed(self.seed)
         for name in ("beta", "temperature", "lr", "clip"):
             value = getattr(self, name)
-            if not (name == "clip" and value is None) and not (_is_finite(value) and value > 0):
-                raise ConfigError(f"{name}={value!r}", "a finite number above 0", "Correct it.")
-        if not (_is_finite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"weight_decay={self.weight_decay!r}", "a finite number of at least 0", "Correct it.")
+            if not (name == "clip" and value is None) and not (_is_finite(value) and 0 < value <= LARGEST):
+                raise ConfigError(f"{name}={value!r}", f"a number above 0, at most {LARGEST:g}", "Correct it.")
+        if not (_is_finite(self.weight_decay) and 0 <= self.weight_decay <= LARGEST):
+            expected = f"a number of at least 0, at most {LARGEST:g}"
+            raise ConfigError(f"weight_decay={self.weight_decay!r}", expected, "Correct it.")
         is_class = isinstance(self.select, str) and self.select in CLASSES
         if not (self.select is None or is_class or (_is_finite(self.select) and self.select >= 0)):  # type: ignore[operator]
             expected = f"nats that a token's cross-entropy must exceed, one of {', '.join(CLASSES)}, or None for all"

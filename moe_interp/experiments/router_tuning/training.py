@@ -134,7 +134,8 @@ class Tuning:
         """One optimiser step.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite; weights and checkpoint are those before the step.
+            TrainingError: a loss, gradient or weight that is not finite; weights and checkpoint are those before the
+                step.
         """
         rate = self.options.rate(self.step, self.n_steps)
         loss, n_better = self.loss(self.step)
@@ -150,18 +151,31 @@ class Tuning:
         self._check("gradient's norm", norm, rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        kept = [leaf.detach().clone() for leaf in leaves]
         self.optimizer.step()
+        with torch.no_grad():
+            if not all(bool(leaf.isfinite().all()) for leaf in leaves):
+                for leaf, old in zip(leaves, kept):
+                    leaf.copy_(old)
+                self._check("tuned weight", math.inf, rate)
         self.optimizer.zero_grad(set_to_none=True)
         for name, number in zip(STEP, (value, rate, norm, better)):
             self.history.steps[name].append(number)
         self.step += 1
 
     def evaluate(self) -> None:
-        """Evaluate the weights as they are, and keep what was found."""
+        """Evaluate the weights as they are, and keep what was found.
+
+        Raises:
+            TrainingError: a cross-entropy that is not finite; the checkpoint is that of before.
+        """
         change = [
             float((self.weights[layer].detach() - start).norm() / start.norm()) for layer, start in self.start.items()
         ]
-        self.history.evaluations.append((self.step, change, self.held_out.evaluate(self.weights)))
+        found = self.held_out.evaluate(self.weights)
+        rate = self.options.rate(max(0, self.step - 1), self.n_steps)
+        self._check("held-out cross-entropy", float(found.ce.sum()), rate)
+        self.history.evaluations.append((self.step, change, found))
 
     def _check(self, name: str, value: float, rate: float) -> None:
         if not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import moe_interp as mi
 from moe_interp.errors import ConfigError, DataError, ResultError, TrainingError
 from moe_interp.experiments.router_tuning import training
 from moe_interp.experiments.router_tuning.delta import everything
+from moe_interp.experiments.router_tuning.evaluation import HeldOut
 from moe_interp.experiments.router_tuning.routers import TunedRouter
 from moe_interp.hooks.attach import MoEHooks, attach
 from tests import tiny
@@ -178,9 +180,47 @@ def test_a_loss_that_is_not_finite_names_step_and_rate_and_keeps_the_checkpoint(
     assert resumed.data["loss"].notnull().all()
 
 
+@pytest.mark.parametrize("what", ["tuned weight", "held-out cross-entropy"])
+def test_a_bad_step_is_not_written_over_the_last_good_checkpoint(
+    moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The loss is finite, and what comes of the step is not."""
+    mi.tune_router(moe, sequences(5), out=tmp_path, checkpoint_every=1, stop_at=2, **FAST)
+    kept = (tmp_path / "state.pt").read_bytes()
+    if what == "tuned weight":
+
+        def step(self: torch.optim.AdamW) -> None:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(float("inf"))
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    else:
+        evaluate = HeldOut.evaluate
+
+        def broken(self: HeldOut, weights: Any) -> Any:
+            found = evaluate(self, weights)
+            return replace(found, ce=found.ce + np.nan)
+
+        monkeypatch.setattr(HeldOut, "evaluate", broken)
+    with pytest.raises(TrainingError, match=rf"the {what} is (inf|nan) at step \d, learning rate 0\.02.*is kept"):
+        mi.tune_router(moe, sequences(5), out=tmp_path, checkpoint_every=1, resume=True, **FAST)
+    assert (tmp_path / "state.pt").read_bytes() == kept
+
+
+def test_a_run_goes_on_with_other_checkpoints(moe: MoEHooks, tmp_path: Path) -> None:
+    whole = mi.tune_router(moe, sequences(5), **FAST)
+    mi.tune_router(moe, sequences(5), out=tmp_path, checkpoint_every=1, stop_at=2, **FAST)
+    resumed = mi.tune_router(moe, sequences(5), out=tmp_path, checkpoint_every=3, resume=True, **FAST)
+    assert whole.data.drop_attrs().identical(resumed.data.drop_attrs())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
+        ({"stop_at": 0}, ConfigError, "stop_at=0"),
+        ({"lr": 1e38}, ConfigError, "lr=1e"),
+        ({"other_domains": [[1, 2, 3]]}, ConfigError, "other_domains of type list"),
+        ({"out": 5}, ResultError, "5 of type int"),
         ({"objective": "dpo"}, ConfigError, "objective='dpo'"),
         ({"select": 1e9}, DataError, "no token selected"),
         ({"select": "sure"}, ConfigError, "select='sure'"),
