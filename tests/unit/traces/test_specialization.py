@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.traces import (
@@ -124,11 +125,50 @@ def trace_with(counts, gate_sum, n_tokens, top_k):
 def test_esft_scores_and_experts_equal_the_released_ones(task):
     entry = released(task)
     data = esft_scores(trace_with(entry["counts"], entry["gate_sum"], entry["n_tokens"], entry["top_k"]))
-    np.testing.assert_allclose(data["token_score"], entry["released_token_scores"], atol=5.1e-5)
-    np.testing.assert_allclose(data["gate_score"], entry["released_gate_scores"], atol=5.1e-5)
+    np.testing.assert_allclose(data["token_score"], entry["released_token_scores"], rtol=0, atol=5e-5)
+    np.testing.assert_allclose(data["gate_score"], entry["released_gate_scores"], rtol=0, atol=5e-5)
     # the release selects on its rounded scores, where two experts of one layer come out equal
     found = esft_experts(data["token_score"].round(4), 0.2)
     assert list(found.values()) == entry["released_config_top_p_0_2_token"]
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("task", ["intent", "law"])
+def test_scores_normalised_over_layers_are_not_the_released_ones(task):
+    """ESFT's public script divides each expert's sums by their sum over layers. The release did not."""
+    entry = released(task)
+    for name, known in (("counts", "released_token_scores"), ("gate_sum", "released_gate_scores")):
+        sums = np.array(entry[name], dtype=float)
+        assert np.abs(sums / sums.sum(axis=0) - np.array(entry[known])).mean() > 0.02
+    counts = np.array(entry["counts"], dtype=float)
+    axes = {"layer": range(1, 27), "expert": range(64)}
+    scores = xr.DataArray(counts / counts.sum(axis=0), axes, ("layer", "expert"))
+    pairs = zip(esft_experts(scores, 0.2).values(), entry["released_config_top_p_0_2_token"], strict=True)
+    assert sum(set(found) == set(expected) for found, expected in pairs) == 0
+
+
+def write_esft_logs(folder, trace):
+    """The logs that ESFT's model writes of the routes of a trace."""
+    ends = np.cumsum(trace.sequence_lengths)[:-1]
+    for column, layer in enumerate(trace.layers):
+        parts = zip(
+            np.split(trace.expert_indices[:, column], ends), np.split(trace.expert_weights[:, column].round(4), ends)
+        )
+        lines = ("\t\t".join("\t".join(map(str, part.ravel().tolist())) for part in both) for both in parts)
+        (folder / f"expert_weights_{layer}.txt").write_text("".join(line + "\n" for line in lines))
+
+
+@pytest.mark.shared_data
+def test_real_logs_are_read_without_saying_k_or_the_layers(tmp_path):
+    released("law")
+    trace = RoutingTrace.read(ROUTING / "esft_dsv2lite_traces_law.npz", "esft", 64, range(1, 27))
+    first = trace.select(trace.sequence < 4)
+    write_esft_logs(tmp_path, RoutingTrace.from_arrays(**first.arrays()))
+    again = RoutingTrace.read(tmp_path, "esft", 64)
+    assert (again.layers, again.n_slots) == (tuple(range(1, 27)), 6)
+    np.testing.assert_array_equal(again.expert_indices, first.expert_indices)
+    np.testing.assert_allclose(again.expert_weights, first.expert_weights, atol=1e-7)
+    np.testing.assert_array_equal(again.sequence_lengths, first.sequence_lengths)
 
 
 @pytest.mark.shared_data
