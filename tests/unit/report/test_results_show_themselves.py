@@ -19,7 +19,7 @@ from moe_interp.errors import ConfigError
 from moe_interp.plots import FIGURES
 from moe_interp.results import Result
 from moe_interp.testbed.comparison import ROUTING
-from tests.unit.experiments.planted_geometry import planted as planted_trace
+from tests.unit.experiments.planted_geometry import planted as planted_states
 from tests.unit.experiments.planted_isolation import planted_isolation
 from tests.unit.experiments.test_contrast_tables import dataset as contrast_dataset
 from tests.unit.experiments.test_contrast_tables import planted as planted_contrast
@@ -57,7 +57,7 @@ def strategies() -> Result:
 
 
 def geometry() -> mi.GeometryResult:
-    trace, weights = planted_trace(n_sequences=6, n_layers=1)
+    trace, weights = planted_states(n_sequences=6, n_layers=1)
     return mi.geometry.measure(
         trace, weights=weights, max_pairs=40, n_permutations=9, n_random_routers=2, n_random_directions=9
     )
