@@ -10,9 +10,13 @@ from moe_interp.testbed.metrics import routing_metrics
 from moe_interp.traces import (
     RoutingTrace,
     co_activation,
+    domain_differences,
     domain_specialization,
     esft_scores,
+    expert_norms,
+    expert_paths,
     load,
+    router_margin,
     saturation,
     standing_committee,
     transitions,
@@ -31,6 +35,29 @@ MEASURES = {
     "esft_scores": esft_scores,
     "routing_metrics": lambda trace: routing_metrics(trace, cross_fit=False).set_index("layer").to_xarray(),
 }
+
+
+# measures over sequences, or of fields that the planted trace lacks
+OF_SEQUENCES = {
+    "expert_norms": expert_norms,
+    "router_margin": router_margin,
+    "expert_paths": lambda trace: expert_paths(trace, 2),
+    "domain_differences": lambda trace: domain_differences(trace, 99),
+}
+
+
+@pytest.mark.parametrize("name", OF_SEQUENCES)
+def test_a_measure_over_sequences_does_not_count_what_is_not_covered(name):
+    rng, measure = np.random.default_rng(3), OF_SEQUENCES[name]
+    planted = planted_trace()
+    shape = planted.expert_indices.shape
+    fields = {"expert_norms": rng.random(shape), "router_logits": rng.normal(size=(*shape[:2], 6))}
+    whole = RoutingTrace.from_arrays(**planted.arrays() | fields)
+    covered = rng.random(whole.n_tokens) < 0.7
+    expected = measure(whole.select(covered))
+    xr.testing.assert_allclose(measure(without(whole, covered)), expected, rtol=1e-9)
+    with pytest.raises(AssertionError):
+        xr.testing.assert_allclose(measure(whole), expected, rtol=1e-9)
 
 
 def without(trace: RoutingTrace, covered) -> RoutingTrace:
