@@ -22,6 +22,7 @@ from moe_interp.cli.commands.geometry import geometry
 from moe_interp.cli.commands.isolate import isolate
 from moe_interp.cli.commands.models import models
 from moe_interp.cli.commands.pass_at_k import pass_at_k
+from moe_interp.cli.commands.recording.capture import capture
 from moe_interp.cli.commands.show import show_routing
 from moe_interp.cli.commands.support import support
 from moe_interp.cli.commands.testbed import compare_strategies
@@ -44,6 +45,7 @@ ALIASES = {
     "--is-correct": "--checker",
 }
 INPUTS = {
+    "capture": {"--items": "--sequences"},
     "isolate": {"--sequences": "--items"},
     "counterfactual": {"--items": "--sequences"},
     "geometry": {"--items": "--sequences"},
@@ -87,6 +89,7 @@ def _add(name: str, function: Callable[..., None], short: str, example: str) -> 
 
 _add("demo", demo, "Experts and routes of the bundled model, offline.", "--first 20 --out demo")
 _add("show", show_routing, "Which expert does each token of a prompt go to?", '--model demo "Gus has 3 coins."')
+_add("capture", capture, "Record which experts every token uses.", "--model demo --first 20 --out routes")
 _add("isolate", isolate, "Which experts are good for which domain?", "--model demo --layers -1 --out results")
 _add("counterfactual", counterfactual, "Would other routes predict better?", "--model demo --first 6 --out results")
 _add("geometry", geometry, "Does routing follow from the geometry of states?", "--model demo --first 6 --out results")

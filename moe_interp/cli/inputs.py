@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from moe_interp.cli import console
 from moe_interp.cli.options import DEMO
+from moe_interp.errors import DataError
 from moe_interp.experiments.inputs.items import Item, check_items, load_items
 from moe_interp.experiments.inputs.sequence_texts import FIELDS, load_sequences, unread_fields
 from moe_interp.experiments.inputs.sequences import ScoredSequence, read_sequences
 from moe_interp.experiments.isolation.findings import plan_isolation
 from moe_interp.experiments.pass_at_k.problems import Problem, check_problems, load_problems
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.jsonlines import read_json_lines
 from moe_interp.routes import AllSubsets, GumbelTopK, OneSwap, RouteSampler, UniformSubsets
 from moe_interp.testbed.demo import load_demo_assets
 
@@ -80,6 +83,49 @@ def read_sequence_files(sources: list[str], first: int | None = None, **names: s
             continue
         for sequence in load_sequences(source, **names):
             domain = sequence.fields.get("domain")
+            group = ("domain", str(domain)) if domain else ("file", source)
+            seen[group] += 1
+            if first is None or seen[group] <= first:
+                found.append(sequence)
+    return found
+
+
+def read_labelled_sequences(
+    sources: list[str],
+    first: int | None = None,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+    domain_field: str = "domain",
+) -> list[dict[str, Any]]:
+    """Sequences of files and of the bundled set with their domains, as :func:`moe_interp.capture_routing` takes them.
+
+    Args:
+        sources: Files, or "demo".
+        first: Keep so many of each domain, and of each file those of no domain.
+        prompt_field, answer_field, domain_field: What the fields are called in the files.
+
+    Raises:
+        DataError: a file that cannot be read or holds no sequence, or a line that is not JSON (with its number).
+    """
+    found: list[dict[str, Any]] = []
+    seen: Counter[tuple[str, str]] = Counter()
+    given = {"prompt": prompt_field, "answer": answer_field, "domain": domain_field}
+    for source in sources:
+        if source == DEMO:
+            assets = load_demo_assets().items
+            records = [vars(item) for group in assets.values() for item in group]
+            names = {name: name for name in ("id", "prompt", "answer", "domain")}
+        else:
+            path, expected = Path(source).expanduser(), "a file of JSON lines, each a sequence"
+            records, names = [], {"id": "id", "text": "text", "tokens": "tokens", "messages": "messages", **given}
+            for line, record in read_json_lines(path, expected):
+                fields = {"text" if isinstance(record, str) else "tokens": record}
+                records.append({"id": f"{path.stem}-{line}"} | (record if isinstance(record, dict) else fields))
+            if not records:
+                raise DataError(f"{source} without a sequence", expected, "Add lines, or name another file.")
+        for record in records:
+            sequence = {name: record[field] for name, field in names.items() if record.get(field) is not None}
+            domain = sequence.get("domain")
             group = ("domain", str(domain)) if domain else ("file", source)
             seen[group] += 1
             if first is None or seen[group] <= first:

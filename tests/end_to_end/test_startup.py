@@ -52,9 +52,9 @@ ANSWERS: list[tuple[list[str], int, str]] = [
     (["--version"], 0, "moe-interp 0."),
     (["--help"], 0, "counterfactual"),
     *(([f"{name}", "--help"], 0, f"Example: moe-interp {name}") for name in
-      ("demo", "show", "isolate", "counterfactual", "geometry", "pass-at-k", "testbed", "atlas", "support", "verify",
-       "models")),
-    (["isolte"], 2, "No such command 'isolte'; there are demo, show, isolate, counterfactual, geometry, "
+      ("demo", "show", "capture", "isolate", "counterfactual", "geometry", "pass-at-k", "testbed", "atlas", "support",
+       "verify", "models")),
+    (["isolte"], 2, "No such command 'isolte'; there are demo, show, capture, isolate, counterfactual, geometry, "
                     "pass-at-k, tune-router, testbed, atlas, support, verify, models. Did you mean isolate? "
                     "See moe-interp --help."),
     (["isolate", "--modl", "demo"], 2, "No such option: --modl. Did you mean --model? See moe-interp isolate --help."),

@@ -45,6 +45,14 @@ ENTRIES = {
     "--max-new-tokens": "max_new_tokens",
     "--stop": "stop",
     "--checker": "is_correct",
+    "--generate": "generate",
+    "--logits": "logits",
+    "--inputs": "inputs",
+    "--norms": "norms",
+    "--accumulate": "accumulate",
+    "--tables": "accumulate",
+    "--format": "format",
+    "--batch-invariant": "batch_invariant",
 }
 
 

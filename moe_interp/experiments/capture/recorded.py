@@ -55,7 +55,9 @@ class RecordedRouting:
         ]
         if self.bytes:
             a_token = self.bytes / max(self.n_tokens, 1)
-            lines.append(f"{self.bytes / 2**20:.1f} MiB in {self.n_parts} parts, {a_token:.0f} bytes a token.")
+            size = f"{self.bytes / 2**20:.1f} MiB" if self.bytes >= 2**20 else f"{self.bytes / 2**10:.1f} KiB"
+            parts = "1 part" if self.n_parts == 1 else f"{self.n_parts} parts"
+            lines.append(f"{size} in {parts}, {a_token:.0f} bytes a token.")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
