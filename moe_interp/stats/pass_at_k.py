@@ -45,7 +45,12 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> FloatArray | float:
 
 
 def _whole(value: ArrayLike, name: str) -> NDArray[np.int64]:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise DataError(
+            f"{name} of rows that differ in length", "whole numbers of 64 bits", "Pass integers."
+        ) from error
     if array.dtype.kind not in "iu" and array.size:
         given = f"{name} of type {array.dtype}" + (f" ({array.item()!r})" if array.ndim == 0 else "")
         raise DataError(given, "whole numbers of 64 bits", "Pass integers.")

@@ -31,7 +31,7 @@ from moe_interp.experiments.pass_at_k.problems import (
     distinct_problems,
     tokenize_problems,
 )
-from moe_interp.experiments.pass_at_k.result import PassAtKResult
+from moe_interp.experiments.pass_at_k.result import PassAtKResult, checked_ks
 from moe_interp.experiments.pass_at_k.sampling_run import CompletionRun, Sampling, decoded, end_tokens
 from moe_interp.hooks.attach import MoEHooks, check_attached
 from moe_interp.progress import Report, reporting
@@ -142,12 +142,7 @@ def _with_text_answer(moe: MoEHooks, problem: Problem) -> Problem:
 
 def _check_counts(n_samples: int, ks: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     n_samples = check_whole(n_samples, "n_samples", 1)
-    try:
-        checked = tuple(sorted({check_whole(k, "k", 1) for k in ([ks] if isinstance(ks, int) else ks)}))
-    except TypeError:
-        raise ConfigError(f"ks={ks!r}", "whole numbers", "Pass such as (1, 8, 64).") from None
-    if not checked:
-        raise ConfigError("ks without a number", "at least one K", "Pass such as (1, 8, 64).")
+    checked = tuple(sorted(checked_ks(ks)))
     if checked[-1] > n_samples:
         raise ConfigError(
             f"k={checked[-1]} with n_samples={n_samples}", "n of at least k", "Raise n_samples, or change ks."
@@ -163,7 +158,8 @@ def _check_sampling(temperature: float, top_p: float, max_new_tokens: int | None
         is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         if not is_number or not is_right(value):
             raise ConfigError(f"{name}={value!r}", expected, f"Change {name}.")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    given = () if stop is None else (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else stop
+    stops = tuple(given)
     if not all(isinstance(text, str) and text for text in stops):
         raise ConfigError(f"stop={stop!r}", "texts that are not empty", "Leave it out, or correct it.")
     if max_new_tokens is not None:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_interp.errors import ConfigError, DataError
@@ -82,6 +83,8 @@ def check_problems(problems: Iterable[Any]) -> list[Problem]:
         DataError: none, one without a prompt or an answer, or ids that occur twice.
     """
     names = {name: name for name in ("prompt", "answer", "domain", "id")}
+    if not isinstance(problems, Iterable):
+        raise DataError(f"problems of type {type(problems).__name__}", "a list of problems", "See load_problems.")
     found = []
     for number, given in enumerate(problems, 1):
         if isinstance(given, Problem):
@@ -91,6 +94,8 @@ def check_problems(problems: Iterable[Any]) -> list[Problem]:
         if not isinstance(given, Mapping) and hasattr(given, "prompt"):
             record = {name: getattr(given, name, None) for name in FIELDS} | dict(getattr(given, "fields", None) or {})
         found.append(_problem(record, f"problem {number}", None, "", names, number))
+    if not found:
+        raise DataError("no problems", "at least one, with prompt and answer", "Check the file.")
     check_items(found)
     return found
 
@@ -104,11 +109,10 @@ def _problem(
     given: dict[str, Any] = {name: record.get(called) for name, called in names.items()}
     given["id"] = f"{prefix}{line or number}" if given["id"] is None else given["id"]
     given["domain"] = DOMAIN if given["domain"] is None else given["domain"]
-    if isinstance(given["answer"], int | float) and not isinstance(given["answer"], bool):
-        given["answer"] = str(given["answer"])
+    given["answer"] = _number_as_text(given["answer"])
     if record.get("messages") is not None:
         given["messages"] = record["messages"]
-    missing = [names[name] for name in ("prompt", "answer") if given[name] in (None, "", [], ())]
+    missing = [names[name] for name in ("prompt", "answer") if _is_missing(given[name])]
     if "messages" in given and names["prompt"] in missing:
         missing.remove(names["prompt"])
         given.pop("prompt")
@@ -126,6 +130,24 @@ def _problem(
     rest = {key: value for key, value in record.items() if key not in used}
     place = {"line": line, "source": Path(where.rpartition(", line")[0]).name} if line else {}
     return Problem(item.id, item.domain, item.prompt, item.answer, messages=item.messages, fields=rest, **place)  # type: ignore[arg-type]
+
+
+def _number_as_text(value: Any) -> Any:
+    """A number of Python, numpy or a tensor as text; one that stands for a missing value as None."""
+    if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return None
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a prompt or an answer is none: nothing, a missing number, blank text, or no ids."""
+    if isinstance(value, str):
+        return not value.strip()
+    if pd.api.types.is_scalar(value):
+        return bool(pd.isna(value))
+    return hasattr(value, "__len__") and len(value) == 0
 
 
 def _ends_with_answer(messages: Any) -> bool:

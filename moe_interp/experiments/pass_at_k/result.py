@@ -17,6 +17,7 @@ from moe_interp.stats import FEWEST_UNITS, adjust_p, bootstrap_interval, paired_
 from moe_interp.stats.checks import FloatArray
 
 POOLED = "all problems"
+NO_SPREAD = 1e-12  # equal estimates may differ by rounding
 SAMPLED_BY = ("temperature", "top_p", "max_new_tokens", "stop", "is_correct")
 
 
@@ -57,24 +58,38 @@ class PassAtKResult(Result, kind="pass_at_k"):
             problems, domains: Ids and domains; numbers, and one domain, by default.
 
         Raises:
-            DataError: counts that are none, or names that are not of their number.
+            DataError: counts that are none, c > n, a K above an n, or names that are not of their number.
+            ConfigError: no K, or one that is not a whole number of at least 1.
         """
-        total, right = np.broadcast_arrays(np.atleast_1d(n), np.atleast_1d(c))
+        chosen = tuple(sorted(checked_ks(ks)))
+        try:
+            total, right = np.broadcast_arrays(np.atleast_1d(n), np.atleast_1d(c))
+        except ValueError:
+            given = f"n of shape {np.shape(n)} and c of shape {np.shape(c)}"
+            raise DataError(given, "one of each a problem", "Give them the same length.") from None
         names = [str(i) for i in range(len(total))] if problems is None else list(map(str, problems))
         labels = ["all"] * len(total) if domains is None else list(map(str, domains))
-        if total.ndim != 1 or len(names) != len(total) or len(labels) != len(total) or len(set(names)) < len(names):
+        if (
+            total.ndim != 1
+            or not len(total)
+            or len(names) != len(total)
+            or len(labels) != len(total)
+            or len(set(names)) < len(names)
+        ):
             given = f"counts of shape {total.shape}, {len(names)} problems and {len(labels)} domains"
-            raise DataError(given, "one count, one id of its own and one domain a problem", "Correct them.")
-        values = pass_at_k(total[:, None], right[:, None], np.array(list(ks)))
+            raise DataError(
+                given, "at least one problem, with one count, one id of its own and one domain each", "Correct them."
+            )
+        values = pass_at_k(total[:, None], right[:, None], np.array(chosen))
         data = xr.Dataset(
             {
                 "pass_at_k": (("problem", "k"), values),
                 "n": ("problem", total.astype(np.int64)),
                 "c": ("problem", right.astype(np.int64)),
             },
-            coords={"problem": names, "k": list(ks), "domain": ("problem", labels), "content": ("problem", names)},
+            coords={"problem": names, "k": list(chosen), "domain": ("problem", labels), "content": ("problem", names)},
         )
-        return cls(data, config={"ks": list(ks)}, data_checksum=checksum(names))
+        return cls(data, config={"ks": list(chosen)}, data_checksum=checksum(names))
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -103,15 +118,17 @@ class PassAtKResult(Result, kind="pass_at_k"):
         The interval is for another draw of such problems, and holds the noise of n samples too. Intervals at several K
         are of the same problems, and move together.
         """
-        chosen = self.ks if ks is None else _checked(ks)
-        return pd.DataFrame([{"k": k, **_mean(v, level, seed)} for k, v in zip(chosen, self._values(chosen).T)])
+        chosen = self.ks if ks is None else checked_ks(ks)
+        return pd.DataFrame(
+            [{"k": k, **mean_over_problems(v, level, seed)} for k, v in zip(chosen, self._values(chosen).T)]
+        )
 
     def by_domain(self, ks: Iterable[int] | None = None, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """:meth:`curve` of each domain (columns domain, k, n, mean, ci_low, ci_high)."""
-        chosen = self.ks if ks is None else _checked(ks)
+        chosen = self.ks if ks is None else checked_ks(ks)
         values, labels = self._values(chosen), self.data["domain"].values.astype(str)
         rows = [
-            {"domain": name, "k": k, **_mean(values[labels == name, i], level, seed)}
+            {"domain": name, "k": k, **mean_over_problems(values[labels == name, i], level, seed)}
             for name in sorted(set(labels.tolist()))
             for i, k in enumerate(chosen)
         ]
@@ -138,7 +155,7 @@ class PassAtKResult(Result, kind="pass_at_k"):
         """
         order = self._order(other)
         self._warn_of_sampling(other)
-        chosen = tuple(k for k in self.ks if k in other.ks) if ks is None else _checked(ks)
+        chosen = tuple(k for k in self.ks if k in other.ks) if ks is None else checked_ks(ks)
         if not chosen:
             given = f"K of {self.ks} and of {other.ks}"
             raise DataError(given, "a K of both runs", "Name one that both have enough completions for (ks).")
@@ -150,7 +167,7 @@ class PassAtKResult(Result, kind="pass_at_k"):
             for i, k in enumerate(chosen):
                 values = difference[:, i] if name == POOLED else difference[labels == name, i]
                 p = float(paired_permutation(values, seed=seed).p_value)
-                rows.append({"domain": name, "k": k, **_mean(values, level, seed, low=-1.0), "p": p})
+                rows.append({"domain": name, "k": k, **mean_over_problems(values, level, seed, low=-1.0), "p": p})
         for row, p in zip(rows, adjust_p([row["p"] for row in rows], method="holm").tolist()):
             row["p_holm"] = p
             row["verdict"] = verdict(
@@ -235,25 +252,38 @@ class PassAtKResult(Result, kind="pass_at_k"):
             warn(f"the runs differ in {named}: a difference between them may be theirs", OtherSamplingWarning)
 
 
-def _checked(ks: Iterable[int]) -> tuple[int, ...]:
-    return tuple(check_whole(k, "k", 1) for k in ([ks] if isinstance(ks, int) else ks))
+def checked_ks(ks: int | Iterable[int]) -> tuple[int, ...]:
+    """Each K once, in the order given.
+
+    Raises:
+        ConfigError: none, or one that is not a whole number of at least 1.
+    """
+    try:
+        given = [ks] if isinstance(ks, int | np.integer) else list(ks)
+    except TypeError:
+        raise ConfigError(f"ks={ks!r}", "whole numbers", "Pass such as (1, 8, 64).") from None
+    if not given:
+        raise ConfigError("ks without a number", "at least one K", "Pass such as (1, 8, 64).")
+    return tuple(dict.fromkeys(check_whole(k, "k", 1) for k in given))
 
 
-def _mean(values: FloatArray, level: float, seed: int, low: float = 0.0) -> dict[str, Any]:
-    """n, mean and interval of values between ``low`` and 1.
+def mean_over_problems(values: FloatArray, level: float = 0.95, seed: int = 0, low: float = 0.0) -> dict[str, Any]:
+    """Number of problems, mean and interval (n, mean, ci_low, ci_high) of values between ``low`` and 1.
 
-    Where all values are the same end of that range, resampling shows no spread. Then the bound is the mean m at which
-    n values of ``low + (1 - low) u``, u in [0, 1], would all be at that end with probability (1 - level) / 2, at least:
-    E[u]^n bounds it for every law.
+    The interval is a bootstrap over problems. Where all values are the same v, resampling shows no spread. Then it is
+    v - q (v - low) to v + q (1 - v), q = 1 - ((1 - level) / 2)^(1/n): n problems are all at v with probability
+    (1 - level) / 2 at least only where no more than a share q of all such problems is elsewhere (derived).
+
+    Args:
+        values: ``[problem]``, such as pass@K, or (with ``low=-1``) its difference between two runs.
     """
     n, mean = len(values), float(values.mean())
     if n < 2:
         return {"n": n, "mean": mean, "ci_low": np.nan, "ci_high": np.nan}
-    bound = ((1 - level) / 2) ** (1 / n) * (1 - low) + low
-    if (values == 1).all():
-        return {"n": n, "mean": mean, "ci_low": bound, "ci_high": 1.0}
-    if (values == low).all():
-        return {"n": n, "mean": mean, "ci_low": low, "ci_high": low + 1 - bound}
+    if np.ptp(values) < NO_SPREAD:
+        elsewhere = 1 - ((1 - level) / 2) ** (1 / n)
+        low, high = mean - elsewhere * (mean - low), mean + elsewhere * (1 - mean)
+        return {"n": n, "mean": mean, "ci_low": low, "ci_high": high}
     # values between bounds, many of them at one: a t-interval is far wider than need be (see docs/pass-at-k.md)
     method = "bca" if n >= FEWEST_UNITS else "percentile"
     found = bootstrap_interval(values, method=method, level=level, seed=seed)

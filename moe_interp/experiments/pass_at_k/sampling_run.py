@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -185,13 +185,23 @@ class CompletionRun:
         try:
             found = self.checker.function(text, problem)
         except Exception as error:  # a user's function raises what it likes
-            return None, f"{type(error).__name__}: {error}".splitlines()[0][:500]
-        if isinstance(found, bool | np.bool_) or (isinstance(found, Tensor) and found.numel() == 1):
+            return None, f"{type(error).__name__}: {_in_words(error, str)}".splitlines()[0][:500]
+        if isinstance(found, bool | np.bool_):
             return bool(found), None
-        return None, f"it returned {repr(found)[:40]} of type {type(found).__name__}, not True or False"
+        is_array = isinstance(found, np.ndarray | Tensor) and found.dtype in (np.bool_, torch.bool)
+        if is_array and np.prod(found.shape) == 1:
+            return bool(found), None
+        return None, f"it returned {_in_words(found, repr)[:40]} of type {type(found).__name__}, not True or False"
 
     def _text(self, ids: list[int]) -> str:
         return decoded(self.tokenizer, ids)
+
+
+def _in_words(value: Any, how: Callable[[Any], str]) -> str:
+    try:
+        return how(value)
+    except Exception:  # a user's object may not be able to say what it is
+        return "(it cannot be shown)"
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_interp.errors import DataError
 from moe_interp.interventions.random_keys import uniform_keys
 
+LOWEST_TEMPERATURE = 1e-30
 WINDOW = 256  # likeliest tokens that are sorted first; more only where the nucleus is larger
 
 
@@ -56,8 +57,8 @@ def next_tokens(
         best, found = logits.max(dim=-1)
         _check(best, place)  # NaN is the largest of all
         return found
-    # shifted first, so that a low temperature does not overflow
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    # shifted first, so that a low temperature does not overflow; and none that float32 would round to 0
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, LOWEST_TEMPERATURE)
     total = scaled.logsumexp(dim=-1, keepdim=True)
     _check(total[:, 0], place)
     if top_p >= 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -17,6 +18,7 @@ from moe_interp.engine.decoding.cached_decoder import CachedDecoder
 from moe_interp.errors import AttachError, ConfigError, DataError, ResultError
 from moe_interp.experiments.inputs.repeats import RepeatedContentWarning
 from moe_interp.experiments.pass_at_k.completions import Completion, read_completions
+from moe_interp.experiments.pass_at_k.problems import check_problems
 from moe_interp.experiments.pass_at_k.sampling_run import CheckerRaisedWarning
 from tests.tiny import ENCODER_DECODERS, build_bridge, build_hf, random_tokens, tiny_tokenizer
 
@@ -255,7 +257,14 @@ def test_what_cannot_be_sampled_is_refused_before(tiny: mi.MoEHooks, tmp_path: P
         ([{"id": "x", "prompt": "w3"}], {}, DataError, "problem 1: no answer among its fields id, prompt"),
         ([good, {"id": "x", "answer": "3"}], {}, DataError, "problem 2: no prompt"),
         ([good, good], {}, DataError, "'g' more than once"),
-        ([], {}, DataError, "no items|no problems"),
+        ([good, {**good, "id": "x", "answer": " \n"}], {"is_correct": never}, DataError, "problem 2: no answer"),
+        ([{**good, "answer": float("nan")}], {"is_correct": never}, DataError, "problem 1: no answer"),
+        ([{**good, "answer": np.float32("nan")}], {"is_correct": never}, DataError, "problem 1: no answer"),
+        ([{**good, "answer": pd.NA}], {"is_correct": never}, DataError, "problem 1: no answer"),
+        ([], {}, DataError, "no problems"),
+        (None, {}, DataError, "problems of type NoneType"),
+        ([good], {"stop": 5}, ConfigError, "stop=5"),
+        ([good], {"ks": None}, ConfigError, "ks=None"),
         ([good, {**good, "id": "x", "answer": "one"}], {}, DataError, "problem 'x': answer 'one' without a number"),
         ([good, chat], {}, DataError, "problem 'm': messages, but the tokenizer has no chat template"),
         ([good, long], {}, DataError, "problem 'l'.*context"),
@@ -368,8 +377,34 @@ def test_a_checker_that_raises_loses_nothing_and_is_named(tiny: mi.MoEHooks, tmp
     is_broken = False
     again = mi.evaluate_pass_at_k(tiny, problems, 3, is_correct=check, **options)
     assert again.data["c"].values.tolist() == [3, 3]
-    with pytest.warns(CheckerRaisedWarning, match="it returned None of type NoneType, not True or False"):
-        mi.evaluate_pass_at_k(tiny, problems, 1, (1,), is_correct=lambda t, p: None, max_new_tokens=2, progress=False)
+    short: dict[str, Any] = {"n_samples": 1, "ks": (1,), "max_new_tokens": 2, "progress": False}
+    for returned, said in (
+        (None, "None of type NoneType"),
+        (torch.tensor(torch.nan), r"tensor\(nan\) of type Tensor"),
+        (Unspeakable(), r"\(it cannot be shown\) of type Unspeakable"),
+    ):
+        with pytest.warns(CheckerRaisedWarning, match=f"it returned {said}, not True or False"):
+            mi.evaluate_pass_at_k(tiny, problems, is_correct=lambda t, p, returned=returned: returned, **short)
+    for truth in (np.True_, np.array(True), torch.tensor([True])):
+        found = mi.evaluate_pass_at_k(tiny, problems, is_correct=lambda t, p, truth=truth: truth, **short)
+        assert found.data["c"].values.tolist() == [1, 1]
+
+    def fails(completion: str, problem: Any) -> bool:
+        raise Unspeakable
+
+    with pytest.warns(
+        CheckerRaisedWarning, match=r"of problem '0', problem '1' \(Unspeakable: \(it cannot be shown\)\)"
+    ):
+        mi.evaluate_pass_at_k(tiny, problems, is_correct=fails, **short)
+
+
+class Unspeakable(Exception):
+    """What cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+    __repr__ = __str__
 
 
 def test_logits_that_are_not_finite_name_the_problem_and_leave_the_model_as_it_was(tiny: mi.MoEHooks) -> None:
@@ -400,6 +435,13 @@ def test_problems_are_read_from_lines(tmp_path: Path) -> None:
     assert found[0].fields == {"year": 2024}
     assert found[1].place == "problem 'x' (aime.jsonl, line 2)"
     assert len(mi.load_problems(path, prompt_field="problem", first=1)) == 1
+    numbers = [np.int64(65), np.float32(0.5), torch.tensor(3), 7.0]
+    assert [p.answer for p in check_problems([{"prompt": "a?", "answer": n} for n in numbers])] == [
+        "65",
+        "0.5",
+        "3",
+        "7.0",
+    ]
     again = tmp_path / "hmmt.jsonl"
     again.write_text(path.read_text().splitlines()[0])
     assert [p.id for p in mi.load_problems(path, again, prompt_field="problem")] == ["1", "x", "hmmt-1"]

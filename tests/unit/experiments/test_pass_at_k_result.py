@@ -56,6 +56,33 @@ def test_a_run_without_spread_has_an_interval_all_the_same() -> None:
     assert none["ci_high"] == pytest.approx(1 - 0.025 ** (1 / 20))
 
 
+def test_a_difference_without_spread_is_not_known_exactly() -> None:
+    # 12 problems of 12 without a difference: P = .025 where a share 1 - .025^(1/12) of all problems has one
+    same = result([8] * 12).compare(result([8] * 12), ks=[1]).iloc[0]
+    assert same["mean"] == 0
+    assert same["ci_high"] == pytest.approx(1 - 0.025 ** (1 / 12))
+    assert same["ci_low"] == -same["ci_high"]
+    assert same["verdict"] == "no difference shown"
+    half = result([8] * 12).curve([1]).iloc[0]
+    assert (half["ci_low"], half["ci_high"]) == pytest.approx((0.5 * 0.025 ** (1 / 12), 1 - 0.5 * 0.025 ** (1 / 12)))
+
+
+def test_ks_are_checked_everywhere_alike() -> None:
+    counts = PassAtKResult.from_counts
+    assert counts(4, [1, 2], ks=2).ks == (2,)  # type: ignore[arg-type]
+    assert counts(4, [1, 2], ks=(2, 1, 2)).ks == (1, 2)
+    for ks, message in (((), "without a number"), (None, "ks=None"), ((0,), "k=0"), ((1.0,), "k=1.0"), ("1", "k='1'")):
+        with pytest.raises(ConfigError, match=message):
+            counts(4, [1, 2], ks=ks)  # type: ignore[arg-type]
+        if ks is not None:
+            with pytest.raises(ConfigError, match=message):
+                counts(4, [1, 2], ks=1).curve(ks)  # type: ignore[arg-type]
+    assert len(counts(4, [1, 2], ks=1).compare(counts(4, [1, 2], ks=1), ks=[1, 1])) == 1  # type: ignore[arg-type]
+    for n, c, message in (([], [], "at least one problem"), ([4, 4], [1, 1, 1], r"\(2,\) and c of shape \(3,\)")):
+        with pytest.raises(DataError, match=message):
+            counts(n, c, ks=(1,))
+
+
 def test_k_above_n_is_refused() -> None:
     with pytest.raises(DataError, match="k=17 with n=16"):
         result([1, 2]).curve([17])
@@ -85,7 +112,7 @@ def test_comparisons_follow_ids_not_places_and_n_may_differ() -> None:
     other = result(2 * np.arange(8)[::-1], 32, problems=names[::-1])
     table = one.compare(other)
     assert table.set_index("k")["mean"][1] == 0
-    assert table.set_index("k")["ci_high"][1] == 0
+    assert table.set_index("k")["ci_high"][1] == pytest.approx(1 - 0.025 ** (1 / 8))
 
 
 def test_comparisons_by_domain_have_a_row_over_all() -> None:

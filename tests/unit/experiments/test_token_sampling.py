@@ -56,7 +56,8 @@ def test_temperature_0_takes_the_first_of_the_likeliest_and_low_temperatures_do_
     logits = torch.tensor([[0.0, 2.0, 2.0], [5e3, 1.0, -torch.inf]])
     u = torch.tensor([0.3, 0.9], dtype=torch.float64)
     assert next_tokens(logits, u, 0.0, 0.95).tolist() == [1, 0]
-    assert next_tokens(logits, u, 1e-30, 0.95).tolist() == [1, 0]
+    for temperature in (1e-30, 1e-46, 5e-324):  # float32 has none below 1e-45
+        assert next_tokens(logits, u, temperature, 0.95).tolist() == [1, 0]
     half = torch.tensor([[6e4, 0.0, -torch.inf]], dtype=torch.float16)
     assert next_tokens(half, u[:1], 1e-3, 1.0).tolist() == [0]
 

@@ -73,6 +73,7 @@ def test_is_unbiased() -> None:
         ((3, 1, "1"), "k of type"),
         ((np.array([1.0, np.nan]), 1, 1), "n of type float64"),
         (([3, 4], [1, 2, 3], 1), "shapes that broadcast"),
+        (([[3, 4], [3]], 1, 1), "n of rows that differ in length"),
         ((2**70, 1, 1), "n of type object"),
     ],
 )
