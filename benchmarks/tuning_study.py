@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 import moe_interp as mi
@@ -44,7 +45,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens":
 MARK = "<!-- the tables below are written by benchmarks/tuning_study.py -->"
 MOST_STEPS = 3  # of a problem: easy enough to be solved in part
 UNTUNED, DAMAGED = "untuned", "damaged"
-COLOURS = (BLUE, ORANGE, GREEN, RED)
+COLOURS = (BLUE, ORANGE, RED, GREEN, "#CC79A7")
 Sequences = list[dict[str, str]]
 Values = NDArray[np.float64]
 R = TypeVar("R", bound=Result)
@@ -291,34 +292,40 @@ def _seeds(study: Study) -> range:
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 def figure(study: Study, lost: pd.DataFrame, path: Path) -> None:
-    """Regret before and after by objective, and pass@K against K."""
+    """Regret before and after, and pass@K against K, means of the seeds."""
     ways = list(dict.fromkeys(which for way in study.settings.ways for which in (start_of(way), way)))
     drawn, (left, right) = panels(["Regret at the tuned layer", "pass@K on held-out problems"], 3.4, share=False)
     for place, way in enumerate(ways):
         side, of = ("after", way) if way in WAYS else ("before", next(w for w in WAYS if start_of(w) == way))
         rows = lost[lost["way"] == of]
-        mean = rows[rows["seed"] == "mean"].iloc[0]
-        error = [[mean[side] - mean[f"{side}_low"]], [mean[f"{side}_high"] - mean[side]]]
-        left.errorbar([place], [mean[side]], yerr=error, fmt="o", color=COLOURS[place], capsize=4, markersize=7)
+        row = rows[rows["seed"] == "mean"].iloc[0]
+        error = [[row[side] - row[f"{side}_low"]], [row[f"{side}_high"] - row[side]]]
+        left.errorbar([place], [row[side]], yerr=error, fmt="o", color=COLOURS[place], capsize=4, markersize=7)
         one = rows[rows["seed"] != "mean"][side]
         left.plot(place + np.linspace(0.15, 0.25, len(one)), one, "o", color=GREY, markersize=3)
     left.set_xticks(range(len(ways)), ways)
     left.set_xlim(-0.5, len(ways) - 0.5)
-    left.set_ylim(0, None)
-    left.set_ylabel("nats (small: each seed)", fontsize=9)
+    left.set_yscale("log")  # a damaged router's is many times larger
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter() if len(ways) > 2 else "{x:g}")
+    left.set_ylabel("nats (small: each seed)", fontsize=11)
     ks = [2**power for power in range(study.settings.samples.bit_length()) if 2**power <= study.settings.samples]
     for place, way in enumerate(ways):
         runs = [study.answers(way, seed).data for seed in _seeds(study)]
         values = np.mean([stats.pass_at_k(run["n"].values[:, None], run["c"].values[:, None], ks) for run in runs], 0)
-        found = stats.bootstrap_interval(values.T, method="bca")
-        right.plot(ks, found.estimate, "o-", color=COLOURS[place], markersize=4, label=way)
-        right.fill_between(ks, found.low, found.high, color=COLOURS[place], alpha=0.12, linewidth=0)
+        found = [mean_over_problems(column) for column in values.T]
+        mean, low, high = ([row[name] for row in found] for name in ("mean", "ci_low", "ci_high"))
+        right.plot(ks, mean, "o-", color=COLOURS[place], markersize=4, label=way)
+        right.fill_between(ks, low, high, color=COLOURS[place], alpha=0.12, linewidth=0)
     right.set_xscale("log", base=2)
     right.set_xticks(ks, [str(k) for k in ks])
     right.minorticks_off()
     right.set_ylim(0, 1)
-    right.set_xlabel("K, completions that are allowed", fontsize=9)
-    right.legend(fontsize=8, frameon=False, loc="lower right")
+    right.set_xlabel("K, completions that are allowed", fontsize=11)
+    right.legend(fontsize=11, frameon=False, loc="lower right")
+    for axis in (left, right):
+        axis.title.set_fontsize(12)
+        axis.tick_params(which="both", labelsize=11)
     save_figure(drawn, path)
 
 
