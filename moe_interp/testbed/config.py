@@ -15,6 +15,8 @@ _COUNTS = ("length", "micro_batch", "micro_batches", "steps", "log_every", "vali
 _POSITIVE = (*_COUNTS, "validation_sequences", "lr", "clip", "data_scale", "capacity_factor")
 _FROM_ZERO = ("balance", "bias_rate", "z_coefficient", "weight_decay", "seed")
 _SHARES = ("decay_from", "load_decay")
+# came later than the first checkpoints: while they are as they were, a checkpoint's hash is the same without them
+_LATER = ("domains_per_step", "shared_direction")
 
 
 class TestbedConfig(BaseModel):
@@ -33,7 +35,9 @@ class TestbedConfig(BaseModel):
             step **over all processes**, so that a run on more processes is the same run.
         mixed_sequences: Domains alternate within a sequence; otherwise a sequence has one.
         domains_per_micro_batch: Domain draws a micro-batch (1: pure micro-batches); None: every sequence its own.
+        domains_per_step: The same of a whole optimiser step, all its micro-batches together.
         optimizer: AdamW, or Muon for matrices beside it. ``lr`` is AdamW's.
+        shared_direction: Whether validations measure the routers' gain along the mean of their inputs.
         schedule: After ``warmup_steps``: cosine to a tenth, or constant to ``decay_from`` and then linear to 0.
     """
 
@@ -56,6 +60,7 @@ class TestbedConfig(BaseModel):
     micro_batches: int = 1
     mixed_sequences: bool = False
     domains_per_micro_batch: int | None = None
+    domains_per_step: int | None = None
     steps: int = 1000
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-3
@@ -70,6 +75,7 @@ class TestbedConfig(BaseModel):
     validate_every: int = 500
     checkpoint_every: int = 500
     validation_sequences: int = 24
+    shared_direction: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -93,15 +99,29 @@ class TestbedConfig(BaseModel):
                 "one share a domain",
                 "Fix shares or domains.",
             )
+        self._check_draws()
         if self.length > self.model.max_length:
             raise ConfigError(
                 f"length={self.length}", f"at most the model's max_length={self.model.max_length}", "Lower the length."
             )
         return self
 
+    def _check_draws(self) -> None:
+        """Domain draws that can be had."""
+        rooms = {"domains_per_micro_batch": self.micro_batch}
+        rooms |= {"domains_per_step": self.micro_batch * self.micro_batches}
+        given = {name: getattr(self, name) for name in rooms if getattr(self, name) is not None}
+        bad = [f"{name}={n} of {rooms[name]} sequences" for name, n in given.items() if not 0 < n <= rooms[name]]
+        if bad:
+            raise ConfigError(", ".join(bad), "at least 1 draw, at most one a sequence", "Change it, or leave it out.")
+        if len(given) > 1 or (given and self.mixed_sequences):
+            others = [*given, *["mixed_sequences"] * self.mixed_sequences]
+            raise ConfigError(" with ".join(others), "one way of drawing domains", "Leave one out.")
+
     def fingerprint(self) -> str:
         """A hash of everything: a checkpoint continues only the run that it came from."""
-        return blake2b(self.model_dump_json().encode(), digest_size=8).hexdigest()
+        unset = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
+        return blake2b(self.model_dump_json(exclude=unset).encode(), digest_size=8).hexdigest()
 
     def lr_factor(self, step: int) -> float:
         """The learning rate's factor at a step, in 0..1."""

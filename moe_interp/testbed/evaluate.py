@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from moe_interp.arch.routing_rule import at_least_float
 from moe_interp.testbed.domains.packing import PackedSequences
+from moe_interp.testbed.shared_direction import RouterInputs, shared_direction_metrics
 from moe_interp.testbed.strategies.strategy import Records
 from moe_interp.traces.trace import RoutingTrace
 from moe_interp.types import Layer
@@ -21,10 +23,12 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor, Records]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``losses``: nats per token of each domain, over positions 1..T-1; ``trace``: the routes, with domain labels."""
+    """``losses``: nats per token of each domain, over positions 1..T-1; ``trace``: the routes, with domain labels;
+    ``shared_direction``: :func:`moe_interp.testbed.shared_direction.shared_direction_metrics`, where it was asked for."""
 
     losses: dict[str, float]
     trace: RoutingTrace
+    shared_direction: pd.DataFrame | None = None
 
 
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -51,8 +55,20 @@ def unigram_loss(train: PackedSequences, validation: PackedSequences, vocab_size
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, data: PackedSequences, device: torch.device, batch: int = 16) -> Evaluation:
-    """Losses and routes of all sequences, ``batch`` at a time."""
+def evaluate(
+    forward: Forward,
+    data: PackedSequences,
+    device: torch.device,
+    weights: Mapping[Layer, Tensor] | None = None,
+    batch: int = 16,
+) -> Evaluation:
+    """Losses and routes of all sequences, ``batch`` at a time.
+
+    Args:
+        forward: A pass. Where its records have the routers' inputs, gains are measured too.
+        weights: The routers', ``[expert, d_model]``, for those.
+    """
+    inputs: dict[Layer, RouterInputs] = {}
     losses: list[np.ndarray] = []
     routes: dict[Layer, list[np.ndarray]] = {}
     n_experts = 0
@@ -64,10 +80,17 @@ def evaluate(forward: Forward, data: PackedSequences, device: torch.device, batc
         for layer, record in records.items():
             n_experts = record.logits.shape[-1]
             routes.setdefault(layer, []).append(record.indices.flatten(0, 1).cpu().numpy())
+            if record.inputs is not None:
+                read = record.inputs.flatten(0, 1).float().cpu().numpy()
+                inputs.setdefault(layer, RouterInputs.empty(len(data.names), read.shape[1]))
+                inputs[layer].add(read, data.domain[rows].reshape(-1))
     by_token = np.concatenate(losses)
     return Evaluation(
         {name: float(by_token[data.domain[:, 1:] == d].mean()) for d, name in enumerate(data.names)},
         _trace(routes, n_experts, data),
+        shared_direction_metrics({k: w.float().cpu().numpy() for k, w in (weights or {}).items()}, inputs)
+        if inputs
+        else None,
     )
 
 

@@ -16,16 +16,20 @@ from moe_interp.errors import ConfigError, DataError
 DEFAULT = "none,micro_batch,global,loss_free,reference"
 # fields of the configuration by what --set may give them; a test compares them with the configuration
 WHOLE = (
-    *("vocab_size", "length", "micro_batch", "micro_batches", "domains_per_micro_batch", "steps"),
+    *("vocab_size", "length", "micro_batch", "micro_batches", "domains_per_micro_batch", "domains_per_step", "steps"),
     *("warmup_steps", "log_every", "validate_every", "checkpoint_every", "validation_sequences"),
     *("model.n_layers", "model.d_model", "model.n_heads", "model.n_experts", "model.top_k"),
     *("model.d_expert", "model.n_shared_experts", "model.max_length"),
 )
+OR_NONE = ("domains_per_micro_batch", "domains_per_step")
 NUMBERS = (
     *("data_scale", "balance", "bias_rate", "z_coefficient", "capacity_factor", "load_decay", "lr"),
     *("muon_lr", "weight_decay", "clip", "decay_from"),
 )
-OTHERS = ("domains", "shares", "mixed_sequences", "optimizer", "schedule", "model.family", "model.norm_topk_prob")
+OTHERS = (
+    *("domains", "shares", "mixed_sequences", "optimizer", "schedule", "shared_direction"),
+    *("model.family", "model.norm_topk_prob"),
+)
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs, the tables and the result.")]
 
@@ -148,7 +152,7 @@ def _change(text: str) -> tuple[str, Any]:
     except (ValueError, RecursionError):
         value = written
     is_number = type(value) is int or (type(value) is float and name in NUMBERS)
-    if name in (*WHOLE, *NUMBERS) and not is_number and not (name == "domains_per_micro_batch" and value is None):
+    if name in (*WHOLE, *NUMBERS) and not is_number and not (name in OR_NONE and value is None):
         kind = "a whole number" if name in WHOLE else "a number"
         raise ConfigError(f"--set {name}={written!r}", kind, "Change the value.")
     return name, value

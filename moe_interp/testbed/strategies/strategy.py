@@ -26,11 +26,13 @@ class RouterRecord:
         logits: ``[batch, pos, expert]`` as the router gave them, with gradient in training.
         chosen: ``[batch, pos, slot]`` experts after the strategy's hooks; -1 is an empty slot. Balance is of these.
         indices: The same after dropping: the experts that ran.
+        inputs: ``[batch, pos, d_model]``, what the router read, where that was asked for.
     """
 
     logits: Tensor
     chosen: Tensor
     indices: Tensor
+    inputs: Tensor | None = None
 
     def load(self) -> Tensor:
         """f: share of chosen slots of each expert, ``[expert]``, summing to 1; also of dropped ones (as in Switch)."""
@@ -51,23 +53,31 @@ def slots_taken(indices: Tensor, n_experts: int) -> Tensor:
 
 
 def recorded(
-    moe: MoEHooks, run: Callable[[], Tensor], hooks: Sequence[Hook] = (), dropping: Sequence[Hook] = ()
+    moe: MoEHooks,
+    run: Callable[[], Tensor],
+    hooks: Sequence[Hook] = (),
+    dropping: Sequence[Hook] = (),
+    router_inputs: bool = False,
 ) -> tuple[Tensor, Records]:
     """Logits of a forward pass and what each router did: its logits before ``hooks`` edit them, what was chosen after
-    them and before ``dropping``, what ran after both."""
+    them and before ``dropping``, what ran after both; and what it read, if ``router_inputs``."""
     logits: dict[Layer, Tensor] = {}
     chosen: dict[Layer, Tensor] = {}
     indices: dict[Layer, Tensor] = {}
+    inputs: dict[Layer, Tensor] = {}
 
     def readers(name: str, store: dict[Layer, Tensor]) -> list[Hook]:
         return [(moe.hook_name(name, layer), partial(_keep, store, layer)) for layer in moe.layers]
 
     before = readers("expert_indices", chosen) if dropping else []
     every = [*readers("router_logits", logits), *hooks, *before, *dropping, *readers("expert_indices", indices)]
+    every += readers("router_in", inputs) if router_inputs else []
     with moe.bridge.hooks(fwd_hooks=every):
         out = run()
     chosen = chosen or indices
-    return out, {layer: RouterRecord(logits[layer], chosen[layer], indices[layer]) for layer in logits}
+    return out, {
+        layer: RouterRecord(logits[layer], chosen[layer], indices[layer], inputs.get(layer)) for layer in logits
+    }
 
 
 def _keep(store: dict[Layer, Tensor], layer: Layer, value: Tensor, hook: Any) -> None:

@@ -65,6 +65,17 @@ class TrainedRun:
         """:func:`moe_interp.testbed.metrics.routing_metrics` of the validation routes: one row a layer."""
         return routing_metrics(self.trace)
 
+    def shared_direction(self) -> pd.DataFrame:
+        """:func:`moe_interp.testbed.shared_direction.shared_direction_gains` at the end of training: one row a layer.
+
+        Raises:
+            ConfigError: The run did not measure it.
+        """
+        if "shared_direction" not in self.history[-1]:
+            given = "a run with shared_direction=False, or of an earlier version"
+            raise ConfigError(given, "a run that measured it", "Train one with shared_direction=True.")
+        return pd.DataFrame(self.history[-1]["shared_direction"])
+
 
 @threads_asleep()
 def train(
@@ -224,4 +235,10 @@ def _run_steps(trainer: Trainer, folder: RunFolder | None, end: int, progress: b
 def _validation_record(found: Evaluation) -> dict[str, Any]:
     # with one domain there is nothing to specialise in
     metrics = routing_metrics(found.trace) if len(found.losses) > 1 else use_metrics(found.trace)
-    return {"validation": found.losses, "routing": {str(k): v for k, v in metrics.to_dict("list").items()}}
+    record = {"validation": found.losses, "routing": _columns(metrics)}
+    gains = found.shared_direction
+    return record if gains is None else record | {"shared_direction": _columns(gains)}
+
+
+def _columns(frame: pd.DataFrame) -> dict[str, Any]:
+    return {str(name): values for name, values in frame.to_dict("list").items()}

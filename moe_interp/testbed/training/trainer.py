@@ -81,8 +81,8 @@ class Trainer:
             length=config.length,
             shares=config.shares,
             mixed=config.mixed_sequences,
-            domains_per_group=config.domains_per_micro_batch,
-            group=config.micro_batch,
+            domains_per_group=config.domains_per_step or config.domains_per_micro_batch,
+            group=config.micro_batch * (config.micro_batches if config.domains_per_step else 1),
             seed=config.seed,
         )
         self.validation = validation_sequences(
@@ -116,24 +116,36 @@ class Trainer:
         skip_steps(self.optimizers, self._stopped)
 
     def forward(
-        self, tokens: Tensor, domain: Tensor, training: bool = True, logits_to_keep: int = 0
+        self,
+        tokens: Tensor,
+        domain: Tensor,
+        training: bool = True,
+        logits_to_keep: int = 0,
+        router_inputs: bool = False,
     ) -> tuple[Tensor, Records]:
         """Logits (of the last ``logits_to_keep`` positions; 0: of all) and what each router did, under the strategy.
 
+        With ``router_inputs`` the records have what the routers read as well.
         Where the bridge has hooks, or the strategy has some that are not on routers, the pass goes through the bridge.
         """
         batch = Batch(tokens, domain, self.step, training)
         hooks, dropping = self.strategy.fwd_hooks(batch), self.strategy.dropping_hooks(batch)
         on_routers = None if self._is_hooked() else router_hooks(self.moe, hooks, dropping)
         if on_routers is None:
-            return self._through_bridge(tokens, hooks, dropping, logits_to_keep)
+            return self._through_bridge(tokens, hooks, dropping, logits_to_keep, router_inputs)
         run = self._replicated if torch.is_grad_enabled() else self.network
         with self.autocast():
-            logits = run(tokens, on_routers, logits_to_keep=logits_to_keep, compiled=training)
+            options = {"compiled": training, "router_inputs": router_inputs}
+            logits = run(tokens, on_routers, logits_to_keep=logits_to_keep, **options)
         return at_least_float(logits), self.network.records(tokens.shape)
 
     def _through_bridge(
-        self, tokens: Tensor, hooks: Sequence[Hook], dropping: Sequence[Hook], logits_to_keep: int
+        self,
+        tokens: Tensor,
+        hooks: Sequence[Hook],
+        dropping: Sequence[Hook],
+        logits_to_keep: int,
+        router_inputs: bool,
     ) -> tuple[Tensor, Records]:
         if self.accelerator.num_processes > 1 and torch.is_grad_enabled():
             raise ConfigError(
@@ -147,7 +159,7 @@ class Trainer:
             with self.autocast():
                 return self.model(tokens, **options).logits
 
-        found, records = recorded(self.moe, logits, hooks, dropping)
+        found, records = recorded(self.moe, logits, hooks, dropping, router_inputs)
         return at_least_float(found), records
 
     def _is_hooked(self) -> bool:
@@ -253,11 +265,13 @@ class Trainer:
                     )
 
     def evaluate(self) -> Evaluation:
-        """Validation losses and routes, under the strategy as it is outside training."""
+        """Validation losses, routes and gains, under the strategy as it is outside training."""
+        weights = {layer: router.gate.weight for layer, router in self.network.routers.items()}
+        forward = partial(self.forward, training=False, router_inputs=self.config.shared_direction)
         with eval_mode(self.bridge):
             self.network.eval()
             try:
-                return evaluate(partial(self.forward, training=False), self.validation, self.device)
+                return evaluate(forward, self.validation, self.device, weights)
             finally:
                 self.network.train()
 

@@ -128,10 +128,14 @@ class TrainingModel(nn.Module):
         hooks: Mapping[Layer, RouterHooks],
         logits_to_keep: int = 0,
         compiled: bool = True,
+        router_inputs: bool = False,
     ) -> Tensor:
-        """Logits ``[batch, pos, vocab]`` of the last ``logits_to_keep`` positions (0: of all)."""
+        """Logits ``[batch, pos, vocab]`` of the last ``logits_to_keep`` positions (0: of all).
+
+        With ``router_inputs`` the records of this pass have what the routers read.
+        """
         base = self.model.model
-        self._prepare(tokens, hooks)
+        self._prepare(tokens, hooks, router_inputs)
         hidden = base.embed_tokens(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         rotary = base.rotary_emb(hidden, position_ids=positions)
@@ -148,11 +152,11 @@ class TrainingModel(nn.Module):
     def forget(self) -> None:
         """Let go of what the routers did in the last pass."""
         for router in self.routers.values():
-            router.seen = None
+            router.seen = router.inputs = None
 
-    def _prepare(self, tokens: Tensor, hooks: Mapping[Layer, RouterHooks]) -> None:
+    def _prepare(self, tokens: Tensor, hooks: Mapping[Layer, RouterHooks], router_inputs: bool) -> None:
         for layer, router in self.routers.items():
-            router.hooks, router.shape = hooks.get(layer), tokens.shape
+            router.hooks, router.shape, router.keeps_inputs = hooks.get(layer), tokens.shape, router_inputs
             self._experts[layer].set_empty_slots(router.hooks is not None and router.hooks.edits_indices)
         dtypes = {experts.product_dtype() for experts in self._experts.values()}
         fits = all(experts.fits_grouped() for experts in self._experts.values())
@@ -172,9 +176,13 @@ class TrainingRouter(nn.Module):
         self.hooks: RouterHooks | None = None
         self.shape = torch.Size()
         self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self.keeps_inputs = False
+        self.inputs: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = self.gate(hidden)
+        if self.keeps_inputs:
+            self.inputs = hidden
         if self.hooks is None:
             self.seen = (logits, indices, indices)
             return logits, weights, indices
@@ -184,7 +192,9 @@ class TrainingRouter(nn.Module):
         """Of the last pass, which is forgotten."""
         assert self.seen is not None
         seen, self.seen = self.seen, None
-        return RouterRecord(*(each.reshape(*shape, -1) for each in seen))
+        inputs, self.inputs = self.inputs, None
+        logits, chosen, indices = (each.reshape(*shape, -1) for each in seen)
+        return RouterRecord(logits, chosen, indices, None if inputs is None else inputs.reshape(*shape, -1))
 
     @torch.compiler.disable
     def _hooked(
