@@ -11,6 +11,7 @@ from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
 from moe_interp.plots.contrast_map import contrast_map
 from moe_interp.plots.dominance import dominance
+from moe_interp.plots.gain_over_training import gain_over_training
 from moe_interp.plots.geometry import (
     bound_scatter,
     depth_overlap,
@@ -60,7 +61,7 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
         "transitions": transition_flow,
     },
     "pass_at_k": {"pass_at_k": pass_at_k},
-    "testbed": {"strategies": strategies},
+    "testbed": {"strategies": strategies, "shared_direction": gain_over_training},
     "patching": {"effects": effect_map},
     "attribution": {"effects": effect_map},
     "logit_attribution": {"contributions": logit_attribution},

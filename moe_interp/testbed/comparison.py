@@ -13,6 +13,8 @@ import xarray as xr
 from moe_interp.errors import ConfigError
 from moe_interp.results import Result
 from moe_interp.testbed.config import TestbedConfig
+from moe_interp.testbed.gain_ratios import log_gains, ratios_over_seeds
+from moe_interp.testbed.shared_direction import GAINS
 
 ROUTING = (
     "specialization",
@@ -28,6 +30,9 @@ ROUTING = (
 # column of the printed table -> column of `runs`
 SHOWN = {"specializ.": "specialization", "use": "effective_experts", "MaxVio": "max_violation", "dead": "dead_experts"}
 SHOWN |= {"loss": "loss"}
+# column of `runs` -> the gain that is divided by that of random directions
+DIRECTIONS = {"shared_direction": "shared_gain", "domain_direction": "domain_gain"}
+UNBALANCED = "none"
 LOSSES_A_TABLE = 4  # so that it fits 80 columns
 
 # (strategy, seed) -> a run's log
@@ -44,7 +49,9 @@ class ComparisonResult(Result, kind="testbed"):
     ``data``: the metrics of :func:`moe_interp.testbed.metrics.routing_metrics` on ``strategy, seed, step, layer``
     (those that compare domains are NaN where there is one); ``domain_loss`` (nats per token) on
     ``strategy, seed, step, domain``; ``dropped_slots`` of the training step on ``strategy, seed, step``; ``tokens``
-    seen on ``step``. The same seed gives the strategies the same data, order and initial weights.
+    seen on ``step``; where runs measured them, the gains of
+    :func:`moe_interp.testbed.shared_direction.shared_direction_gains` on the axes of the metrics. The same seed gives
+    the strategies the same data, order and initial weights.
 
     What it does not show: a strategy's best; every one runs with the same learning rate and coefficients.
     """
@@ -54,12 +61,15 @@ class ComparisonResult(Result, kind="testbed"):
     @property
     def runs(self) -> pd.DataFrame:
         """One row a run, at its last step: ``strategy, seed, tokens, dropped_slots``, the metrics averaged over layers,
-        ``loss_<domain>`` and ``loss``, their mean over domains."""
+        ``loss_<domain>`` and ``loss``, their mean over domains; where gains were measured, ``shared_direction`` and
+        ``domain_direction``: ``shared_gain`` and ``domain_gain`` over ``random_gain``, averaged over layers."""
         last = self.data.isel(step=-1)
         flat = last[["tokens", "dropped_slots"]].merge(last[list(ROUTING)].mean("layer", skipna=False))
         for domain in last.domain.values:
             flat[f"loss_{domain}"] = last["domain_loss"].sel(domain=domain, drop=True)
         flat["loss"] = last["domain_loss"].mean("domain")
+        for name in DIRECTIONS if "shared_gain" in last else ():
+            flat[name] = (last[DIRECTIONS[name]] / last["random_gain"]).mean("layer", skipna=False)
         frame = flat.drop_vars("step").to_dataframe(dim_order=["strategy", "seed"]).reset_index()
         return frame[["strategy", "seed", "tokens", *frame.columns.drop(["strategy", "seed", "tokens"])]]
 
@@ -90,6 +100,49 @@ class ComparisonResult(Result, kind="testbed"):
         agree = bool((gaps > 0).all() or (gaps < 0).all())
         return {"mean": float(gaps.mean()), "standard_error": error, "seeds": len(gaps), "seeds_agree": agree}
 
+    def gains(
+        self,
+        first: str,
+        second: str | None = None,
+        *,
+        gain: str = "shared_gain",
+        against: str | None = "random_gain",
+        by_layer: bool = True,
+    ) -> pd.DataFrame:
+        """How strongly routers read a direction under ``first``; divided by the same under ``second``, seed by seed.
+
+        With ``g = gain / against`` of a run, the number is ``exp(mean over seeds of log g)``, or of ``log g_first - log
+        g_second``, with the interval of that mean (:func:`moe_interp.stats.mean_interval`). Weights of routers grow at
+        different rates under different strategies: the gain along random directions, by which gains are divided, takes
+        that out.
+
+        Args:
+            first, second: Strategies; without the second, ``first`` alone against a ratio of 1.
+            gain: One of the gains of ``data``: ``shared_gain`` along the mean input, ``domain_gain`` along what differs
+                between domains.
+            against: Another, or None for the gain as it is.
+            by_layer: A row a step and layer; otherwise a row a step, of the mean over layers of the logarithms.
+
+        Returns:
+            ``step`` (and ``layer``), ``ratio, low, high`` (95%), ``seeds``, ``verdict`` against 1 in words: "larger",
+            "smaller", "no difference shown", or that there are too few seeds to say, which holds below 6. NaN where a
+            gain is 0 or missing. Rows are not corrected for their number.
+
+        Raises:
+            ConfigError: No such gain, or strategies that are not here.
+            DataError: The runs did not measure gains.
+
+        What it does not show: a difference by chance in one of many rows; look at the step and layers chosen before.
+        """
+        logs = log_gains(self.data, gain, against)
+        logs = logs if by_layer else logs.mean("layer", skipna=False)
+        known = [str(name) for name in self.data["strategy"].values]
+        if unknown := [name for name in (first, second) if name is not None and name not in known]:
+            raise ConfigError(f"strategy {unknown[0]!r}", f"one of {', '.join(known)}", "Run it too.")
+        chosen = logs.sel(strategy=first, drop=True)
+        chosen = chosen if second is None else chosen - logs.sel(strategy=second, drop=True)
+        return ratios_over_seeds(chosen, self._distinct_seeds())
+
     def _distinct_seeds(self) -> list[Any]:
         """The seeds whose runs differ from those of every seed before them, with a warning where not all do."""
         kept: dict[bytes, Any] = {}
@@ -115,6 +168,8 @@ class ComparisonResult(Result, kind="testbed"):
         head = f"{sizes['strategy']} strategies, seeds {', '.join(map(str, self.data.seed.values))}, {tokens:,} tokens"
         parts = [f"{head} a run: {spread}", _lines(table, SHOWN)]
         losses = [str(name) for name in self.data.domain.values]
+        if "shared_gain" in self.data:
+            parts.append(_lines(table, {name.replace("_direction", " dir."): name for name in DIRECTIONS}))
         for start in range(0, len(losses), LOSSES_A_TABLE):
             chosen = losses[start : start + LOSSES_A_TABLE]
             parts.append(_lines(table, {name[:11]: f"loss_{name}" for name in chosen}))
@@ -123,7 +178,26 @@ class ComparisonResult(Result, kind="testbed"):
             "use: exp(entropy of load) / experts; MaxVio: max / mean load - 1; dead: experts\n"
             "loss: nats per token of held-out text, mean over domains; below, each domain's"
         )
+        if "shared_gain" in self.data:
+            parts[-1] += (
+                "\nshared dir., domain dir.: how strongly routers read the mean of their inputs,\n"
+                "and what differs between domains' means; 1: as a random direction"
+            )
+            parts += self._said_of_gains()
         return "\n\n".join(parts)
+
+    def _said_of_gains(self) -> list[str]:
+        """Each strategy's reading of the shared direction against that without balancing, as far as seeds allow."""
+        names = [str(name) for name in self.data["strategy"].values]
+        if UNBALANCED not in names or len(names) < 2 or self.data.sizes["seed"] < 2:
+            return []
+        lines = []
+        for name in names:
+            if name != UNBALANCED:
+                last = self.gains(name, UNBALANCED, by_layer=False).iloc[-1]
+                interval = f"{last.ratio:.2f} [{last.low:.2f}, {last.high:.2f}]"
+                lines.append(f"  {name}: {interval}, {last.verdict}")
+        return ["\n".join([f"shared dir. against {UNBALANCED}, paired by seed, 95% interval:", *lines])]
 
 
 def comparison(config: TestbedConfig, histories: Histories) -> ComparisonResult:
@@ -149,6 +223,11 @@ def comparison(config: TestbedConfig, histories: Histories) -> ComparisonResult:
     data: dict[str, Any] = {
         name: ((*axes, "layer"), values(lambda r, name=name: r["routing"].get(name, none))) for name in ROUTING
     }
+    records = [record for row in grid for log in row for record in log]
+    if any("shared_direction" in record for record in records):  # not by runs of earlier versions
+        for name in GAINS:
+            take = lambda r, name=name: r.get("shared_direction", {}).get(name, none)  # noqa: E731
+            data[name] = ((*axes, "layer"), values(take))
     data["domain_loss"] = ((*axes, "domain"), values(lambda r: list(r["validation"].values())))
     data["dropped_slots"] = (axes, values(lambda r: r["dropped_slots"]))
     data["tokens"] = ("step", [record["tokens"] for record in first])

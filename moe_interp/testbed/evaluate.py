@@ -23,8 +23,13 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor, Records]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``losses``: nats per token of each domain, over positions 1..T-1; ``trace``: the routes, with domain labels;
-    ``shared_direction``: :func:`moe_interp.testbed.shared_direction.shared_direction_metrics`, where it was asked for."""
+    """What a validation found.
+
+    Attributes:
+        losses: Nats per token of each domain, over positions 1..T-1.
+        trace: The routes, with domain labels.
+        shared_direction: :func:`moe_interp.testbed.shared_direction.shared_direction_metrics`, where asked for.
+    """
 
     losses: dict[str, float]
     trace: RoutingTrace

@@ -58,8 +58,8 @@ class RouterInputs:
 def shared_direction_gains(weights: ArrayLike, inputs: RouterInputs) -> dict[str, float]:
     """One router's gain along the mean of its inputs, and along other directions.
 
-    With ``A = Pi_e W``, ``Pi_e = I - 11'/E`` (what all experts' logits have in common moves no ranking), ``mu`` the mean
-    input, ``mu_d`` that of a domain, each token counting the same:
+    With ``A = Pi_e W``, ``Pi_e = I - 11'/E`` (what all experts' logits have in common moves no ranking), ``mu`` the
+    mean input and ``mu_d`` that of a domain:
 
     - ``shared_gain``: ``||A mu|| / ||mu||``;
     - ``random_gain``: root mean square of ``||A u||`` over all directions ``u`` of length 1, ``||A||_F / sqrt(d)``;
@@ -79,7 +79,7 @@ def shared_direction_gains(weights: ArrayLike, inputs: RouterInputs) -> dict[str
     Raises:
         DataError: No tokens, or shapes that do not fit.
 
-    Source: "The Myth of Expert Specialization in MoEs" for ``shared_gain`` under load balancing; the others are derived.
+    Source: "The Myth of Expert Specialization in MoEs" for ``shared_gain`` under load balancing; the rest is derived.
     What they do not show: why a gain is small, nor that routes depend on it; only ratios compare between routers, whose
     weights differ in size.
     """
@@ -110,9 +110,7 @@ def shared_direction_gains(weights: ArrayLike, inputs: RouterInputs) -> dict[str
     }
 
 
-def shared_direction_metrics(
-    weights: Mapping[Layer, ArrayLike], inputs: Mapping[Layer, RouterInputs]
-) -> pd.DataFrame:
+def shared_direction_metrics(weights: Mapping[Layer, ArrayLike], inputs: Mapping[Layer, RouterInputs]) -> pd.DataFrame:
     """:func:`shared_direction_gains` of every layer: ``layer`` and the six columns, one row a layer."""
     return pd.DataFrame([{"layer": layer} | shared_direction_gains(weights[layer], inputs[layer]) for layer in inputs])
 

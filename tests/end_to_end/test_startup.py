@@ -276,6 +276,7 @@ def test_what_options_may_be_is_what_the_library_takes() -> None:
     for name in ("model", "strategy", "seed"):
         del fields[name]
     assert set(testbed.WHOLE) == {name for name, kind in fields.items() if kind in (int, int | None)}
+    assert set(testbed.OR_NONE) == {name for name, kind in fields.items() if kind == (int | None)}
     assert set(testbed.NUMBERS) == {name for name, kind in fields.items() if kind is float}
     assert set(testbed.OTHERS) == fields.keys() - {*testbed.WHOLE, *testbed.NUMBERS}
 

@@ -61,6 +61,8 @@ def test_the_grid_is_trained_compared_and_read_back(tmp_path: Path) -> None:
     assert isinstance(result, mi.testbed.ComparisonResult)
     assert result.data.step.values.tolist() == [2, 4]  # the preset's intervals, shortened with its length
     assert (result.data["specialization"].sel(strategy="reference") == 1).all()
+    assert result.gains("reference", "none")["ratio"].notna().all()
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"strategies.svg", "shared_direction.svg"}
     # a checkpoint like any other
     assert load_hooks(str(tmp_path / "none-seed0" / "model"), "cpu").layers == (0, 1)
 
@@ -99,6 +101,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         (["--set", "speed=3"], ConfigError, "--set speed=3"),
         (["--set", "lr=fast"], ConfigError, "--set lr='fast'"),
         (["--set", "length=4096"], ConfigError, "length=4096"),
+        (["--set", "domains_per_step=0"], ConfigError, "domains_per_step=0 of 4 sequences"),
+        (["--set", "domains_per_step=some"], ConfigError, "a whole number"),
+        (["--set", "shared_direction=often"], ConfigError, "shared_direction='often'"),
         (["--mixed-precision", "fp8"], ConfigError, "--mixed-precision fp8"),
         (["--device", "gpu"], ConfigError, "--device gpu"),
         (["--device", "cuda:9"], ConfigError, "a device that this machine has"),

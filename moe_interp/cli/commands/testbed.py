@@ -84,7 +84,8 @@ def compare_strategies(
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
 
-    from moe_interp.cli.outputs import write_table
+    from moe_interp.cli.outputs import write_figures, write_table
+    from moe_interp.plots import FIGURES
     from moe_interp.testbed.compare import compare
 
     transformers_logging.disable_progress_bar()  # of saving
@@ -101,9 +102,10 @@ def compare_strategies(
     result.save(out / "testbed.nc")
     write_table(result.table().to_csv(), out / "table.csv")
     write_table(result.runs.to_csv(index=False), out / "runs.csv")
+    write_figures(result, FIGURES["testbed"], out / "figures")
     console.summary(result.summary(), soft_wrap=True)
     console.out.print(
-        f"\nThe table is {out / 'table.csv'}, the runs are in runs.csv, the result in testbed.nc.",
+        f"\nThe table is {out / 'table.csv'}, the runs are in runs.csv, the result in testbed.nc, figures in figures.",
         markup=False,
         soft_wrap=True,
     )

@@ -37,7 +37,8 @@ from moe_interp.testbed.training.compilation import (
 )
 from moe_interp.testbed.training.optimizers import make_optimizers, skip_steps
 from moe_interp.testbed.training.step_numbers import StepNumbers
-from moe_interp.testbed.training.training_model import TrainingModel, router_hooks, twin
+from moe_interp.testbed.training.training_model import TrainingModel, copy_sharing_tensors, router_hooks
+from moe_interp.types import Layer
 
 LONGEST_UNCHECKED = 1000  # steps whose numbers nobody asked for
 RESTORE = "Restore it from a copy, or train anew in another folder."
@@ -92,7 +93,7 @@ class Trainer:
         model.to(self.device)  # type: ignore[arg-type]
         self.optimizers = make_optimizers(model, config.optimizer, config.lr, config.muon_lr, config.weight_decay)
         self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        native = twin(model)
+        native = copy_sharing_tensors(model)
         self.bridge = bridge_model(model, self.tokenizer)
         self.model = self.bridge.original_model
         self.moe = attach(self.bridge, expert_outputs=False)
@@ -266,7 +267,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Validation losses, routes and gains, under the strategy as it is outside training."""
-        weights = {layer: router.gate.weight for layer, router in self.network.routers.items()}
+        weights: dict[Layer, Tensor] = {k: router.weight() for k, router in self.network.routers.items()}
         forward = partial(self.forward, training=False, router_inputs=self.config.shared_direction)
         with eval_mode(self.bridge):
             self.network.eval()

@@ -83,7 +83,7 @@ def router_hooks(moe: MoEHooks, hooks: Sequence[Hook], dropping: Sequence[Hook])
     return found
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
+def copy_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
     """The same model in other modules: parameters and buffers are the very same tensors."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
@@ -93,7 +93,7 @@ class TrainingModel(nn.Module):
 
     Args:
         model: A model, of which this takes possession.
-        moe: Hooks on a bridge of its :func:`twin`, for the layers' rules and names.
+        moe: Hooks on a bridge of its :func:`copy_sharing_tensors`, for the layers' rules and names.
     """
 
     def __init__(self, model: PreTrainedModel, moe: MoEHooks) -> None:
@@ -187,6 +187,12 @@ class TrainingRouter(nn.Module):
             self.seen = (logits, indices, indices)
             return logits, weights, indices
         return self._hooked(hidden.dtype, logits, weights, indices)
+
+    def weight(self) -> Tensor:
+        """``[expert, d_model]``, of the linear map from inputs to logits."""
+        weight = self.gate.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def record(self, shape: torch.Size) -> RouterRecord:
         """Of the last pass, which is forgotten."""

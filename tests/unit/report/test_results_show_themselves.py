@@ -19,6 +19,7 @@ from moe_interp.errors import ConfigError
 from moe_interp.plots import FIGURES
 from moe_interp.results import Result
 from moe_interp.testbed.comparison import ROUTING
+from moe_interp.testbed.shared_direction import GAINS
 from tests.unit.experiments.planted_geometry import planted as planted_states
 from tests.unit.experiments.planted_isolation import planted_isolation
 from tests.unit.experiments.test_contrast_tables import dataset as contrast_dataset
@@ -47,7 +48,11 @@ def routers(n: int = 12) -> mi.DomainRouterResult:
 def strategies() -> Result:
     axes, per_run = ("strategy", "seed", "step", "layer"), ("strategy", "seed", "step")
     data = xr.Dataset(
-        {name: (axes, np.random.default_rng(0).random((2, 3, 2, 2))) for name in ROUTING if name != "dropped_tokens"}
+        {
+            name: (axes, np.random.default_rng(0).random((2, 3, 2, 2)))
+            for name in (*ROUTING, *GAINS)
+            if name != "dropped_tokens"
+        }
         | {"dropped_tokens": (axes, np.zeros((2, 3, 2, 2)))}
         | {"domain_loss": ((*per_run, "domain"), np.ones((2, 3, 2, 2))), "tokens": ("step", [0, 10])}
         | {"dropped_slots": (per_run, np.zeros((2, 3, 2)))},
