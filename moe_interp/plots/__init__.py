@@ -16,7 +16,8 @@ from moe_interp.plots.router_tuning.curves import tuning_curves
 from moe_interp.plots.router_tuning.held_out import tuning_held_out
 from moe_interp.plots.sorted_p import sorted_p
 from moe_interp.plots.specialization_map import specialization_map
-from moe_interp.plots.strategies import strategies
+from moe_interp.plots.testbed.gain_over_training import gain_over_training
+from moe_interp.plots.testbed.strategies import strategies
 
 __all__ = [
     "FIGURES",
@@ -27,6 +28,7 @@ __all__ = [
     "domain_map",
     "dominance",
     "layer_curves",
+    "gain_over_training",
     "layer_impact",
     "layer_regret",
     "load_bars",

@@ -11,7 +11,6 @@ from moe_interp.plots.calibration_scatter import calibration_scatter
 from moe_interp.plots.confidence import confidence
 from moe_interp.plots.contrast_map import contrast_map
 from moe_interp.plots.dominance import dominance
-from moe_interp.plots.gain_over_training import gain_over_training
 from moe_interp.plots.geometry import (
     bound_scatter,
     depth_overlap,
@@ -33,7 +32,8 @@ from moe_interp.plots.router_tuning.curves import tuning_curves
 from moe_interp.plots.router_tuning.held_out import tuning_held_out
 from moe_interp.plots.sorted_p import sorted_p
 from moe_interp.plots.specialization_map import specialization_map
-from moe_interp.plots.strategies import strategies
+from moe_interp.plots.testbed.gain_over_training import gain_over_training
+from moe_interp.plots.testbed.strategies import strategies
 
 FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
     "isolation": {
