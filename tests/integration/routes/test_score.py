@@ -207,7 +207,7 @@ def test_one_sequence_without_its_batch_axis() -> None:
         score_routes(moe, TOKENS[0], 1, routes[0])
 
 
-@pytest.mark.parametrize("budget", ["1GiB", float("nan"), float("inf"), True])
+@pytest.mark.parametrize("budget", ["1GiB", float("nan"), float("inf"), True, 0, -1.0])
 def test_a_memory_budget_that_is_no_number(budget: Any) -> None:
     moe = attached("olmoe")
     with pytest.raises(ConfigError, match=r"memory_budget=.*a number of bytes"):
