@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from moe_interp.errors import ConfigError
@@ -78,7 +82,7 @@ def to_svg(figure: Figure, name: str) -> str:
     figures may share a page; the same figure and name give the same text.
     """
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        text = _bytes(figure, "svg").decode()
+        text = _svg_bytes(figure).decode()
     text = text[text.index("<svg") :]
     key = re.sub(r"\W+", "-", name)
     text = re.sub(r'\bid="', f'id="{key}-', text)
@@ -86,11 +90,35 @@ def to_svg(figure: Figure, name: str) -> str:
     return re.sub(r'href="#', f'href="#{key}-', text)
 
 
+def drawn_svg(draw: Callable[[], Figure], name: str) -> str:
+    """:func:`to_svg` of what a function draws; for ``partial(draw, result)`` once a result, function and name."""
+    if not isinstance(draw, partial) or len(draw.args) != 1 or draw.keywords:
+        return to_svg(draw(), name)
+    known = _DRAWN.setdefault(draw.args[0], {})
+    if (draw.func, name) not in known:
+        known[draw.func, name] = to_svg(draw(), name)
+    return known[draw.func, name]
+
+
+_DRAWN: WeakKeyDictionary[Any, dict[tuple[Callable[..., Figure], str], str]] = WeakKeyDictionary()
+
+
+def _svg_bytes(figure: Figure) -> bytes:
+    """As ``savefig`` writes it, which draws every figure twice: once for its layout alone."""
+    buffer, canvas, dpi = io.BytesIO(), figure.canvas, figure.dpi
+    # without a date, equal figures give equal files
+    silent = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    try:
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=silent)
+    finally:
+        figure.set_canvas(canvas)
+        figure.set_dpi(dpi)
+    return buffer.getvalue()
+
+
 def _bytes(figure: Figure, kind: str, dpi: int = 100) -> bytes:
     buffer = io.BytesIO()
-    # without a date, equal figures give equal files
-    silent = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else None
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=silent)
+    figure.savefig(buffer, format=kind, dpi=dpi)
     return buffer.getvalue()
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import partial
 
 import pandas as pd
+from markupsafe import Markup
 
 from moe_interp import plots
-from moe_interp.report.html import with_intervals
+from moe_interp.report.html import cell, html_table, with_intervals
 from moe_interp.report.page import Chapter, Section, render_page, section
 from moe_interp.results.tables import AtlasTables
 
@@ -26,6 +27,7 @@ _PATHS = (
     "The most common sequences of top-1 experts over consecutive layers, with the share that independent layers would "
     "give. Paths of one cluster differ in at most one layer."
 )
+_SIDE_BY_SIDE = 8
 _LAYERS = "Chance is independence, or labels permuted over sequences. An interval needs several sequences."
 
 
@@ -51,7 +53,7 @@ def atlas_chapter(result: AtlasTables, title: str = "Atlas of routing") -> Chapt
         sections.append(section("atlas-flow", "From layer to layer", _FLOW, draw))
     if "path" in data:
         sections.append(section("atlas-paths", "Common paths", _PATHS, tabulate=result.paths))
-    sections.append(section("atlas-table", "Layer by layer", "", tabulate=lambda: _intervals(result.by_layer())))
+    sections.append(Section("Layer by layer", "", table=_by_measure(_intervals(result.by_layer()))))
     if result.not_testable:
         rows = pd.DataFrame({"measure": list(result.not_testable), "why": list(result.not_testable.values())})
         sections.append(section("not-testable", "Not testable", "", tabulate=lambda: rows))
@@ -62,6 +64,21 @@ def atlas_chapter(result: AtlasTables, title: str = "Atlas of routing") -> Chapt
 def atlas_page(result: AtlasTables, *, extra: Mapping[str, str] | None = None) -> str:
     """A page of this chapter alone; ``extra`` as in :func:`moe_interp.report.render_page`."""
     return render_page([atlas_chapter(result)], model=str(result.data.attrs.get("model", "")), extra=extra)
+
+
+def _by_measure(table: pd.DataFrame) -> Markup:
+    """A row a measure, a column a layer, eight layers a table: there are more measures than fit side by side."""
+    names = [str(name).replace("_", " ") for name in table if name != "layer"]
+    shown = pd.DataFrame({"measure": names})
+    tables = []
+    for start in range(0, len(table), _SIDE_BY_SIDE):
+        part = table.iloc[start : start + _SIDE_BY_SIDE]
+        columns = {
+            f"layer {row['layer']}": [cell(row[name]) for name in table if name != "layer"]
+            for row in part.to_dict("records")
+        }
+        tables.append(html_table(shown.assign(**columns)))
+    return Markup("\n").join(tables)
 
 
 def _intervals(table: pd.DataFrame) -> pd.DataFrame:

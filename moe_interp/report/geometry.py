@@ -45,7 +45,7 @@ def geometry_chapter(result: GeometryTables, title: str = "The geometry of routi
             "median with 5% and 95% of pairs; converse: the same for the bound below; seen: the share of a difference "
             "that can move a logit at all.",
             partial(geometry.bound_scatter, result),
-            lambda: with_intervals(result.bound().drop(columns=["even_gain"])),
+            lambda: _bound(result),
         ),
         section(
             "shared-direction",
@@ -54,7 +54,7 @@ def geometry_chapter(result: GeometryTables, title: str = "The geometry of routi
             "directions, along the first principal axis, and of what is not shared. Ratio: of shared to random, over "
             "all tokens.",
             partial(geometry.shared_direction, result),
-            lambda: with_intervals(result.shared_direction()),
+            lambda: _gains(result),
         ),
         section(
             "depth-overlap",
@@ -93,6 +93,22 @@ _MARKS = {"contexts": "same_token", "phases": "phase_same", "answers": "answer_s
 def geometry_page(result: GeometryTables, *, extra: Mapping[str, str] | None = None) -> str:
     """A page of this chapter alone; ``extra`` as in :func:`moe_interp.report.render_page`."""
     return render_page([geometry_chapter(result)], model=result.data.attrs.get("model", ""), extra=extra)
+
+
+def _bound(result: GeometryTables) -> pd.DataFrame:
+    """The table of the bound; its brackets hold 5% and 95% of the pairs, and are no intervals."""
+    names = {"bound_upper": "upper", "bound_lower": "lower", "converse_violations": "converse broken"}
+    names |= {"violations": "broken"} | {f"converse_tightness{s}": f"converse{s}" for s in ("", "_low", "_high")}
+    table = result.bound().drop(columns=["even_gain", "bound_rank"]).rename(columns=names)
+    return with_intervals(table).rename(columns=lambda name: str(name).replace("[95%]", "[5%, 95% of pairs]"))
+
+
+def _gains(result: GeometryTables) -> pd.DataFrame:
+    """The gains; the bracket at random directions holds 95% of them."""
+    names = {"shared_gain": "shared", "random_gain": "random", "centred_gain": "not shared"}
+    names["first_component"] = "first axis"
+    table = result.shared_direction().drop(columns=["centred_rms", "mean_norm"]).rename(columns=names)
+    return with_intervals(table)
 
 
 def _named(table: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -10,8 +10,8 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from moe_interp import plots
 from moe_interp.errors import DataError
+from moe_interp.plots.figure import drawn_svg
 from moe_interp.report.html import environment, html_table
 from moe_interp.results import Manifest, replacing
 
@@ -87,6 +87,17 @@ def write_page(path: str | Path, content: str) -> Path:
     return Path(path)
 
 
+def prompt_chapter(view: str, title: str = "One prompt, token by token") -> Chapter:
+    """The routing of one prompt.
+
+    Args:
+        view: Its HTML element, as a notebook shows it.
+        title: Of the chapter.
+    """
+    said = "Which expert each token of a prompt is sent to, layer by layer; moe.show(text) shows it of any text."
+    return Chapter(title, said, (Section("Which expert does each token go to?", "", view=Markup(view)),))
+
+
 def section(
     name: str,
     title: str,
@@ -96,7 +107,7 @@ def section(
 ) -> Section:
     """Draw and tabulate; a statistic that the data cannot bear becomes the reason why not."""
     try:
-        figure = Markup(plots.to_svg(draw(), name)) if draw else None
+        figure = Markup(drawn_svg(draw, name)) if draw else None
         rows = tabulate() if tabulate else None
     except DataError as error:
         return Section(title, text, problem=str(error))

@@ -13,11 +13,13 @@ import moe_interp as mi
 from moe_interp.cli.application import cli
 from moe_interp.errors import MoEInterpError, ResultError
 from moe_interp.experiments.isolation import experiment
+from moe_interp.plots import FIGURES as FIGURES_OF
 from moe_interp.testbed.demo import load_demo_assets
 
 runner = CliRunner(env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})
 FIGURES = ("specialization", "calibration", "dominance", "layer_impact", "sorted_p")
 ROUTE_FIGURES = ("confidence", "regret_curve", "layer_regret")
+OTHERS = (*FIGURES_OF["atlas"], *FIGURES_OF["geometry"])
 
 
 def items_file(folder: Path, n: int = 8) -> Path:
@@ -30,21 +32,27 @@ def items_file(folder: Path, n: int = 8) -> Path:
 def test_demo_writes_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     done = runner.invoke(cli, ["demo", "--first", "8", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    stages = ("loading the model", "isolating experts", "replacing the router", "scoring counterfactual routes")
-    for stage in (*stages, "statistics and figures"):
+    stages = ("loading the model", "recording routes", "measuring the geometry of routing", "isolating experts")
+    for stage in (*stages, "replacing the router", "scoring counterfactual routes", "statistics and figures"):
         assert f"{stage}: " in done.output
     assert "The published pattern" in done.output
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "Phi-mini-MoE" in page
-    assert page.count("<svg") == len(FIGURES) + 1 + len(ROUTE_FIGURES)
+    assert page.count("<svg") == len(FIGURES) + 1 + len(ROUTE_FIGURES) + len(OTHERS)
+    for title in ("One prompt, token by token", "Atlas of routing", "The geometry of routing", "Counterfactual routes"):
+        assert f">{title}</a>" in page  # in the contents
+        assert f">{title}</h2>" in page
+    assert "expert 2: weight" in page
     assert "Regret in nats" in page
     assert 'src="http' not in page
-    for name in (*FIGURES, *ROUTE_FIGURES):
+    for name in (*FIGURES, *ROUTE_FIGURES, *OTHERS):
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 1000
     result = mi.load_result(tmp_path / "isolation.nc")
     assert isinstance(result, mi.IsolationResult)
     assert result.data.sizes["item"] == 32
     assert result.data.attrs["model"] == "demo"
+    assert mi.load_result(tmp_path / "atlas.nc").data.attrs["n_sequences"] == 32
+    assert mi.load_result(tmp_path / "geometry.nc").data.attrs["model"] == "demo"
     routes = mi.load_result(tmp_path / "counterfactual.nc")
     assert isinstance(routes, mi.CounterfactualResult)
     assert len(set(routes.data["sequence"].values)) == 32

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moe_interp.plots.figure import BLUE, GREEN, GREY, ORANGE, panels
 from moe_interp.results.tables import AtlasTables
@@ -42,9 +43,11 @@ def layer_curves(result: AtlasTables) -> Figure:
         for line, colour in zip(lines, (BLUE, ORANGE, GREEN)):
             _draw(axis, data, line, colour)
         if len(lines) > 1:
-            axis.legend(fontsize=8, frameon=False)
+            axis.legend(fontsize=8, frameon=False, loc="upper center", ncols=len(lines))
         axis.set_xlabel("layer", fontsize=9)
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(0.0, low), high if len(lines) == 1 else low + 1.25 * (high - low))  # the legend stands above
     figure.suptitle("dashed: by chance; bands: 95% over sequences", fontsize=10)
     return figure
 

@@ -149,8 +149,16 @@ def _committee(result: Atlas) -> Iterator[str]:
     if "committee_member" not in data:
         return
     members, share = data["committee_member"].sum("expert").values, data["committee_share"].values
+    low, high = int(members.min()), int(members.max())
+    experts = f"{low} to {high} experts" if low < high else f"{low} expert{'' if low == 1 else 's'}"
+    if not high:
+        yield (
+            f"Standing committee: none; no expert of a layer is among the {data.attrs['committee_top']} most used in "
+            f"{data.attrs['committee_presence']:.0%} of the domains."
+        )
+        return
     yield (
-        f"Standing committee: {members.min()} to {members.max()} experts a layer are among the "
+        f"Standing committee: {experts} a layer are among the "
         f"{data.attrs['committee_top']} most used in {data.attrs['committee_presence']:.0%} of the domains; they take "
         f"{np.nanmean(share):.0%} of the slots on average."
     )
