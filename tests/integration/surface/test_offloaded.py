@@ -105,7 +105,7 @@ def items() -> list[dict[str, Any]]:
     return [dict(zip(("id", "domain", "prompt", "answer"), row)) for row in rows]
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["deepseek_v3"])
 def test_experiments_and_verify_on_a_model_on_disk(family: str, tmp_path: Path) -> None:
     reference, moe = attach_to(family), attach_to(family)
     disk_offload(moe.bridge.original_model, str(tmp_path), execution_device="cpu")

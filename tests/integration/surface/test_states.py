@@ -25,6 +25,10 @@ from tests.integration.surface.helpers import (
 # --- copies ---------------------------------------------------------------------------------------------------
 
 
+KINDS = ("olmoe", "gpt_oss", "deepseek_v3", "nemotron_h", "gemma4_text", "phimoe", "switch_transformers")
+
+
+@pytest.mark.parametrize("family", KINDS)
 def test_a_deep_copy_is_attached_on_its_own(family: str) -> None:
     moe = attach_to(family)
     plain = logits_of(moe.bridge, family)

@@ -69,17 +69,24 @@ def test_every_check_passes_on_every_family(family: str) -> None:
     assert set(theirs["hook"]) == {hook.path for hook in TRANSFORMER_LENS_HOOKS[name]}
 
 
-def test_positions_are_checked_with_a_cache_on_every_layer() -> None:
+@pytest.fixture(scope="module")
+def olmoe() -> tuple[MoEHooks, Verification]:
+    """A plain family, attached, and its table; the tests that share it change neither."""
     moe = attached("olmoe")
-    table = moe.verify()
+    return moe, moe.verify()
+
+
+def test_positions_are_checked_with_a_cache_on_every_layer(olmoe: tuple[MoEHooks, Verification]) -> None:
+    moe, table = olmoe
     rows = table[table["check"] == "a position is its token, with a cache"]
     assert rows["layer"].tolist() == list(moe.layers)
     assert (rows["figure"] == 0.0).all()
 
 
-def test_branches_are_checked_against_full_passes_on_every_layer_of_a_plain_family() -> None:
-    moe = attached("olmoe")
-    table = moe.verify()
+def test_branches_are_checked_against_full_passes_on_every_layer_of_a_plain_family(
+    olmoe: tuple[MoEHooks, Verification],
+) -> None:
+    moe, table = olmoe
     rows = table[table["check"] == BRANCHES]
     assert rows["layer"].tolist() == list(moe.layers)
     assert 0 <= rows["figure"].max() < 2e-5
@@ -112,8 +119,10 @@ def test_branches_that_cannot_run_have_failed(monkeypatch: pytest.MonkeyPatch) -
     assert "no such cache" in failed["note"].iloc[0]
 
 
-def test_router_checks_are_exact_and_expert_checks_are_bounded_by_the_number_format() -> None:
-    table = attached("qwen3_moe").verify()
+def test_router_checks_are_exact_and_expert_checks_are_bounded_by_the_number_format(
+    olmoe: tuple[MoEHooks, Verification],
+) -> None:
+    _, table = olmoe
     through = table[table["check"] == "pass-through changes nothing"]
     bounds = dict(zip(through["hook"], through["bound"]))
     assert {hook for hook, bound in bounds.items() if bound > 0} == {"expert_post", "expert_out"}
@@ -124,7 +133,7 @@ def test_router_checks_are_exact_and_expert_checks_are_bounded_by_the_number_for
 def test_every_experts_implementation_passes(implementation: str) -> None:
     moe = attached("qwen3_moe")
     tiny.set_experts_implementation(moe.bridge, implementation)
-    assert moe.verify().ok
+    assert moe.verify(layers=[-1]).ok
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "nemotron_h"])
@@ -135,9 +144,8 @@ def test_float64_models_that_compute_in_float32_inside_pass(name: str) -> None:
     assert table.ok, failures(table)
 
 
-# each rule, layout and kind of block once
-HALF = ["mixtral", "deepseek_v2", "deepseek_v3", "deepseek_v4", "gpt_oss", "llama4", "phimoe", "switch_transformers"]
-HALF += ["jetmoe", "nemotron_h", "gemma4_text", "granite_moe_hybrid", "qwen2_moe", "laguna", "ernie4_5_moe"]
+# beside those in float16: each layout and kind of block once
+HALF = ["mixtral", "deepseek_v3", "gpt_oss", "phimoe", "switch_transformers", "jetmoe", "gemma4_text"]
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -145,7 +153,7 @@ def test_bfloat16_passes(name: str) -> None:
     assert_half_precision_passes(name, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["flex_olmo", "nemotron_h", "deepseek_v4", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("name", ["nemotron_h", "deepseek_v4", "llama4"])
 def test_float16_passes(name: str) -> None:
     assert_half_precision_passes(name, torch.float16)
 
@@ -194,8 +202,8 @@ def test_hooks_have_their_axes_where_one_token_has_one_slot(name: str, n_experts
 
 @pytest.mark.parametrize(
     ("name", "n_experts", "top_k"),
-    [(name, *sizes) for name in ("mixtral", "llama4", "minimax_m2") for sizes in ((1, 1), (2, 1), (4, 4))]
-    + [("gpt_oss", 1, 1), ("gpt_oss", 4, 4), ("jetmoe", 1, 1), ("qwen2_moe", 2, 1), ("qwen2_moe", 2, 2)],
+    [("mixtral", 1, 1), ("mixtral", 2, 1), ("mixtral", 4, 4), ("llama4", 1, 1), ("llama4", 4, 4), ("minimax_m2", 2, 1)]
+    + [("gpt_oss", 1, 1), ("gpt_oss", 4, 4), ("jetmoe", 1, 1), ("qwen2_moe", 2, 2)],
 )
 def test_every_expert_runs_or_there_is_one(name: str, n_experts: int, top_k: int) -> None:
     model = resized(name, n_experts, top_k)
@@ -209,7 +217,7 @@ def test_every_expert_runs_or_there_is_one(name: str, n_experts: int, top_k: int
 def test_a_bridge_in_compatibility_mode_passes() -> None:
     moe = attach(tiny.build_bridge(tiny.build_hf("mixtral"), "mixtral", tiny.tiny_tokenizer()))
     moe.bridge.enable_compatibility_mode(disable_warnings=True)
-    assert moe.verify().ok
+    assert moe.verify(layers=[-1]).ok
 
 
 def test_the_model_and_the_users_hooks_are_as_before() -> None:
@@ -257,14 +265,14 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(type(bridge), "hooks", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        moe.verify()
+        moe.verify(layers=[-1])
     monkeypatch.undo()
     assert moe.is_attached
     assert bridge.training
     bridge.eval()
     with torch.no_grad():
         assert torch.equal(bridge(tokens), before)
-    assert moe.verify().ok
+    assert moe.verify(layers=[-1]).ok
 
 
 def test_suspended_is_the_unattached_model() -> None:
@@ -299,8 +307,8 @@ def test_without_expert_hooks_the_rest_is_checked() -> None:
     assert not {"expert_post", "expert_out"} & set(table["hook"])
 
 
-def test_the_printed_table_sums_up_over_the_layers() -> None:
-    table = attached("mixtral").verify()
+def test_the_printed_table_sums_up_over_the_layers(olmoe: tuple[MoEHooks, Verification]) -> None:
+    _, table = olmoe
     summary = table.summary()
     assert len(summary) < len(table) / 2
     # two edits of the experts a layer: more of them a token, and some slots empty

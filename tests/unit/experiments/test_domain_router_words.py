@@ -33,7 +33,7 @@ def test_few_items_get_no_verdict(n: int) -> None:
 
 @pytest.mark.parametrize("law", ["normal", "exponential"])
 def test_without_an_effect_at_most_six_in_a_hundred_are_called_better_or_worse(law: str) -> None:
-    runs = 100
+    runs = 50
     for n in (6, 11):
         rng = np.random.default_rng([n, len(law)])
         wrong = 0

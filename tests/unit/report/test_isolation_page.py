@@ -13,6 +13,7 @@ from moe_interp.errors import ResultError
 from moe_interp.experiments.isolation.result import IsolationResult
 from moe_interp.report import counterfactual_chapter, isolation_chapter, isolation_page, render_page, write_page
 from moe_interp.report.html import LONGEST, cell, html_table, with_intervals
+from moe_interp.report.page import Chapter
 from tests.unit.experiments.planted_isolation import planted_isolation
 from tests.unit.plots.planted_routes import planted_routes
 
@@ -76,8 +77,12 @@ def test_the_page_says_what_the_result_says(page, planted):
     assert planted.manifest.versions["numpy"] in page
 
 
-def test_a_page_of_several_chapters_has_contents_whose_links_lead_somewhere(planted, page):
-    chapters = [isolation_chapter(planted), counterfactual_chapter(planted_routes())]
+@pytest.fixture(scope="module")
+def chapters(planted) -> list[Chapter]:
+    return [isolation_chapter(planted), counterfactual_chapter(planted_routes())]
+
+
+def test_a_page_of_several_chapters_has_contents_whose_links_lead_somewhere(chapters, page):
     both = render_page(chapters, title="Both")
     parser = Nesting()
     parser.feed(both)
@@ -117,15 +122,11 @@ def test_intervals_stand_beside_their_value():
     assert html_table(shown).count('class="long"') == 2
 
 
-def test_a_page_that_cannot_be_written_says_so(planted, tmp_path):
+def test_a_page_that_cannot_be_written_says_so(page, tmp_path):
     (tmp_path / "page.html").mkdir()
     with pytest.raises(ResultError, match="could not be written"):
-        write_page(tmp_path / "page.html", isolation_page(planted))
-    assert (
-        write_page(tmp_path / "good.html", isolation_page(planted))
-        .read_text(encoding="utf-8")
-        .startswith("<!doctype html>")
-    )
+        write_page(tmp_path / "page.html", page)
+    assert write_page(tmp_path / "good.html", page).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_the_page_begins_with_what_was_done_and_three_findings(page, planted):
@@ -177,8 +178,8 @@ def test_headings_stand_over_their_numbers_and_short_texts_stay_on_one_line():
     assert '<td class="short">differs between domains</td>' in shown
 
 
-def test_no_heading_is_a_bare_bound_or_a_name_of_code(planted):
-    page = render_page([isolation_chapter(planted), counterfactual_chapter(planted_routes())])
+def test_no_heading_is_a_bare_bound_or_a_name_of_code(chapters):
+    page = render_page(chapters)
     headings = set(re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', page))
     assert {"rho [95%]", "share [95%]", "regret [95%]", "published, 10 items per domain"} <= headings
     assert not any(re.search(r"_|\b(low|high)\b", heading) for heading in headings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
@@ -90,6 +91,12 @@ MADE: dict[str, Any] = {
 }
 
 
+@cache
+def made(kind: str) -> Any:
+    """Shared by the tests, which change nothing about it."""
+    return MADE[kind]()
+
+
 def test_every_kind_that_exists_is_tried_here() -> None:
     for home in mi.RESULT_KINDS.values():
         import_module(home)
@@ -105,7 +112,7 @@ def test_every_kind_that_exists_is_tried_here() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in MADE if kind in FIGURES])
 def test_every_figure_is_shown_by_a_notebook_as_it_is(kind: str) -> None:
-    result = MADE[kind]()
+    result = made(kind)
     figure = result.plot()
     assert isinstance(figure, Figure)
     for name in FIGURES[kind]:
@@ -119,7 +126,7 @@ def test_every_figure_is_shown_by_a_notebook_as_it_is(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MADE)
 def test_every_result_is_the_same_after_it_was_saved(kind: str, tmp_path: Path) -> None:
-    result = MADE[kind]()
+    result = made(kind)
     again = mi.load_result(result.save(tmp_path / "result.nc"))
     assert type(again) is type(result)
     assert again.summary() == result.summary()
@@ -128,7 +135,7 @@ def test_every_result_is_the_same_after_it_was_saved(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", MADE)
 def test_every_result_writes_its_page(kind: str, tmp_path: Path) -> None:
-    result = MADE[kind]()
+    result = made(kind)
     assert result.report(tmp_path) == tmp_path / "index.html"
     path = result.report(tmp_path / "page.html")
     page = path.read_text(encoding="utf-8")

@@ -140,10 +140,10 @@ def test_with_eight_items_the_interval_covers_what_the_verdict_is_told(monkeypat
     told, decide = [], corrected.decide
     monkeypatch.setattr(corrected, "decide", lambda *a, **k: told.append(k["coverage"]) or decide(*a, **k))
     covered = []
-    for seed in range(60):
+    for seed in range(30):
         x, y, truth = planted(0.8, 0.3, n=8, seed=seed)
         found = corrected_correlation(x, y, n_resamples=40, n_splits=25, n_permutations=9, seed=seed).corrected
         covered.append(found.low <= truth <= found.high)
     assert set(told) == {CORRECTED_COVERS}
     assert COVERS <= CORRECTED_COVERS < 0.95
-    assert np.mean(covered) >= CORRECTED_COVERS - 3 * np.sqrt(CORRECTED_COVERS * (1 - CORRECTED_COVERS) / 60)
+    assert np.mean(covered) >= CORRECTED_COVERS - 3 * np.sqrt(CORRECTED_COVERS * (1 - CORRECTED_COVERS) / 30)
