@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,11 +77,12 @@ def demo(
         items = first_of_each(short, first)
     work_begins()
     with stage("recording routes"):
-        view = show(moe, items[0].prompt + items[0].answer)
+        view = show(moe, f"{items[0].prompt}{items[0].answer}")
         routed = [
             {"id": item.id, "prompt": item.prompt, "answer": item.answer, "domain": item.domain} for item in items
         ]
-        recorded = atlas(capture_routing(moe, routed, norms=True, memory_budget=budget), seed=seed)
+        trace: Any = capture_routing(moe, routed, norms=True, memory_budget=budget)
+        recorded = atlas(trace, seed=seed)
     with stage("measuring the geometry of routing"):
         shape = measure(moe, routed, memory_budget=budget, seed=seed)
     with stage("isolating experts"), finished_cells(out / CELLS, resume):
