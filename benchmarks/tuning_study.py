@@ -333,6 +333,10 @@ def _shown(value: float, low: float, high: float, digits: int) -> str:
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+def _p(value: float) -> str:
+    return "< .001" if value < 0.001 else f"{value:.3f}"
+
+
 def _paired(table: pd.DataFrame, keys: list[str], digits: int) -> pd.DataFrame:
     """A table of before, after and change, each with its interval, in the page's form."""
     rows = []
@@ -341,9 +345,9 @@ def _paired(table: pd.DataFrame, keys: list[str], digits: int) -> pd.DataFrame:
         for side in ("before", "after"):
             line[side] = f"{row[side]:.{digits}f} [{row[f'{side}_low']:.{digits}f}, {row[f'{side}_high']:.{digits}f}]"
         line["change"] = _shown(row["change"], row["change_low"], row["change_high"], digits)
-        line["p"] = f"{row['p']:.3f}"
+        line["p"] = _p(row["p"])
         if "p_holm" in row:
-            line["p (Holm)"] = "" if np.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}"
+            line["p (Holm)"] = "" if np.isnan(row["p_holm"]) else _p(row["p_holm"])
         rows.append(line)
     return pd.DataFrame(rows)
 
