@@ -180,7 +180,7 @@ def test_the_block_loss_is_the_cross_entropy_of_the_domains_block_and_teaches_it
     def share_inside(name: str) -> float:
         """Of the slots that the router fills by itself, the mask taken off."""
         trainer = trainer_of(name, steps=60, micro_batch=8)
-        for _ in range(60):
+        for _ in range(20):
             trainer.train_step()
         tokens, domain = trainer.micro_batch(-1)
         with torch.no_grad():
