@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -74,11 +75,16 @@ def _by_measure(table: pd.DataFrame) -> Markup:
     for start in range(0, len(table), _SIDE_BY_SIDE):
         part = table.iloc[start : start + _SIDE_BY_SIDE]
         columns = {
-            f"layer {row['layer']}": [cell(row[name]) for name in table if name != "layer"]
+            f"layer {row['layer']}": [_value(row[name]) for name in table if name != "layer"]
             for row in part.to_dict("records")
         }
         tables.append(html_table(shown.assign(**columns)))
     return Markup("\n").join(tables)
+
+
+def _value(value: Any) -> str:
+    """A dash also for a count of -1: no window of layers begins here."""
+    return cell(float("nan")) if isinstance(value, int) and value < 0 else cell(value)
 
 
 def _intervals(table: pd.DataFrame) -> pd.DataFrame:

@@ -100,7 +100,7 @@ def _bound(result: GeometryTables) -> pd.DataFrame:
     names = {"bound_upper": "upper", "bound_lower": "lower", "converse_violations": "converse broken"}
     names |= {"violations": "broken"} | {f"converse_tightness{s}": f"converse{s}" for s in ("", "_low", "_high")}
     table = result.bound().drop(columns=["even_gain", "bound_rank"]).rename(columns=names)
-    return with_intervals(table).rename(columns=lambda name: str(name).replace("[95%]", "[5%, 95% of pairs]"))
+    return with_intervals(table).rename(columns=lambda name: str(name).replace("[95%]", "[5%, 95%]"))
 
 
 def _gains(result: GeometryTables) -> pd.DataFrame:

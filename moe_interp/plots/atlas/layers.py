@@ -47,7 +47,8 @@ def layer_curves(result: AtlasTables) -> Figure:
         axis.set_xlabel("layer", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         low, high = axis.get_ylim()
-        axis.set_ylim(min(0.0, low), high if len(lines) == 1 else low + 1.25 * (high - low))  # the legend stands above
+        room = 1.05 if len(lines) == 1 else 1.25  # the legend stands above
+        axis.set_ylim(min(0.0, low), low + room * (high - low))
     figure.suptitle("dashed: by chance; bands: 95% over sequences", fontsize=10)
     return figure
 
