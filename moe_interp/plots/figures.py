@@ -15,6 +15,7 @@ from moe_interp.plots.geometry import (
     bound_scatter,
     depth_overlap,
     layer_agreement,
+    layer_overlap,
     shared_direction,
     similarity_scatter,
 )
@@ -50,6 +51,7 @@ FIGURES: dict[str, dict[str, Callable[..., Figure]]] = {
         "shared_direction": shared_direction,
         "depth_overlap": depth_overlap,
         "layer_agreement": layer_agreement,
+        "layer_overlap": layer_overlap,
     },
     "domain_router": {"router_scores": router_scores},
     "contrast": {"contrast": contrast_map},

@@ -33,8 +33,9 @@ def geometry_chapter(result: GeometryTables, title: str = "The geometry of routi
             "explained",
             "How much of that is geometry?",
             "The share of route similarity that a linear map of the states reproduces, cov(s, g) / var(s): the "
-            "router's own weights (1 where nothing else decides), random routers on the same states, and random "
-            "routers on whitened states. Of random: what random routers explain of one another.",
+            "router's own weights (1 by construction where nothing else decides, so no finding), random routers on "
+            "the same states, and random routers on whitened states. Of random: what random routers explain of one "
+            "another.",
             tabulate=lambda: with_intervals(_named(result.explained(), "explained")),
         ),
         section(
@@ -69,6 +70,14 @@ def geometry_chapter(result: GeometryTables, title: str = "The geometry of routi
             "Do layers agree?",
             "Experts of two layers have no correspondence; compared is which sequences share experts.",
             partial(geometry.layer_agreement, result),
+        ),
+        section(
+            "layer-overlap",
+            "Do two layers use one set of experts?",
+            "Overlap of the experts that a sequence uses at two layers (and, with a second model, at a layer of each), "
+            "after experts are matched, as the title says. By usage: found on one half of the sequences, measured on "
+            "the other. 1 on the diagonal of one model by construction.",
+            partial(geometry.layer_overlap, result),
         ),
     ]
     for name, heading, tabulate in (

@@ -13,9 +13,25 @@ from moe_interp.errors import ConfigError, DataError
 FloatArray = NDArray[np.float64]
 
 
+def real_numbers(values: ArrayLike, name: str) -> FloatArray:
+    """``values`` as a float64 array.
+
+    Raises:
+        DataError: texts, complex numbers, rows of different lengths or other things that are no array of real numbers.
+    """
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind == "c":
+            raise TypeError("complex")
+        return array.astype(np.float64, copy=False)
+    except (TypeError, ValueError):
+        given = f"{name} that are no array of real numbers ({type(values).__name__})"
+        raise DataError(given, "real numbers, rows of one length", f"Correct {name}.") from None
+
+
 def sample_last(x: ArrayLike, axis: int = -1, name: str = "x") -> FloatArray:
     """``x`` as float64 with the sample axis last. NaN is a missing value; infinity is refused."""
-    array = np.asarray(x, dtype=np.float64)
+    array = real_numbers(x, name)
     if array.ndim == 0 or not -array.ndim <= axis < array.ndim:
         raise DataError(
             f"{name} has shape {array.shape} and axis is {axis}",
@@ -49,6 +65,12 @@ def check_probability(value: float, name: str) -> None:
         is_inside = False
     if not is_inside:
         raise ConfigError(f"{name} is {value}", "a number between 0 and 1", f"Set {name} to, say, 0.05 or 0.95.")
+
+
+def check_share(value: Any, name: str, remedy: str = "Take 0.8.") -> None:
+    """Refuse a share that is not above 0, or above 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise ConfigError(f"{name}={value!r}", "a share above 0 and at most 1", remedy)
 
 
 def check_at_least(value: Any, low: int, name: str) -> None:

@@ -37,6 +37,12 @@ def geometry(
     matching: Annotated[
         str, typer.Option(help=f"How experts of the second model are matched: {', '.join(MATCHINGS)}.")
     ] = "usage",
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            help="Generate so many tokens after each prompt and compare the experts of prompt and generation.",
+        ),
+    ] = None,
     p: Annotated[float, typer.Option("--p", help="Share of a sequence's slots that a set of experts holds.")] = 0.8,
     max_tokens: Annotated[int, typer.Option(help="Tokens whose router inputs are kept, over all sequences.")] = 1024,
     pairs: Annotated[int, typer.Option(help="Pairs of tokens that are compared.")] = 4000,
@@ -55,6 +61,7 @@ def geometry(
     It needs at least 3 sequences: every interval and test is over sequences.
     """
     options.check_number("--first", first)
+    options.check_number("--generate", generate)
     options.check_number("--max-tokens", max_tokens)
     options.check_number("--pairs", pairs)
     options.check_number("--permutations", permutations)
@@ -89,6 +96,7 @@ def geometry(
             chosen,
             other=second,
             matching=matching,  # type: ignore[arg-type]
+            generate=generate,
             layers=labels,
             p=p,
             max_tokens=max_tokens,

@@ -1,6 +1,7 @@
 """The geometry of routing: how far routes follow from the states that routers read."""
 
 from moe_interp.experiments.geometry.experiment import measure
+from moe_interp.experiments.geometry.matching import layer_overlap
 from moe_interp.experiments.geometry.measures import (
     explained_by_geometry,
     linear_bounds,
@@ -17,6 +18,7 @@ __all__ = [
     "answer_overlap",
     "depth_overlap",
     "explained_by_geometry",
+    "layer_overlap",
     "linear_bounds",
     "measure",
     "route_vs_hidden_similarity",

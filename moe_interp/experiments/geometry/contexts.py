@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_interp import stats
+from moe_interp.experiments.capture.experiment import capture_routing
 from moe_interp.experiments.geometry.pairs import Pairs, overlaps
-from moe_interp.experiments.geometry.states import BoolArray, membership
+from moe_interp.experiments.geometry.states import BoolArray, distinct, membership, shared_tokens
+from moe_interp.hooks.attach import MoEHooks
 from moe_interp.stats.checks import FloatArray
 from moe_interp.stats.geometry.pairs import pairs_of
 from moe_interp.traces import RoutingTrace
@@ -110,31 +113,41 @@ def _mean(total: FloatArray, n: FloatArray) -> FloatArray:
     return total / n[:, None]
 
 
-def phase_overlap(trace: RoutingTrace, p: float, seed: int) -> dict[str, Any] | None:
+def generated(moe: MoEHooks, sequences: Sequence[Any], n: int, layers: Any, **options: Any) -> RoutingTrace:
+    """The trace of prompts and ``n`` tokens generated greedily after each, without repeated sequences."""
+    # one label for all: sequences of which some alone have a domain are no mistake here
+    found = capture_routing(moe, sequences, layers=layers, generate=n, predictions=False, domain="all", **options)
+    assert isinstance(found, RoutingTrace)
+    return distinct(found)[0]
+
+
+def phase_overlap(trace: RoutingTrace, p: float) -> dict[str, Any] | None:
     """By layer, Jaccard@p of a sequence's prefill and its own generation, and of its prefill and another's generation.
 
-    None where the trace has no phases, or fewer than two sequences have both.
+    Tokens that another sequence has after the same tokens take no part. None where the trace has no phases, or fewer
+    than two sequences have both.
     """
     phase = trace.phase
     if phase is None:
         return None
     n = len(trace.sequence_lengths)
-    counts = np.stack([_counts(trace, phase == name, n) for name in ("prefill", "generation")])
-    both = (counts.sum((2, 3)) > 0).all(0)
+    own = np.ones(trace.n_tokens, dtype=bool) if trace.token_ids is None else ~shared_tokens(trace)
+    counts = np.stack([_counts(trace, (phase == name) & own, n) for name in ("prefill", "generation")])
+    both = (counts.sum(3) > 0).all((0, 2))
     if both.sum() < 2:
         return None
     sets = stats.smallest_sets(counts[:, both], p)  # [phase, sequence, layer, expert]
     m = int(both.sum())
     first, second = pairs_of(m)
-    own = stats.jaccard(sets[0], sets[1]).T
+    same = stats.jaccard(sets[0], sets[1]).T
     crossed = (stats.jaccard(sets[0][first], sets[1][second]) + stats.jaccard(sets[0][second], sets[1][first])).T / 2
     variables: dict[str, Any] = {}
-    rows = {"phase_same": (own, np.arange(m), np.arange(m)), "phase_other": (crossed, first, second)}
+    rows = {"phase_same": (same, np.arange(m), np.arange(m)), "phase_other": (crossed, first, second)}
     for name, (values, one, two) in rows.items():
         found = stats.pair_interval([values], one, two, _mean, n_units=m, bounds=(0, 1))
         for suffix, part in (("", found.estimate), ("_low", found.low), ("_high", found.high)):
             variables[f"{name}{suffix}"] = ("layer", part)
-    return variables
+    return variables | {"n_phase_sequences": ((), m)}
 
 
 def _counts(trace: RoutingTrace, mask: NDArray[np.bool_], n: int) -> NDArray[np.int64]:

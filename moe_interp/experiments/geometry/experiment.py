@@ -14,17 +14,19 @@ from moe_interp.engine import threads_asleep
 from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import out_of_memory_in_words
 from moe_interp.errors import ConfigError
-from moe_interp.experiments.geometry.contexts import phase_overlap, same_token
+from moe_interp.experiments.geometry.contexts import generated, phase_overlap, same_token
 from moe_interp.experiments.geometry.linear import QUANTILES, bound, shared, suppression
-from moe_interp.experiments.geometry.matching import Matching, check_matching
+from moe_interp.experiments.geometry.matching import Matching, check_matching, layer_overlap, layer_overlap_of
 from moe_interp.experiments.geometry.measures import AXES, Source, check_variance, routed_states
 from moe_interp.experiments.geometry.overlap import answer_overlap, depth_variables
 from moe_interp.experiments.geometry.pairs import Pairs, check_sequences, token_pairs
 from moe_interp.experiments.geometry.result import GeometryResult
 from moe_interp.experiments.geometry.similarity import axes_of, correlations, explained
-from moe_interp.experiments.geometry.states import RoutedStates
+from moe_interp.experiments.geometry.states import RoutedStates, check_trace, own_tokens, with_layers
+from moe_interp.hooks.attach import MoEHooks
 from moe_interp.progress import Report, reporting
 from moe_interp.results import checksum
+from moe_interp.stats.checks import check_share
 from moe_interp.stats.geometry.arrays import principal_axes
 from moe_interp.traces import RoutingTrace
 
@@ -38,6 +40,7 @@ def measure(
     *,
     other: RoutingTrace | None = None,
     matching: Matching = "usage",
+    generate: int | None = None,
     weights: Mapping[int, Any] | None = None,
     biases: Mapping[int, Any] | None = None,
     layers: Any = None,
@@ -56,8 +59,9 @@ def measure(
     """Measure how far a model's routing follows from the geometry of its states.
 
     Everything of :func:`route_vs_hidden_similarity`, :func:`explained_by_geometry`, :func:`linear_bounds`,
-    :func:`shared_direction` and :func:`depth_overlap`; the same token across contexts; prefill against generation where
-    a trace has phases; and with ``other`` :func:`answer_overlap`. The docstring of each has its formula.
+    :func:`shared_direction` and :func:`depth_overlap`; the same token across contexts; prefill against generation with
+    ``generate``, or where a trace has phases; :func:`layer_overlap`; and with ``other`` :func:`answer_overlap`. The
+    docstring of each has its formula.
 
     Args:
         moe: Attached hooks of a causal decoder; or a trace with router inputs, beside ``weights``.
@@ -66,6 +70,9 @@ def measure(
             of different domains. Sequences of the same tokens count once, with a warning.
         other: A second model's trace of the same sequences, in the same order.
         matching: Which expert of ``other`` is compared with which: "usage", "rank" or "identity".
+        generate: Of a model: generate so many tokens after each prompt, greedily, and compare the experts of prompt and
+            generation. Of prompt and answer, the prompt is read; a text is a prompt as a whole. ``store`` does not keep
+            what is generated.
         weights, biases: Of a trace: the routers' linear maps ``[expert, d]`` and biases ``[expert]`` by layer, as
             :func:`router_weights` gives them. Without them there is no bound, no shared direction, and nothing is
             explained by the router itself.
@@ -100,8 +107,13 @@ def measure(
         check_whole(value, name, 1)
     check_whole(n_random_routers, "n_random_routers", 2)
     check_matching(matching)
-    if not 0 < p <= 1:
-        raise ConfigError(f"p={p}", "a share above 0 and at most 1", "Take 0.8.")
+    check_share(p, "p")
+    if other is not None:
+        check_trace(other, "other")
+    if generate is not None:
+        check_whole(generate, "generate", 1)
+        if not isinstance(moe, MoEHooks):
+            raise ConfigError("generate without a model", "attached hooks", "A trace brings its own phases.")
     if isinstance(sequences, Sequence) and not isinstance(sequences, str):
         check_sequences(len(sequences), 3, "the permutation test")
     routed = routed_states(
@@ -135,12 +147,24 @@ def measure(
             by_layer.append(_of_layer(routed, layer, pairs, options, seed))
         report(len(routed.trace.layers), len(routed.trace.layers))
     data = _dataset(routed, pairs, by_layer, options, seed)
+    phases = routed.trace
+    if generate is not None:
+        assert isinstance(moe, MoEHooks)
+        assert sequences is not None
+        layers_run = routed.trace.layers
+        phases = generated(
+            moe, sequences, generate, layers_run, seed=seed, memory_budget=memory_budget, progress=progress
+        )
+    data = data.assign(phase_overlap(phases, p) or {})
     if other is not None:
-        found = answer_overlap(routed.trace, other, matching, p=p, seed=seed)
-        data = data.assign({f"answer_{name}": value for name, value in found.data_vars.items()})
+        data = data.assign(_of_other(routed, other, matching, p, seed))
         data.attrs["answer_matching"] = matching
     content = checksum([routed.trace.token_ids, routed.trace.sequence_lengths])
-    config = options | {"layers": list(routed.trace.layers), "matching": matching if other is not None else None}
+    config = options | {
+        "generate": generate,
+        "layers": list(routed.trace.layers),
+        "matching": matching if other is not None else None,
+    }
     return GeometryResult(data, config=config, seeds=seed, data_checksum=content)
 
 
@@ -167,7 +191,8 @@ def _dataset(
     if routed.weights is not None:
         variables |= suppression(routed)
     variables |= same_token(routed.trace, routed.is_own, options["max_pairs"], seed) or {}
-    variables |= phase_overlap(routed.trace, options["p"], seed) or {}
+    layer_pairs = layer_overlap_of(routed.counts(), None, "usage", options["p"], seed)
+    variables |= {f"layer_{name}": (("layer", "other_layer"), values) for name, values in layer_pairs.items()}
     variables["counts"] = (("sequence", "layer", "expert"), routed.counts().astype(np.int32))
     coords: dict[str, Any] = axes_of(routed) | {
         "bound": ["estimate", "low", "high"],
@@ -194,6 +219,19 @@ def _dataset(
         "n_random_routers": options["n_random_routers"],
     }
     return xr.Dataset(variables, coords=coords, attrs=attrs)
+
+
+def _of_other(routed: RoutedStates, other: RoutingTrace, matching: Matching, p: float, seed: int) -> dict[str, Any]:
+    """Overlap with another model's trace, of the layers that are measured and without tokens that sequences share."""
+    if set(routed.trace.layers) < set(other.layers):
+        other = with_layers(other, routed.trace.layers)
+    mine = routed.trace.select(routed.is_own)
+    if other.token_ids is not None and len(other.sequence_lengths) == routed.n_sequences:
+        other = other.select(own_tokens(other))
+    found = answer_overlap(mine, other, matching, p=p, seed=seed)
+    layers = layer_overlap(mine, other, matching, p=p, seed=seed)
+    variables = {f"answer_{name}": value for name, value in found.data_vars.items()}
+    return variables | {f"answer_layer_{name}": value for name, value in layers.data_vars.items()}
 
 
 def _labels(routed: RoutedStates) -> Any:

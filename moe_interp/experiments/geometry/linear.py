@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_interp import stats
 from moe_interp.errors import DataError
-from moe_interp.experiments.geometry.pairs import Pairs, differences, overlaps, pair_cosines, starts
+from moe_interp.experiments.geometry.pairs import Pairs, check_sequences, differences, overlaps, pair_cosines, starts
 from moe_interp.experiments.geometry.states import RoutedStates
 from moe_interp.stats.checks import FloatArray
 from moe_interp.stats.geometry.arrays import PrincipalAxes
@@ -104,6 +104,7 @@ def suppression(routed: RoutedStates) -> dict[str, Any]:
     own tokens of all sequences.
     """
     assert routed.weights is not None
+    check_sequences(routed.n_sequences, 2, "the interval")
     sizes = np.bincount(routed.trace.sequence[routed.is_own], minlength=routed.n_sequences).astype(np.float64)
     values, without = [], []
     for layer in range(len(routed.trace.layers)):

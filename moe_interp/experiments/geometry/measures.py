@@ -49,13 +49,24 @@ def routed_states(
     check_whole(max_tokens, "max_tokens", 1)
     check_seed(seed)
     if isinstance(source, RoutedStates):
+        given = (sequences, weights, biases, layers, store)
+        if any(value is not None for value in given):
+            raise ConfigError("other inputs beside routed states", "the states alone", "They hold what is measured.")
         return source
     if isinstance(source, RoutingTrace):
         if sequences is not None:
             raise ConfigError(
                 "sequences beside a trace", "one of them", "A trace has its own sequences: leave them out."
             )
+        if store is not None:
+            raise ConfigError("a store beside a trace", "a model, whose passes it keeps", "Leave store out.")
         return states_of_trace(source, weights, biases, layers, max_tokens, seed)
+    if not isinstance(source, MoEHooks):
+        raise ConfigError(
+            f"{source!r} of type {type(source).__name__}"[:80],
+            "attached hooks, or a trace with router inputs",
+            "Pass mi.attach(bridge), or RoutingTrace.read(file).",
+        )
     if sequences is None:
         raise ConfigError("a model without sequences", "sequences to run it on", "Pass at least three.")
     if weights is not None or biases is not None:

@@ -250,7 +250,18 @@ class _Run:
             domain=domain,
             token_ids=plain.token_ids,
         )
-        own = self.own & has_expert(routes)
+        served = has_expert(routes)
+        own = self.own & served
+        for name, number in zip(
+            (s.id for s in self.sequences),
+            np.bincount(
+                plain.sequence[own & np.isin(np.arange(plain.n_tokens), self.keep)], minlength=len(self.sequences)
+            ),
+        ):
+            if not number:
+                given = f"sequence {name!r} without a kept token that has an expert at every layer"
+                raise DataError(given, "an expert at every layer", "Raise max_tokens, or leave it out.")
+        states = states[served[self.keep]]
         if not np.isfinite(states).all():
             raise DataError("router inputs that are not finite", "finite numbers", "Run in bfloat16 or float32.")
         return RoutedStates(
@@ -258,7 +269,7 @@ class _Run:
             is_own=own,
             names=tuple(s.id for s in self.sequences),
             pooled=sums / np.bincount(plain.sequence[self.own])[:, None, None],
-            kept=self.keep,
+            kept=self.keep[served[self.keep]],
             states=states,
             weights=np.stack([r.start().double().cpu().numpy() for r in self.routers]),
             bias=np.stack([_bias(r) for r in self.routers]),

@@ -9,21 +9,23 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moe_interp import stats
+from moe_interp.checks import check_seed, check_whole
 from moe_interp.errors import DataError
-from moe_interp.experiments.geometry.matching import Matching, check_matching, match_experts, matched
+from moe_interp.experiments.geometry.matching import (
+    MOST_SEQUENCES,
+    Matching,
+    check_matching,
+    halves_of,
+    matched,
+    orders_of_halves,
+)
 from moe_interp.experiments.geometry.pairs import check_sequences, sequence_pairs
-from moe_interp.experiments.geometry.states import membership
-from moe_interp.stats.checks import FloatArray
+from moe_interp.experiments.geometry.states import check_trace, covered_counts, membership
+from moe_interp.stats.checks import FloatArray, check_choice
 from moe_interp.stats.geometry.pairs import pairs_of
 from moe_interp.traces import RoutingTrace
 
 Counts = NDArray[np.integer]
-MOST_SEQUENCES = 256
-
-
-def sequence_counts(trace: RoutingTrace) -> Counts:
-    """``[sequence, layer, expert]`` slots."""
-    return trace.counts(trace.sequence, len(trace.sequence_lengths))
 
 
 def depth_overlap(
@@ -47,13 +49,14 @@ def depth_overlap(
         ``size_matched``, and ``deepening``, less the first third. ``attrs`` say which pairs.
 
     Raises:
-        DataError: fewer than two sequences, or one domain only where different ones are compared.
+        DataError: fewer than two sequences, one domain only where different ones are compared, or a sequence that the
+            trace does not cover at some layer.
 
     Source: "The Myth of Expert Specialization in MoEs" for Jaccard@p by depth; the chance levels are derived. What it
     does not show: that layers treat inputs alike. With few experts, or sets of nearly all, any two sets overlap;
     compare with ``size_matched``. Where the overlap equals ``usage_matched``, unequal load alone explains it.
     """
-    variables, attrs = depth_variables(sequence_counts(trace), _domains(trace), p, unrelated, n_draws, seed)
+    variables, attrs = depth_variables(covered_counts(trace), _domains(trace), p, unrelated, n_draws, seed)
     coords = {"layer": list(trace.layers), "bound": ["estimate", "low", "high"]}
     return xr.Dataset(variables, coords=coords, attrs=attrs)
 
@@ -69,6 +72,8 @@ def depth_variables(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The variables of :func:`depth_overlap` from ``counts[sequence, layer, expert]``, and what they are of."""
     n, n_layers, n_experts = counts.shape
+    check_whole(n_draws, "n_draws", 1)
+    check_seed(seed)
     check_sequences(n, 2, "an overlap of inputs")
     pairs = sequence_pairs(n, MOST_SEQUENCES, seed)
     first, second, what = pairs.first, pairs.second, "all pairs of sequences"
@@ -126,7 +131,7 @@ def answer_overlap(
     """Overlap of the experts of two runs or two models on the same sequences, against one run on two sequences.
 
     Sequence level: Jaccard@p of the sets of a sequence under ``a`` and ``b``. Token level: ``|S_a n S_b| /
-    sqrt(|S_a| |S_b|)`` of the same token, averaged over tokens.
+    sqrt(|S_a| |S_b|)`` of the same token, averaged over tokens that both traces cover.
 
     Args:
         a, b: Traces of the same sequences in the same order, and of the same layers. At the token level, of the same
@@ -151,16 +156,17 @@ def answer_overlap(
     matched experts compute alike; the matching knows their use alone.
     """
     check_matching(matching)
+    check_choice(level, ("sequence", "token"), "level")
+    check_seed(seed)
     _check_comparable(a, b, level)
     n = len(a.sequence_lengths)
-    halves = np.zeros(n, dtype=np.int64)
-    halves[stats.derive_rng(seed, "halves").permutation(n)[: n // 2]] = 1
-    counts = sequence_counts(a), sequence_counts(b)
+    halves = halves_of(n, seed)
+    counts = covered_counts(a), covered_counts(b)
     rows: dict[str, list[FloatArray]] = {"same": [], "other": [], "crossed": [], "chance": []}
     first, second = pairs_of(n)
     for layer in range(len(a.layers)):
         shares = [side[:, layer] / np.maximum(side[:, layer].sum(1, keepdims=True), 1) for side in counts]
-        orders = _orders(shares, halves, matching, a.n_experts)
+        orders = orders_of_halves(*shares, halves, matching)
         values = _of_layer(a, b, counts, layer, orders, halves, level, p, first, second)
         for name, found in zip(rows, values):
             rows[name].append(found)
@@ -168,6 +174,8 @@ def answer_overlap(
 
 
 def _check_comparable(a: RoutingTrace, b: RoutingTrace, level: str) -> None:
+    check_trace(a, "a")
+    check_trace(b, "b")
     if a.layers != b.layers:
         odd = sorted(set(a.layers) ^ set(b.layers)) or list(b.layers)
         raise DataError(
@@ -190,13 +198,6 @@ def _check_comparable(a: RoutingTrace, b: RoutingTrace, level: str) -> None:
             "the same token ids in the same order",
             "Compare them sequence by sequence (level='sequence').",
         )
-
-
-def _orders(shares: list[FloatArray], halves: NDArray[np.int64], matching: Matching, n: int) -> list[NDArray[np.int64]]:
-    """For each half of the sequences, the matching that is applied to it: by usage, found on the other half."""
-    if matching == "usage":
-        return [match_experts(shares[0][halves != half], shares[1][halves != half], matching) for half in (0, 1)]
-    return [match_experts(shares[0], shares[1], matching)] * 2
 
 
 def _of_layer(
@@ -228,10 +229,14 @@ def _of_layer(
     there = both[halves[a.sequence], np.arange(len(two))].astype(bool)
     size = np.maximum(one.sum(1) * there.sum(1), 1)
     together = (np.pad(one, ((0, 0), (0, width - a.n_experts))) & there).sum(1) / np.sqrt(size)
-    n = np.bincount(a.sequence)
-    by_sequence = np.bincount(a.sequence, weights=together) / n
-    by_chance = np.bincount(a.sequence, weights=np.sqrt(size) / max(a.n_experts, b.n_experts)) / n
-    return by_sequence, other, crossed, by_chance
+    seen = one.any(1) & two.any(1)  # tokens that both traces cover
+    n = np.bincount(a.sequence[seen], minlength=len(sets_a))
+    if not n.all():
+        given = f"sequence {int(np.argmin(n))} without a token that both traces cover at layer {a.layers[layer]}"
+        raise DataError(given, "a token of each sequence with experts in both", "Compare them with level='sequence'.")
+    by_chance = np.sqrt(size) / max(a.n_experts, b.n_experts)
+    means = [np.bincount(a.sequence[seen], weights=values[seen]) / n for values in (together, by_chance)]
+    return means[0], other, crossed, means[1]
 
 
 def _wide(sets: NDArray[Any], width: int) -> NDArray[Any]:

@@ -73,17 +73,11 @@ def overlaps(sets: BoolArray, pairs: Pairs) -> FloatArray:
     return np.asarray(together / np.sqrt(size[pairs.first] * size[pairs.second]))
 
 
-def cosine_matrix(rows: NDArray[np.floating], what: str) -> FloatArray:
-    """``[row, row]`` cosines.
-
-    Raises:
-        DataError: a row of length 0.
-    """
+def cosine_matrix(rows: NDArray[np.floating]) -> FloatArray:
+    """``[row, row]`` cosines; 0 with a row of length 0."""
     values = rows.astype(np.float64)
     length = np.linalg.norm(values, axis=1, keepdims=True)
-    if not (length > 0).all():
-        raise DataError(f"{what} of length 0", "states with a direction", "Leave out what has none.")
-    unit = values / length
+    unit = values / np.where(length > 0, length, 1)
     return np.asarray(np.clip(unit @ unit.T, -1, 1))
 
 
@@ -111,7 +105,7 @@ def starts(n: int) -> range:
 
 def usage_similarity(counts: NDArray[np.number]) -> FloatArray:
     """``[sequence, sequence]`` cosines of normalised expert counts ``[sequence, expert]``."""
-    return cosine_matrix(counts.astype(np.float64), "expert counts of a sequence")
+    return cosine_matrix(counts.astype(np.float64))
 
 
 def kept_counts(routed: RoutedStates, sets: BoolArray) -> FloatArray:

@@ -135,6 +135,22 @@ class GeometryResult(Result, kind="geometry"):
         frame = self.data[[*names, "answer_chance"]].to_dataframe().reset_index()
         return frame.rename(columns=lambda name: str(name).removeprefix("answer_"))
 
+    def layer_overlap(self) -> pd.DataFrame:
+        """A row a ``run`` ("itself" or "other") and two layers: ``overlap`` (Jaccard@p of a sequence's experts at both,
+        matched), ``crossed`` (of two sequences, under the same matching) and ``chance`` (of random sets of the sizes).
+
+        Raises:
+            DataError: a result without it.
+        """
+        self._need("layer_overlap", "the overlap of layers", "Measure anew.")
+        frames = []
+        for run, prefix in (("itself", "layer_"), ("other", "answer_layer_")):
+            if f"{prefix}overlap" in self.data:
+                names = {f"{prefix}{name}": name for name in ("overlap", "crossed", "chance")}
+                frame = self.data[list(names)].to_dataframe().reset_index().rename(columns=names)
+                frames.append(frame[["layer", "other_layer", *names.values()]].assign(run=run))
+        return pd.concat(frames, ignore_index=True)
+
     def findings(self) -> pd.DataFrame:
         """The five findings of "The Myth of Expert Specialization in MoEs": ``finding, verdict, estimate, low, high,
         measure``. A verdict is "confirmed", "not confirmed" (the interval says otherwise), "not shown", or "not
@@ -198,7 +214,7 @@ def _explained_words(result: GeometryResult) -> list[str]:
 
 
 _NAMES = {
-    "router": "the router's own weights",
+    "router": "the router's own weights (1 by construction, less where biases, groups or rounding decide with them)",
     "random router": "random routers on the same states",
     "whitened states": "random routers on whitened states",
 }

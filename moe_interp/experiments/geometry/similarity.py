@@ -89,7 +89,7 @@ def _token_level(
     for layer in layers:
         sets = routed.sets(layer)[chosen].astype(np.float64)
         alike.append(sets @ sets.T / np.sqrt(np.outer(sets.sum(1), sets.sum(1))))
-        near.append(cosine_matrix(routed.states[chosen, layer], "a router input"))
+        near.append(cosine_matrix(routed.states[chosen, layer]))
     test = mantel(np.stack(alike), np.stack(near), tokens_per_unit=each, n_permutations=n_permutations, seed=seed)
     return _interval(routes, hidden, pairs, routed.n_sequences), test
 
@@ -108,7 +108,7 @@ def _sequence_level(routed: RoutedStates, n_permutations: int, seed: int) -> tup
     counts = routed.counts()[chosen]
     layers = range(len(routed.trace.layers))
     alike = np.stack([usage_similarity(counts[:, layer]) for layer in layers])
-    near = np.stack([cosine_matrix(routed.pooled[chosen, layer], "a mean router input") for layer in layers])
+    near = np.stack([cosine_matrix(routed.pooled[chosen, layer]) for layer in layers])
     test = mantel(alike, near, n_permutations=n_permutations, seed=seed)
     pairs = sequence_pairs(len(chosen), len(chosen), seed)
     at = (slice(None), pairs.first, pairs.second)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError, DataError
+from moe_interp.experiments.inputs.repeats import merge_repeats
 from moe_interp.stats import derive_rng
-from moe_interp.stats.checks import FloatArray
+from moe_interp.stats.checks import FloatArray, real_numbers
 from moe_interp.traces import RoutingTrace
 
 IntArray = NDArray[np.int64]
@@ -91,22 +93,21 @@ def own_tokens(trace: RoutingTrace, names: tuple[str, ...] | None = None) -> Boo
     Raises:
         DataError: a sequence has no such token: it is the beginning of another one.
     """
-    own = has_expert(trace.expert_indices)
-    if trace.token_ids is not None:
-        own &= ~_shared(trace)
-    found = np.bincount(trace.sequence[own], minlength=len(trace.sequence_lengths))
-    if not found.all():
-        number = int(np.argmin(found))
-        name = repr(names[number]) if names else number
-        raise DataError(
-            f"sequence {name} without a token of its own",
-            "sequences none of which is the beginning of another one, with an expert at every layer",
-            "Leave it out.",
-        )
+    served = has_expert(trace.expert_indices)
+    own = served if trace.token_ids is None else served & ~shared_tokens(trace)
+    for flags, lack, expected in (
+        (served, "a token that has an expert at every layer", "routes of all layers for a token at least"),
+        (own, "a token of its own", "sequences none of which is the beginning of another one"),
+    ):
+        found = np.bincount(trace.sequence[flags], minlength=len(trace.sequence_lengths))
+        if not found.all():
+            number = int(np.argmin(found))
+            name = repr(names[number]) if names else number
+            raise DataError(f"sequence {name} without {lack}", expected, "Leave it out.")
     return own
 
 
-def _shared(trace: RoutingTrace) -> BoolArray:
+def shared_tokens(trace: RoutingTrace) -> BoolArray:
     """``[token]``: another sequence has the same tokens up to and with this one."""
     assert trace.token_ids is not None
     shared = np.zeros(trace.n_tokens, dtype=bool)
@@ -160,13 +161,25 @@ def states_of_trace(
             "router_inputs [token, layer, d_model]",
             "Record them (capture_routing with router inputs), or pass the attached model and its sequences.",
         )
-    trace, inputs = with_layers(trace, layers, inputs)
-    names = tuple(str(number) for number in range(len(trace.sequence_lengths)))
-    own = own_tokens(trace)
+    if layers is not None:
+        trace = with_layers(trace, layers)
+    trace, numbers = distinct(trace)
+    names = tuple(map(str, numbers))
+    own = own_tokens(trace, names)
+    inputs = trace.router_inputs
+    assert inputs is not None
+    if not np.isfinite(inputs[own]).all():
+        raise DataError("router inputs that are not finite", "finite numbers", "Record them in bfloat16 or float32.")
     kept = tokens_to_keep(trace, own, max_tokens, seed)
     sums = np.zeros((len(names), *inputs.shape[1:]))
     np.add.at(sums, trace.sequence[own], inputs[own])
     pooled = sums / np.bincount(trace.sequence[own])[:, None, None]
+    if weights is None and biases is not None:
+        raise ConfigError("biases without weights", "both, or weights alone", "Pass weights= as well.")
+    if biases is not None and not isinstance(biases, Mapping):
+        raise ConfigError(
+            f"biases of type {type(biases).__name__}", "a mapping from layer to array", "Name the layers."
+        )
     found = None if weights is None else _by_layer(weights, trace, (trace.n_experts, inputs.shape[2]), "weights")
     bias = None
     if found is not None:
@@ -177,15 +190,56 @@ def states_of_trace(
     return RoutedStates(trace, own, names, pooled, kept, inputs[kept], found, bias, model)
 
 
-def with_layers(trace: RoutingTrace, layers: Any, inputs: NDArray[Any]) -> tuple[RoutingTrace, NDArray[Any]]:
-    """The trace of some layers, with its router inputs.
+def distinct(trace: RoutingTrace) -> tuple[RoutingTrace, list[int]]:
+    """The trace with each sequence of tokens once, and the numbers of those that are kept; warns of the others.
+
+    A trace without token ids is taken as it is.
+    """
+    numbers = list(range(len(trace.sequence_lengths)))
+    if trace.token_ids is None:
+        return trace, numbers
+    ends = np.cumsum(trace.sequence_lengths)[:-1]
+    contents = [part.tobytes() for part in np.split(trace.token_ids, ends)]
+    kept, merged = merge_repeats(contents, list(map(str, numbers)), "sequences")
+    return (trace.select(np.isin(trace.sequence, kept)), kept) if merged else (trace, numbers)
+
+
+def check_trace(trace: Any, name: str = "trace") -> None:
+    """Refuse what is no trace.
 
     Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(trace, RoutingTrace):
+        raise ConfigError(f"{name} of type {type(trace).__name__}", "a RoutingTrace", "Read a file: RoutingTrace.read.")
+
+
+def covered_counts(trace: RoutingTrace) -> IntArray:
+    """``[sequence, layer, expert]`` slots.
+
+    Raises:
+        ConfigError: no trace.
+        DataError: a sequence of which the trace covers no token at some layer: nothing is known of its experts there.
+    """
+    check_trace(trace)
+    counts = trace.counts(trace.sequence, len(trace.sequence_lengths))
+    lacking = np.argwhere(counts.sum(2) == 0)
+    if len(lacking):
+        number, place = lacking[0].tolist()
+        given = f"sequence {number} without an expert at layer {trace.layers[place]}"
+        raise DataError(given, "routes of every sequence at every layer", "Leave the sequence or the layer out.")
+    return counts
+
+
+def with_layers(trace: RoutingTrace, layers: Any) -> RoutingTrace:
+    """The trace of some layers, one or several.
+
+    Raises:
+        ConfigError: layers that are no whole numbers.
         DataError: a layer that the trace lacks.
     """
-    if layers is None:
-        return trace, inputs
-    wanted = [int(layer) for layer in layers]
+    several = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else layers
+    wanted = [check_whole(layer, "layers") for layer in several]
     missing = [layer for layer in wanted if layer not in trace.layers]
     if missing or not wanted or len(set(wanted)) < len(wanted):
         raise DataError(
@@ -194,17 +248,9 @@ def with_layers(trace: RoutingTrace, layers: Any, inputs: NDArray[Any]) -> tuple
             "Leave layers out for all of them.",
         )
     places = [trace.layers.index(layer) for layer in wanted]
-    cut = RoutingTrace.from_arrays(
-        trace.expert_indices[:, places],
-        None if trace.expert_weights is None else trace.expert_weights[:, places],
-        sequence_lengths=trace.sequence_lengths,
-        n_experts=trace.n_experts,
-        layers=wanted,
-        domain=trace.domain,
-        token_ids=trace.token_ids,
-        phase=trace.phase,
-    )
-    return cut, inputs[:, places]
+    fields = ("expert_indices", "expert_weights", "router_logits", "router_inputs", "expert_norms")
+    cut = {name: value[:, places] for name in fields if (value := getattr(trace, name)) is not None}
+    return replace(trace, **cut, layers=tuple(wanted))
 
 
 def _by_layer(given: Matrices, trace: RoutingTrace, shape: tuple[int, ...], name: str) -> FloatArray:
@@ -219,8 +265,8 @@ def _by_layer(given: Matrices, trace: RoutingTrace, shape: tuple[int, ...], name
         value = given[layer]
         if hasattr(value, "detach"):
             value = value.detach().double().cpu()
-        array = np.asarray(value, dtype=np.float64)
-        if array.shape != shape or not np.isfinite(array).all():
+        array = real_numbers(value, f"{name} of layer {layer}")
+        if array.shape != shape or not (np.abs(array) < 1e100).all():
             raise DataError(
                 f"{name} of layer {layer} of shape {array.shape}", f"finite numbers of shape {shape}", "Correct them."
             )

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moe_interp.errors import DataError
-from moe_interp.stats.checks import FloatArray
+from moe_interp.stats.checks import FloatArray, real_numbers
 
 
 def matrix(values: ArrayLike, name: str, axes: str) -> FloatArray:
@@ -15,7 +15,7 @@ def matrix(values: ArrayLike, name: str, axes: str) -> FloatArray:
     Raises:
         DataError: another shape, or values that are not finite.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = real_numbers(values, name)
     if array.ndim != 2 or 0 in array.shape:
         raise DataError(f"{name} of shape {array.shape}", f"{axes}, at least one of each", f"Reshape {name}.")
     if not np.isfinite(array).all():

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moe_interp.errors import ConfigError
-from moe_interp.stats.checks import FloatArray
+from moe_interp.stats.checks import FloatArray, check_share
 from moe_interp.stats.geometry.arrays import PrincipalAxes, principal_axes, weights_and_states
 
 
@@ -70,8 +69,7 @@ def linear_bound(
     Source: "The Myth of Expert Specialization in MoEs" for the bound above; the converse is derived. What it does not
     show: that close logits choose the same experts; at a margin of 0 the smallest difference changes a route.
     """
-    if not 0 < variance <= 1:
-        raise ConfigError(f"variance={variance}", "a share above 0 and at most 1", "Take 1.0, or 0.99.")
+    check_share(variance, "variance", "Take 1.0, or 0.99.")
     weight, state = weights_and_states(weights, states)
     _, singular, directions = axes or principal_axes(state)
     rank = len(directions)

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
-from moe_interp.errors import ConfigError, DataError
-from moe_interp.stats.checks import FloatArray
+from moe_interp.errors import DataError
+from moe_interp.stats.checks import FloatArray, check_at_least, check_share, real_numbers
 
 BoolArray = NDArray[np.bool_]
 
@@ -31,10 +31,9 @@ def smallest_sets(mass: ArrayLike, p: float = 0.8) -> BoolArray:
 
     Source: Jaccard@p of "The Myth of Expert Specialization in MoEs".
     """
-    if not 0 < p <= 1:
-        raise ConfigError(f"p={p}", "a share above 0 and at most 1", "Take 0.8.")
-    values = np.asarray(mass, dtype=np.float64)
-    if not (values >= 0).all() or np.isinf(values).any():
+    check_share(p, "p")
+    values = real_numbers(mass, "mass")
+    if values.ndim == 0 or not (values >= 0).all() or np.isinf(values).any():
         raise DataError("mass that is negative, missing or infinite", "numbers of at least 0", "Pass counts.")
     order = np.argsort(-values, axis=-1, kind="stable")
     ordered = np.take_along_axis(values, order, axis=-1)
@@ -54,8 +53,15 @@ def jaccard(a: ArrayLike, b: ArrayLike) -> FloatArray:
 
 
 def expected_jaccard(size_a: ArrayLike, size_b: ArrayLike, n_experts: int) -> FloatArray:
-    """The mean Jaccard of two independent uniform sets of these sizes: the overlap is hypergeometric. Exact."""
+    """The mean Jaccard of two independent uniform sets of these sizes: the overlap is hypergeometric. Exact.
+
+    Raises:
+        DataError: sizes that are not whole numbers from 0 to ``n_experts``.
+    """
+    check_at_least(n_experts, 1, "n_experts")
     one, two = np.broadcast_arrays(np.asarray(size_a), np.asarray(size_b))
+    if {one.dtype.kind, two.dtype.kind} - set("iu") or any(((s < 0) | (s > n_experts)).any() for s in (one, two)):
+        raise DataError(f"sizes of sets of {n_experts} experts", f"whole numbers from 0 to {n_experts}", "Count sets.")
     table = np.full((n_experts + 1, n_experts + 1), np.nan)
     both = np.arange(n_experts + 1)
     for pair in np.unique(np.stack([one.ravel(), two.ravel()], axis=1), axis=0):

@@ -108,6 +108,7 @@ def sampled_pairs(unit: ArrayLike, most: int, seed: int = 0, label: str = "pairs
     Raises:
         DataError: no two things of different units.
     """
+    check_at_least(most, 1, "max_pairs")
     units = np.asarray(unit)
     n = len(units)
     if n * (n - 1) // 2 <= 4 * most:

@@ -12,6 +12,7 @@ import torch
 import moe_interp as mi
 from moe_interp.errors import ConfigError, ResultError
 from moe_interp.experiments.geometry.model_pass import SkippedLayerWarning
+from moe_interp.experiments.inputs.repeats import RepeatedContentWarning
 from tests import tiny
 
 # plain softmax, a bias in the router, sigmoid with correction bias and groups, normed and scaled input, soft-cap,
@@ -171,3 +172,44 @@ def test_half_precision_gives_numbers_and_the_model_is_left_as_it_was() -> None:
     assert not found.data["violations"].values.any()
     assert moe.bridge.training
     assert all(torch.equal(value, before[name]) for name, value in moe.bridge.original_model.state_dict().items())
+
+
+def test_a_prompt_is_compared_with_what_the_model_generates_after_it() -> None:
+    moe = mi.attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    rows = sequences(6, 8)
+    before = mi.geometry.measure(moe, rows, **QUICK)
+    result = mi.geometry.measure(moe, rows, generate=5, **QUICK)
+    trace = mi.capture_routing(moe, rows, generate=5, inputs=True, progress=False)
+    assert isinstance(trace, mi.RoutingTrace)
+    for name in before.data.data_vars:  # the rest is of the sequences as they were given
+        assert result.data[name].values == pytest.approx(before.data[name].values, nan_ok=True), name
+    own = np.concatenate([np.arange(n) >= 2 for n in trace.sequence_lengths])  # both first tokens are the same in all
+    expected = []
+    for layer in range(len(moe.layers)):
+        overlap = []
+        for number in range(6):
+            sets = []
+            for phase in ("prefill", "generation"):
+                here = (trace.sequence == number) & own & (trace.phase == phase)
+                counts = np.bincount(trace.expert_indices[here, layer].ravel(), minlength=trace.n_experts)
+                order = np.argsort(-counts, kind="stable")
+                n = int(np.searchsorted(np.cumsum(counts[order]), 0.8 * counts.sum() - 1e-9)) + 1
+                sets.append(set(order[:n].tolist()))
+            overlap.append(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
+        expected.append(np.mean(overlap))
+    assert result.phases()["phase_same"].to_numpy() == pytest.approx(expected)
+    # a captured trace brings its phases, and its weights make the rest of it
+    weights, biases = mi.geometry.router_weights(moe)
+    of_trace = mi.geometry.measure(trace, weights=weights, biases=biases, **QUICK)
+    assert of_trace.phases()["phase_same"].to_numpy() == pytest.approx(expected)
+    assert result.config["generate"] == 5
+
+
+def test_prompts_that_are_repeated_are_generated_from_once() -> None:
+    moe = mi.attach(tiny.build_bridge(tiny.build_hf("olmoe"), "olmoe"))
+    rows = sequences(5, 8)
+    with pytest.warns(RepeatedContentWarning):
+        twice = mi.geometry.measure(moe, [*rows, rows[0]], generate=3, **QUICK)
+    once = mi.geometry.measure(moe, rows, generate=3, **QUICK)
+    assert twice.phases()["phase_other"].to_numpy() == pytest.approx(once.phases()["phase_other"].to_numpy())
+    assert int(twice.data["n_phase_sequences"]) == 5

@@ -12,7 +12,8 @@ import pytest
 
 import moe_interp as mi
 from moe_interp.errors import ConfigError, DataError, MoEInterpError
-from moe_interp.experiments.geometry.states import own_tokens
+from moe_interp.experiments.geometry.states import distinct, own_tokens
+from moe_interp.experiments.inputs.repeats import RepeatedContentWarning
 from tests.unit.experiments.planted_geometry import planted
 
 QUICK: dict[str, Any] = {
@@ -230,7 +231,7 @@ def test_a_second_model_makes_the_third_finding_testable(linear: mi.GeometryResu
 
 
 def test_prompt_and_generation_are_compared_where_they_are_recorded() -> None:
-    trace, weights = planted(n_tokens=40)
+    trace, weights = planted(n_tokens=40, token_ids=None)
     phase = np.tile(np.repeat(["prefill", "generation"], 20), 24)
     result = mi.geometry.measure(replace(trace, phase=phase), weights=weights, **QUICK)
     table = result.phases()
@@ -247,6 +248,11 @@ def test_what_sequences_share_from_their_beginning_counts_for_none() -> None:
     same = replace(trace, token_ids=np.array([1, 5, 6, 1, 5, 6, 1, 8, 6]))
     with pytest.raises(DataError, match="sequence 0 without a token of its own"):
         own_tokens(same)
+    with pytest.warns(RepeatedContentWarning, match="'1' \\(as '0'\\)"):
+        once, numbers = distinct(same)
+    assert numbers == [0, 2]
+    assert once.token_ids is not None
+    assert once.token_ids.tolist() == [1, 5, 6, 1, 8, 6]
 
 
 def test_without_weights_the_rest_is_measured() -> None:
@@ -268,7 +274,7 @@ def test_it_is_saved_and_loaded_whole(linear: mi.GeometryResult, tmp_path: Path)
     pd.testing.assert_frame_equal(loaded.explained(), linear.explained())
     assert {"level", "layer", "correlation"} <= set(loaded.to_dataframe().columns)
     page = loaded.report(tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     for words in ("The five findings", "Do similar states route alike?", "Is the shared direction suppressed?"):
         assert words in page
 
@@ -292,6 +298,8 @@ def test_figures_draw_the_numbers_of_the_tables(linear: mi.GeometryResult) -> No
     shown = np.asarray(linear.plot("layer_agreement").axes[0].images[0].get_array())
     assert shown == pytest.approx(linear.data["route_agreement"].values)
     assert np.diag(shown) == pytest.approx(1)
+    matched = np.asarray(linear.plot("layer_overlap").axes[0].images[0].get_array())
+    assert matched.ravel() == pytest.approx(linear.layer_overlap()["overlap"].to_numpy())
 
 
 def _one_sequence() -> Any:
