@@ -69,7 +69,7 @@ def check_probability(value: float, name: str) -> None:
 
 def check_share(value: Any, name: str, remedy: str = "Take 0.8.") -> None:
     """Refuse a share that is not above 0, or above 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise ConfigError(f"{name}={value!r}", "a share above 0 and at most 1", remedy)
 
 

@@ -171,7 +171,7 @@ class GeometryResult(Result, kind="geometry"):
         for number, row in enumerate(self.findings().to_dict("records"), start=1):
             value = "" if np.isnan(row["estimate"]) else f": {row['measure']} {_interval(row)}"
             lines.append(f"{number}. {row['finding']}: {row['verdict']}{value}.")
-        return [*lines, *_explained_words(self)]
+        return [*lines, *_explained_words(self), *_phase_words(data)]
 
     def summary(self) -> str:
         """The five findings in words, and how much of route similarity geometry explains."""
@@ -203,6 +203,11 @@ def _explained_words(result: GeometryResult) -> list[str]:
             f"Of the similarity of sequences' routes, linear maps of the states explain {'; '.join(parts)}. Random "
             f"routers explain {of_random:.2f} of one another's. Means over layers; by layer, the range of intervals."
         )
+        if "router" in set(table["source"]):
+            lines.append(
+                "The router's own share is 1 by construction, less only where biases, groups, capacities or rounding "
+                "decide with its weights: it is a check. What random routers explain is the part that is geometry."
+            )
     if "violations" in result.data:
         tight = result.data["tightness"].sel(quantile=0.5).values
         broken = int(result.data["violations"].sum() + result.data["converse_violations"].sum())
@@ -213,8 +218,19 @@ def _explained_words(result: GeometryResult) -> list[str]:
     return lines
 
 
+def _phase_words(data: xr.Dataset) -> list[str]:
+    """Prompt against generation, averaged over layers."""
+    if "phase_same" not in data:
+        return []
+    same, other = (float(data[name].mean()) for name in ("phase_same", "phase_other"))
+    return [
+        f"The experts of a prompt and of its own generation overlap {same:.2f} (Jaccard@{data.attrs['p']:g}, mean over "
+        f"layers), of a prompt and another's generation {other:.2f}."
+    ]
+
+
 _NAMES = {
-    "router": "the router's own weights (1 by construction, less where biases, groups or rounding decide with them)",
+    "router": "the router's own weights",
     "random router": "random routers on the same states",
     "whitened states": "random routers on whitened states",
 }

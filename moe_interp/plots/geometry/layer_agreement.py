@@ -17,6 +17,7 @@ def layer_agreement(result: GeometryTables) -> Figure:
     values = data["route_agreement"].values
     layers = [str(layer) for layer in data["layer"].values]
     figure, (axis,) = panels(["Which sequences share experts: agreement of layers"], min(WIDTH * 0.6, 5.0))
+    figure.set_figwidth(6.2)  # square, without empty space beside it
     image = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, origin="lower")
     if len(layers) <= 8:
         for i, row in enumerate(values):

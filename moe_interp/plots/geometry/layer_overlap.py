@@ -23,6 +23,8 @@ def layer_overlap(result: GeometryTables) -> Figure:
         "other": f"Two models (matched by {attrs.get('answer_matching')})",
     }
     figure, axes = panels([titles[run] for run in runs], 3.6)
+    if len(runs) == 1:
+        figure.set_figwidth(4.9)  # square, without empty space beside it
     for axis, run in zip(axes, runs):
         values = table[table["run"] == run].pivot(index="layer", columns="other_layer", values="overlap").to_numpy()
         layers = [str(layer) for layer in result.data["layer"].values]
