@@ -166,7 +166,7 @@ def answer_overlap(
     first, second = pairs_of(n)
     for layer in range(len(a.layers)):
         shares = [side[:, layer] / np.maximum(side[:, layer].sum(1, keepdims=True), 1) for side in counts]
-        orders = orders_of_halves(*shares, halves, matching)
+        orders = orders_of_halves(shares[0], shares[1], halves, matching)
         values = _of_layer(a, b, counts, layer, orders, halves, level, p, first, second)
         for name, found in zip(rows, values):
             rows[name].append(found)

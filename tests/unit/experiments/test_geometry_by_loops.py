@@ -58,8 +58,8 @@ def test_both_bounds_equal_a_loop_with_an_eigendecomposition() -> None:
 
 def test_the_shared_direction_and_its_controls_equal_a_loop() -> None:
     trace, weights = planted(n_sequences=4, n_tokens=5, n_layers=1, token_ids=None)
-    states, w = inputs_of(trace)[:, 0].astype(float) + 0.5, weights[0]
-    moved = replace(trace, router_inputs=states[:, None])
+    moved = replace(trace, router_inputs=(inputs_of(trace) + 0.5).astype(np.float32))
+    states, w = inputs_of(moved)[:, 0].astype(float), weights[0]
     found = mi.geometry.shared_direction(moved, weights=weights, n_components=3).isel(layer=0)
     centre = np.eye(12) - np.ones((12, 12)) / 12
     mean = states.mean(0)
@@ -116,7 +116,7 @@ def test_a_layer_with_renamed_experts_is_recognised_and_an_unrelated_one_is_not(
     trace, _ = planted("nothing", n_tokens=40, n_layers=1)
     order = np.random.default_rng(1).permutation(12)
     other, _ = planted("nothing", n_tokens=40, n_layers=1, seed=5)
-    three = [trace.expert_indices, order[trace.expert_indices], other.expert_indices]
+    three: list[Any] = [trace.expert_indices, order[trace.expert_indices], other.expert_indices]
     both = mi.RoutingTrace.from_arrays(np.concatenate(three, axis=1), sequence_lengths=[40] * 24, n_experts=12)
     found = mi.geometry.layer_overlap(both)
     overlap, crossed = found["overlap"].values, found["crossed"].values
@@ -238,7 +238,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: _measure(T, generate=0), "generate=0"),
     (lambda: _measure(T, generate=4), "generate without a model"),
     (lambda: _measure(T, store="folder"), "a store beside a trace"),
-    (lambda: _measure(replace(T, router_inputs=inputs_of(T) * np.nan)), "router inputs that are not finite"),
+    (
+        lambda: _measure(replace(T, router_inputs=np.full_like(inputs_of(T), np.nan))),
+        "router inputs that are not finite",
+    ),
     (lambda: mi.geometry.linear_bounds(T, weights=W, max_pairs=0), "max_pairs is 0"),
     (lambda: mi.geometry.explained_by_geometry(T, max_pairs=-1), "max_pairs is -1"),
     (lambda: mi.geometry.depth_overlap("x.npz"), "trace of type str"),  # type: ignore[arg-type]
