@@ -11,6 +11,7 @@ from moe_interp.stats.correlation import (
     mean_rho_permutation,
     spearman,
 )
+from moe_interp.stats.fixed_size_sets import pair_inclusion
 from moe_interp.stats.geometry.linear_bound import LinearBound, linear_bound
 from moe_interp.stats.geometry.mantel import MantelResult, mantel
 from moe_interp.stats.geometry.overlap import expected_jaccard, jaccard, smallest_sets
@@ -85,6 +86,7 @@ __all__ = [
     "mean_interval",
     "mean_rho_permutation",
     "median_interval",
+    "pair_inclusion",
     "pair_interval",
     "paired_permutation",
     "pass_at_k",

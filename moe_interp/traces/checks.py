@@ -16,11 +16,22 @@ PHASES = ("prefill", "generation")
 
 
 def as_array(values: Any) -> NDArray[Any]:
-    """A numpy array of an array-like or a tensor on any device, bfloat16 included."""
+    """A numpy array of an array-like or a tensor on any device, bfloat16 included.
+
+    Raises:
+        DataError: lists of unequal lengths.
+    """
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values
-    return np.asarray(values)
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # of rows of unequal length
+        raise DataError(
+            f"lists that are no array ({error})",
+            "rows of one length",
+            "Fill short routes up with -1, and weights with 0.",
+        ) from error
 
 
 def checked_indices(values: ArrayLike) -> NDArray[np.int32]:

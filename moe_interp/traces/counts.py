@@ -61,8 +61,13 @@ class RoutingCounts:
         tables: Iterable[str] | None = None,
         path_length: int = PATH_LENGTH,
     ) -> None:
-        self.layers = checked_layers(layers, len(layers))
+        given = tuple(layers) if isinstance(layers, Iterable) else ()
+        if not given:
+            raise ConfigError(f"layers={layers!r}", "the model's index of each layer, at least one", "Pass a list.")
+        self.layers = checked_layers(given, len(given))
         self.n_experts = check_whole(n_experts, "n_experts", 1)
+        if tables is not None and (isinstance(tables, str) or not isinstance(tables, Iterable)):
+            raise ConfigError(f"tables={tables!r}", f"a list, of {', '.join(TABLES)}", "Choose among these.")
         chosen = TABLES if tables is None else tuple(tables)
         if unknown := [name for name in chosen if name not in TABLES]:
             raise ConfigError(f"table {unknown[0]!r}", f"of {', '.join(TABLES)}", "Choose among these.")
@@ -118,12 +123,19 @@ class RoutingCounts:
             )
         n_domains, n_layers, n_experts = table.shape
         k = check_whole(n_slots, "n_slots", 1, n_experts, error=DataError)
-        names = tuple(map(str, domains)) if domains is not None else ()
+        names = () if domains is None else tuple(check_name(name, "domain") for name in domains)
         if (names or n_domains > 1) and (len(names) != n_domains or len(set(names)) != n_domains):
             raise DataError(
                 f"{len(set(names))} domains for {n_domains} tables", "a name of its own for each", "Name them."
             )
-        tokens = np.broadcast_to(as_array(n_tokens), (n_domains,)).astype(np.int64)
+        tokens = as_array(n_tokens)
+        if tokens.shape not in {(), (1,), (n_domains,)} or tokens.dtype.kind not in "iu":
+            raise DataError(
+                f"n_tokens of shape {tokens.shape} and type {tokens.dtype}",
+                f"whole numbers, one for all or one for each of {n_domains} domains",
+                "Pass the number of tokens that were counted.",
+            )
+        tokens = np.broadcast_to(tokens, (n_domains,)).astype(np.int64)
         over = (table > tokens[:, None, None]).any() or (table.sum(axis=2) > (tokens * k)[:, None]).any()
         if over or (tokens < 1).any():
             raise DataError(
@@ -139,9 +151,14 @@ class RoutingCounts:
         by_width[:, :, k] = tokens[:, None]
         arrays = {"served": served, "tokens_by_width": by_width, "domain_tokens": tokens}
         if top1 is not None:
-            first = as_array(top1).reshape(table.shape)
-            if first.dtype.kind not in "iu" or (first > table).any() or first.min() < 0:
-                raise DataError("top1 above slots", "of each expert's tokens, those it is first for", "Correct it.")
+            first = as_array(top1)
+            first = first[None] if first.ndim == 2 else first
+            if first.shape != table.shape or first.dtype.kind not in "iu" or (first > table).any() or first.min() < 0:
+                raise DataError(
+                    f"top1 of shape {first.shape}, or above slots of shape {table.shape}",
+                    "of each expert's tokens, those it is first for",
+                    "Correct it.",
+                )
             arrays["top1"] = first.astype(np.int64)
         order = np.argsort(names) if names else np.arange(n_domains)
         made._arrays = {name: values[order] for name, values in arrays.items()}
@@ -410,14 +427,16 @@ def _renumbered(codes: NDArray[Any], old: tuple[str, ...], new: tuple[str, ...])
     return codes if old == new or not old else np.array([new.index(domain) for domain in old])[codes]
 
 
-def counted(source: RoutingTrace | RoutingCounts, *tables: str) -> RoutingCounts:
+def counted(source: RoutingTrace | RoutingCounts, *tables: str, path_length: int = PATH_LENGTH) -> RoutingCounts:
     """The counts themselves, or those of a trace with the tables that a measure needs.
 
     Raises:
-        DataError: neither.
+        DataError: neither, or counts of nothing.
     """
     if isinstance(source, RoutingCounts):
+        if source.fields is None:
+            raise DataError(f"{source!r}, which count nothing yet", "counts of a trace", "Call update(trace) first.")
         return source
     if not isinstance(source, RoutingTrace):
         raise DataError(f"routing of type {type(source).__name__}", "a RoutingTrace or RoutingCounts", "Pass one.")
-    return RoutingCounts.of(source, tables)
+    return RoutingCounts.of(source, tables, path_length)

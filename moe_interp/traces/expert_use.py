@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.slots import NATIVE
-from moe_interp.stats import ratio_interval
+from moe_interp.stats import pair_inclusion, ratio_interval
 from moe_interp.stats.checks import FloatArray
 from moe_interp.traces.counts import RoutingCounts, counted
 from moe_interp.traces.trace import RoutingTrace
@@ -62,8 +64,10 @@ def co_activation(source: RoutingTrace | RoutingCounts, pairs: Literal["all", "a
     Returns:
         ``co_activation[layer, expert, other]``, share of the tokens of ``expert`` that ``other`` serves as well; 1 on
         the diagonal (0 for ``"adjacent"``), NaN in the row of an unused expert. ``chance[layer, expert, other]``: the
-        same if the other places of expert i's tokens went to experts j by their use alone, (sum of row i) N(j) /
-        sum_{l != i} N(l) [derived]. ``tokens[layer, expert]`` is N(i).
+        same for random routes in which every expert is used as often as here, by tokens of as many experts: sets drawn
+        without replacement, of maximum entropy (:func:`moe_interp.stats.pair_inclusion`) [derived]. For ``"adjacent"``
+        times the share of pairs that are neighbours, as if ranks within a route said nothing. ``tokens[layer, expert]``
+        is N(i).
 
     Raises:
         ConfigError: other ``pairs``.
@@ -80,11 +84,12 @@ def co_activation(source: RoutingTrace | RoutingCounts, pairs: Literal["all", "a
         both = found.array("adjacent_pairs")
         both = both + both.transpose(0, 2, 1)
     share = ratio(both, tokens[:, :, None])
+    by_chance = _pairs_by_chance(found)
     apart = ~np.eye(found.n_experts, dtype=bool)
-    others = tokens[:, None, :] * apart
-    places = (both * apart).sum(axis=2, keepdims=True)
-    chance = ratio(places, tokens[:, :, None]) * ratio(others, others.sum(axis=2, keepdims=True))
-    chance = np.where(apart, chance, share)
+    if pairs == "adjacent":
+        axes_of_pairs = {"axis": (1, 2), "keepdims": True, "where": apart}
+        by_chance = by_chance * ratio(both.sum(**axes_of_pairs), found.array("pairs").sum(**axes_of_pairs))
+    chance = np.where(apart, ratio(by_chance, tokens[:, :, None]), share)
     return xr.Dataset(
         {
             "co_activation": (("layer", "expert", "other"), share),
@@ -93,6 +98,16 @@ def co_activation(source: RoutingTrace | RoutingCounts, pairs: Literal["all", "a
         },
         coords=axes(found) | {"other": np.arange(found.n_experts)},
     )
+
+
+def _pairs_by_chance(found: RoutingCounts) -> FloatArray:
+    """``[layer, expert, other]`` tokens that both would serve, tokens of each number of experts by themselves."""
+    served, tokens = found.array("served").sum(axis=0), found.array("tokens_by_width").sum(axis=0)
+    expected = np.zeros((len(found.layers), found.n_experts, found.n_experts))
+    for layer, width in np.argwhere(tokens[:, 2:] > 0) + np.array([0, 2]):
+        n = tokens[layer, width]
+        expected[layer] += n * pair_inclusion(served[layer, width] / n, int(width))
+    return expected
 
 
 def transitions(source: RoutingTrace | RoutingCounts) -> xr.Dataset:
@@ -113,9 +128,9 @@ def transitions(source: RoutingTrace | RoutingCounts) -> xr.Dataset:
 
     Source: derived. What it does not show: that one layer's choice causes the next; both follow from the token.
     """
-    if len(source.layers) < 2:
-        raise DataError(f"A trace of {len(source.layers)} layer", "at least two layers", "Record more layers.")
     found = counted(source, "transitions")
+    if len(found.layers) < 2:
+        raise DataError(f"A trace of {len(found.layers)} layer", "at least two layers", "Record more layers.")
     pairs = found.array("transitions")
     joint = ratio(pairs, pairs.sum(axis=(1, 2), keepdims=True))
     first, second = joint.sum(axis=2, keepdims=True), joint.sum(axis=1, keepdims=True)
@@ -210,7 +225,7 @@ def standing_committee(
     """Experts that are among the most used ones in nearly every domain.
 
     Per layer and domain, experts are ranked by their share of the domain's slots, 1 = most used, ties sharing their
-    mean rank. An expert is present in a domain whose ``top`` first ranks hold it.
+    mean rank. An expert is present in a domain that uses it and whose ``top`` first ranks hold it.
 
     Args:
         source: Routes with domain labels, or the counts of a corpus.
@@ -231,10 +246,10 @@ def standing_committee(
     """
     trace = counted(source)
     trace.check_domains()
-    width = trace.n_slots if top is None else top
-    if not 1 <= width <= trace.n_experts or not 0 < presence <= 1:
+    width = trace.n_slots if top is None else check_whole(top, "top")
+    if not isinstance(presence, Real) or not 1 <= width <= trace.n_experts or not 0 < presence <= 1:
         raise ConfigError(
-            f"top={width}, presence={presence}",
+            f"top={width}, presence={presence!r}",
             f"top from 1 to {trace.n_experts}, presence above 0 and at most 1",
             "Choose values in these ranges.",
         )
@@ -242,7 +257,7 @@ def standing_committee(
     used = counts.sum(axis=2, keepdims=True) > 0  # a domain without slots at a layer has no ranks there
     n_used = used.sum(axis=0)
     rank = np.where(used, mean_ranks(-counts), np.nan)
-    present = ratio((rank <= width).sum(axis=0), n_used)
+    present = ratio(((rank <= width) & (counts > 0)).sum(axis=0), n_used)
     mean = ratio(np.where(used, rank, 0).sum(axis=0), n_used)
     member = present >= presence
     slots = counts.sum(axis=0)

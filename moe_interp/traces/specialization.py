@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -95,17 +96,21 @@ def esft_experts(scores: xr.DataArray, p: float = 0.2) -> dict[int, list[int]]:
 
     Args:
         scores: ``[layer, expert]``, one of the variables of :func:`esft_scores`.
-        p: Sum to reach; all experts where it is out of reach. Equal scores are taken in the order of their index.
+        p: Sum to reach; all experts where it is out of reach. Equal scores are taken in the order of their index. None
+            at a layer without scores (NaN).
 
     Raises:
         ConfigError: ``p`` not above 0.
 
     Source: ESFT.
     """
-    if not p > 0:
-        raise ConfigError(f"p={p}", "a sum of scores above 0", "Take about 0.1 to 0.3 of the scores' sum.")
+    if not isinstance(p, Real) or not p > 0:
+        raise ConfigError(f"p={p!r}", "a sum of scores above 0", "Take about 0.1 to 0.3 of the scores' sum.")
     chosen = {}
     for layer, row in zip(scores["layer"].values.tolist(), scores.values):
+        if np.isnan(row).all():
+            chosen[layer] = []
+            continue
         order = np.argsort(-row, kind="stable")
         needed = int(np.searchsorted(np.cumsum(row[order]), p - 1e-12)) + 1
         chosen[layer] = scores["expert"].values[order[:needed]].tolist()

@@ -15,8 +15,8 @@ def atlas(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Recorded routes or counts (npz, parquet, a folder of them, or --format). Of several, each is a "
-            "domain, named by its file; law=FILE names it otherwise.",
+            help="Recorded routes or counts (npz, parquet, a folder of them, or --format). Of several, one without "
+            "labels of its own is a domain, named by its file; law=FILE labels all of it.",
             metavar="PATH...",
         ),
     ],
@@ -31,7 +31,7 @@ def atlas(
         typer.Option(help="The model's layer of each column, for formats that do not say: 'moe', 'all' or 1,2,5."),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Routes of another model on the same tokens.", metavar="PATH")
+        str | None, typer.Option(help="Routes of another model on the same tokens, in the same order.", metavar="PATH")
     ] = None,
     min_count: Annotated[int, typer.Option(help="Occurrences of a token id that counts.")] = 10,
     path_length: Annotated[int, typer.Option(help="Layers of a path.")] = 3,

@@ -16,7 +16,7 @@ from moe_interp.errors import DataError
 from moe_interp.results import checksum
 from moe_interp.stats import risk_differences
 from moe_interp.traces.atlas.result import AtlasResult
-from moe_interp.traces.atlas.sources import Source, collect
+from moe_interp.traces.atlas.sources import Source, Unlabelled, collect
 from moe_interp.traces.counts import PATH_LENGTH, RoutingCounts
 from moe_interp.traces.expert_use import co_activation, load, saturation, standing_committee, transitions
 from moe_interp.traces.measures.comparison import sequence_shares, usage_correlation
@@ -51,7 +51,7 @@ class Corpora:
 
 
 def atlas(
-    source: Source | Mapping[str, Source],
+    source: Source | Mapping[str, Source | Unlabelled],
     against: Source | None = None,
     format: str | None = None,
     tables: Iterable[str] | None = None,
@@ -71,7 +71,8 @@ def atlas(
     Args:
         source: A :class:`RoutingTrace`, :class:`RoutingCounts`, a path (of a trace, of counts, or a folder of traces,
             read part by part), or ``{domain: any of these}``, where the keys become the labels.
-        against: Routes of another model or checkpoint on the same tokens, or its counts.
+        against: Routes of another model or checkpoint on the same tokens, in the same order, or its counts. For
+            saturation the routes of both stay in memory; counts allow no comparison token by token.
         format: Of a path, as in :meth:`RoutingTrace.read`; by the suffix without.
         tables: What is counted, of :class:`RoutingCounts`; all without it.
         path_length: Layers of a path.
@@ -88,10 +89,11 @@ def atlas(
     """
     n_permutations, seed = check_whole(n_permutations, "n_permutations", 1), check_seed(seed)
     min_count = check_whole(min_count, "min_count", 1)
-    tables = None if tables is None else tuple(tables)
-    reading = reading | ({"format": format} if format else {})
-    counts, trace = collect(source, tables, path_length, reading)
-    other, other_trace = (None, None) if against is None else collect(against, tables, path_length, reading)
+    reading = reading | ({} if format is None else {"format": format})
+    counts, trace = collect(source, tables, path_length, reading, side_by_side=against is not None)
+    other, other_trace = (None, None)
+    if against is not None:
+        other, other_trace = collect(against, tables, path_length, reading, side_by_side=True)
     of = Corpora(counts, trace, other, other_trace, n_permutations, seed, min_count)
     data, missing = measured(of)
     data.attrs |= {
@@ -188,7 +190,7 @@ def _saturation(of: Corpora) -> xr.Dataset | None:
     if of.other is None:
         return None
     if of.trace is None or of.other_trace is None:
-        raise DataError("counts, or several parts", "two single traces, token by token", "Pass two RoutingTraces.")
+        raise DataError("counts alone", "the routes of both, token by token", "Pass traces, or paths of traces.")
     return saturation(of.trace, of.other_trace).rename(chance="saturation_chance")
 
 
@@ -252,21 +254,24 @@ MEASURES: dict[str, Callable[[Corpora], xr.Dataset | None]] = {
 
 
 def from_paths(paths: Iterable[str | Path], **options: Any) -> AtlasResult:
-    """The atlas of one path, or of several, each a domain named by its file (``law=path`` names it otherwise).
+    """The atlas of one path or of several.
+
+    Of several, what has labels of its own keeps them, and the rest is a domain named by its file. ``law=path`` gives
+    all of the path that label.
 
     Raises:
-        DataError: two paths of one name.
+        DataError: two paths without labels of one name.
     """
     given = [str(path) for path in paths]
     if len(given) == 1 and not _name_of(given[0])[0]:
         return atlas(_name_of(given[0])[1], **options)
-    named: dict[str, Source] = {}
+    named: dict[str, Source | Unlabelled] = {}
     for text in given:
         name, path = _name_of(text)
-        name = name or Path(path).stem or path
-        if name in named:
-            raise DataError(f"two paths of the name {name!r}", "a name for each", "Name them: law=path.")
-        named[name] = path
+        key = name or f"path {path}"
+        if key in named:
+            raise DataError(f"{text!r} twice", "each path and name once", "Name them: law=path.")
+        named[key] = path if name else Unlabelled(path, Path(path).stem or path)
     return atlas(named, **options)
 
 

@@ -73,7 +73,7 @@ def _domains(result: Atlas) -> Iterator[str]:
             f"{data['layer'].values[best]}, {info[best]:.3f} nats against {null[best]:.3f} by chance."
         )
     if "domain_share" in data and data.sizes["domain"] > 1:
-        table = result.busiest()
+        table = result.busiest().dropna(subset=["share"])  # a domain without tokens at a layer has none
         top, even = table.iloc[int(table["share"].to_numpy().argmax())], data["domain_baseline"]
         yield (
             f"Busiest: layer {top['layer']} expert {top['expert']} serves {top['share']:.1%}"
@@ -149,6 +149,9 @@ def _committee(result: Atlas) -> Iterator[str]:
     if "committee_member" not in data:
         return
     members, share = data["committee_member"].sum("expert").values, data["committee_share"].values
+    members, share = members[np.isfinite(share)], share[np.isfinite(share)]
+    if not len(share):
+        return
     low, high = int(members.min()), int(members.max())
     experts = f"{low} to {high} experts" if low < high else f"{low} expert{'' if low == 1 else 's'}"
     if not high:
@@ -160,7 +163,7 @@ def _committee(result: Atlas) -> Iterator[str]:
     yield (
         f"Standing committee: {experts} a layer are among the "
         f"{data.attrs['committee_top']} most used in {data.attrs['committee_presence']:.0%} of the domains; they take "
-        f"{np.nanmean(share):.0%} of the slots on average."
+        f"{share.mean():.0%} of the slots on average."
     )
 
 
@@ -169,8 +172,13 @@ def _norms(result: Atlas) -> Iterator[str]:
     name = "saliency" if "saliency" in data else "norm"
     if name not in data or not np.isfinite(data[name].values).any():
         return
+    layers = np.isfinite(data[name].values).any(axis=1)
+    data = data.isel(layer=layers)
     values = data[name].values
-    spread = np.nanmax(values, axis=1) / np.nanmedian(values, axis=1)
+    middle = np.nanmedian(values, axis=1)
+    if not (middle > 0).any():
+        return
+    spread = np.nanmax(values, axis=1) / np.where(middle > 0, middle, np.nan)
     best = int(np.nanargmax(spread))
     what = "weight times output norm" if name == "saliency" else "output norm"
     yield (
@@ -195,14 +203,14 @@ def _margin(result: Atlas) -> Iterator[str]:
 
 def _comparison(result: Atlas) -> Iterator[str]:
     data = result.data
-    if "saturation" in data:
+    if "saturation" in data and np.isfinite(data["saturation"].values).any():
         values, chance = data["saturation"].values, data["saturation_chance"].values
         low = int(np.nanargmin(values))
         yield (
             f"Against the other trace: {np.nanmean(values):.0%} of its routes are shared on average (independent: "
             f"{np.nanmean(chance):.0%}), least at layer {data['layer'].values[low]} ({values[low]:.0%})."
         )
-    if "usage_correlation" in data:
+    if "usage_correlation" in data and np.isfinite(data["usage_correlation"].values).any():
         values = data["usage_correlation"].values
         yield f"Use of experts correlates with the other's at {np.nanmean(values):.3f} (ranks, mean over layers)."
     if "risk_found" in data:

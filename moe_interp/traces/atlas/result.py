@@ -5,8 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import xarray as xr
 
+from moe_interp.checks import check_whole
 from moe_interp.errors import ResultError
 from moe_interp.results import Result
+from moe_interp.stats.checks import check_probability
 from moe_interp.traces.atlas import tables
 from moe_interp.traces.atlas.findings import findings
 
@@ -47,8 +49,11 @@ class AtlasResult(Result, kind="atlas"):
 
         Args:
             top: Experts a layer.
+
+        Raises:
+            ConfigError: ``top`` below 1.
         """
-        return self.cached(tables.busiest_table, top)
+        return self.cached(tables.busiest_table, check_whole(top, "top", 1))
 
     def specialists(self, alpha: float = 0.05) -> pd.DataFrame:
         """Domain, layer and expert by size of the difference to the other domains; ``found`` where q <=
@@ -57,6 +62,7 @@ class AtlasResult(Result, kind="atlas"):
         Raises:
             DataError: not testable, with the reason.
         """
+        check_probability(alpha, "alpha")
         return self.cached(tables.specialist_table, alpha)
 
     def pairs(self, top: int = 5) -> pd.DataFrame:
@@ -65,7 +71,7 @@ class AtlasResult(Result, kind="atlas"):
         ``lift`` = share / chance; ``excess``, by which they are ranked, = (share - chance) times the share of slots of
         ``expert``.
         """
-        return self.cached(tables.pair_table, top)
+        return self.cached(tables.pair_table, check_whole(top, "top", 1))
 
     def paths(self) -> pd.DataFrame:
         """The most common paths of each window of layers, with their share, that under independence, and cluster."""

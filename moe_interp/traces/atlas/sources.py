@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_interp.errors import ConfigError, DataError
+from moe_interp.errors import ConfigError, DataError, ResultError
 from moe_interp.traces.counts import VERSION_KEY, RoutingCounts
 from moe_interp.traces.part_files import COUNTS, is_recorded
 from moe_interp.traces.parts import read_parts
@@ -16,38 +17,88 @@ from moe_interp.traces.trace import RoutingTrace
 Source = RoutingTrace | RoutingCounts | str | Path
 
 
+@dataclass(frozen=True)
+class Unlabelled:
+    """A source that is labelled by its name only where it has no labels of its own.
+
+    Attributes:
+        source: A path, a trace or counts.
+        name: The label of its parts without labels.
+    """
+
+    source: Source
+    name: str
+
+
 def collect(
-    source: Source | Mapping[str, Source], tables: Any, path_length: int, reading: Mapping[str, Any]
+    source: Source | Mapping[str, Source | Unlabelled],
+    tables: Any,
+    path_length: int,
+    reading: Mapping[str, Any],
+    side_by_side: bool = False,
 ) -> tuple[RoutingCounts, RoutingTrace | None]:
-    """The counts of a source, and its trace where it is a single one in memory.
+    """The counts of a source, and its trace where it is in memory or is wanted.
 
     Args:
         source: A trace, counts, a path, or any of these by domain.
         tables, path_length: Of the counts.
         reading: Further arguments of ``RoutingTrace.read``.
+        side_by_side: Keep the routes of all parts, without weights and vectors, as one trace.
 
     Raises:
         DataError, ResultError: nothing in it, or a file that is neither.
         ConfigError: something else.
     """
-    if isinstance(source, Mapping):
-        if not source:
-            raise DataError("no domains", "at least one trace", "Pass {domain: trace}.")
-        whole: RoutingCounts | None = None
-        for domain, each in source.items():
-            for part in parts_of(each, reading):
-                named = part.with_domain(str(domain)) if isinstance(part, RoutingTrace) else part.labelled(str(domain))
-                whole = _added(whole, named, tables, path_length)
-        assert whole is not None
-        return whole, None
     if isinstance(source, RoutingTrace):
-        return RoutingCounts.of(source, tables, path_length), source
-    whole = None
-    for part in parts_of(source, reading):
+        return _filled(RoutingCounts.of(source, tables, path_length)), source
+    whole: RoutingCounts | None = None
+    kept: list[RoutingTrace] | None = [] if side_by_side else None
+    for part in _labelled_parts(source, reading):
         whole = _added(whole, part, tables, path_length)
+        if kept is not None:
+            kept = [*kept, _routes_alone(part)] if isinstance(part, RoutingTrace) else None
     if whole is None:
-        raise DataError(f"{str(source)!r} without any routes", "at least one part", "Check the path.")
-    return whole, None
+        raise DataError(f"{str(source)[:200]!r} without any routes", "at least one part", "Check the path.")
+    return _filled(whole), RoutingTrace.concatenate(kept) if kept else None
+
+
+def _labelled_parts(
+    source: Source | Mapping[str, Source | Unlabelled], reading: Mapping[str, Any]
+) -> Iterator[RoutingTrace | RoutingCounts]:
+    """The parts of a source under the names of its domains."""
+    if not isinstance(source, Mapping):
+        yield from parts_of(source, reading)
+        return
+    if not source:
+        raise DataError("no domains", "at least one trace", "Pass {domain: trace}.")
+    named: dict[str, str] = {}
+    for domain, each in source.items():
+        by_name = isinstance(each, Unlabelled)
+        name = each.name if isinstance(each, Unlabelled) else domain
+        for part in parts_of(each.source if isinstance(each, Unlabelled) else each, reading):
+            if by_name and part.domains:
+                yield part
+                continue
+            if named.setdefault(name, domain) != domain:
+                raise DataError(f"two paths of the name {name!r}", "a name for each", "Name them: law=path.")
+            yield part.with_domain(name) if isinstance(part, RoutingTrace) else part.labelled(name)
+
+
+def _routes_alone(part: RoutingTrace) -> RoutingTrace:
+    """What a comparison token by token needs."""
+    unused = ("expert_weights", "expert_norms", "router_logits", "router_inputs", "predicted_ids", "phase", "domain")
+    return replace(part, **dict.fromkeys(unused))
+
+
+def _filled(counts: RoutingCounts) -> RoutingCounts:
+    """Refuse routes that use no expert anywhere."""
+    if counts.fields is None or not counts.slots.any():
+        raise DataError(
+            f"{counts!r}, which use no expert at all",
+            "routes with an expert in at least one slot",
+            "Check how they were recorded: all slots are empty or not covered.",
+        )
+    return counts
 
 
 def parts_of(source: Any, reading: Mapping[str, Any]) -> Iterator[RoutingTrace | RoutingCounts]:
@@ -56,6 +107,8 @@ def parts_of(source: Any, reading: Mapping[str, Any]) -> Iterator[RoutingTrace |
         yield source
     elif isinstance(source, str | Path):
         path = Path(source)
+        if not path.exists():
+            raise ResultError(f"{str(source)[:200]!r}, which does not exist", "a file or folder of routes", "Check it.")
         if path.is_file() and is_counts_file(path):
             yield RoutingCounts.load(path)
         elif path.is_dir() and (path / COUNTS).is_file():

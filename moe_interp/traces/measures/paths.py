@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from moe_interp.checks import check_whole
 from moe_interp.errors import DataError
 from moe_interp.stats.checks import FloatArray
-from moe_interp.traces.counts import PATH_LENGTH, RoutingCounts
+from moe_interp.traces.counts import PATH_LENGTH, RoutingCounts, counted
 from moe_interp.traces.expert_use import ratio
 from moe_interp.traces.trace import RoutingTrace
 
@@ -43,11 +43,10 @@ def expert_paths(source: RoutingTrace | RoutingCounts, length: int = PATH_LENGTH
     a circuit: tokens that are alike go alike at each layer on their own.
     """
     length, top = check_whole(length, "length", 2), check_whole(top, "top", 1)
-    if len(source.layers) < length:
-        raise DataError(
-            f"{len(source.layers)} layers", f"at least {length}", "Record more layers, or take shorter paths."
-        )
-    found = source if isinstance(source, RoutingCounts) else RoutingCounts.of(source, ["paths"], length)
+    layers = getattr(source, "layers", range(length))  # what has no layers is refused as no source
+    if len(layers) < length:
+        raise DataError(f"{len(layers)} layers", f"at least {length}", "Record more layers, or take shorter paths.")
+    found = counted(source, "paths", path_length=length)
     if found.path_length != length:
         raise DataError(
             f"counts of paths of {found.path_length} layers",

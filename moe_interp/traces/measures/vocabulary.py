@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from moe_interp.checks import check_whole
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.stats import derive_rng
 from moe_interp.stats.checks import FloatArray
@@ -49,10 +50,9 @@ def vocabulary_specialization(
     chance by itself. For rare ids the largest share is high even for random routes; compare with ``chance``. Tokens of
     one sequence are alike in more than their id, so that an excess over ``chance`` is not the id's alone.
     """
-    if ids not in ID_KINDS or min_count < 1:
-        raise ConfigError(
-            f"ids={ids!r}, min_count={min_count}", "'input', 'next' or 'predicted', and at least 1", "Choose these."
-        )
+    min_count = check_whole(min_count, "min_count", 1)
+    if ids not in ID_KINDS:
+        raise ConfigError(f"ids={ids!r}", "'input', 'next' or 'predicted'", "Choose one of these.")
     found = counted(source, "vocabulary")
     known, by_id = _frequent(found, ids, min_count)
     occurrences = by_id.sum(axis=2)

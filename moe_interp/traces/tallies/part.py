@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_interp.errors import DataError
 from moe_interp.traces.tallies.fixed_point import fixed_point_sums
 from moe_interp.traces.tallies.sparse import SparseCounts
 from moe_interp.traces.trace import RoutingTrace
@@ -190,6 +191,12 @@ def count_vocabulary(part: Part) -> dict[str, SparseCounts]:
     n_layers, n_experts = part.shape
     found = {}
     for kind, (ids, first) in kinds.items():
+        if int(np.abs(ids).max(initial=0)) >= 2**62 // (n_layers * n_experts):
+            raise DataError(
+                f"{kind} ids from {int(ids.min())} to {int(ids.max())}",
+                f"ids that can be counted by layer and expert, below {2**62 // (n_layers * n_experts)}",
+                "Number the tokens of the vocabulary.",
+            )
         codes = (ids[:, None] * n_layers + np.arange(n_layers)) * n_experts + first
         found[f"vocabulary_{kind}"] = SparseCounts.of(codes[first >= 0])
     return found
