@@ -21,7 +21,7 @@ _DOMAINS = (
 _LOAD = "Share of a layer's slots. Effective experts is exp(entropy) over the number of experts, 1 when use is even."
 _PAIRS = (
     "Share of an expert's tokens that another one serves as well, N(i, j) / N(i) over all pairs of slots, less what "
-    "use alone would give."
+    "random routes of the same size and use would give."
 )
 _FLOW = "Transitions between consecutive layers that are more frequent than if layers were independent."
 _PATHS = (

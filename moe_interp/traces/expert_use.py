@@ -87,8 +87,8 @@ def co_activation(source: RoutingTrace | RoutingCounts, pairs: Literal["all", "a
     by_chance = _pairs_by_chance(found)
     apart = ~np.eye(found.n_experts, dtype=bool)
     if pairs == "adjacent":
-        axes_of_pairs = {"axis": (1, 2), "keepdims": True, "where": apart}
-        by_chance = by_chance * ratio(both.sum(**axes_of_pairs), found.array("pairs").sum(**axes_of_pairs))
+        neighbours, all_pairs = ((table * apart).sum(axis=(1, 2)) for table in (both, found.array("pairs")))
+        by_chance = by_chance * np.nan_to_num(ratio(neighbours, all_pairs))[:, None, None]
     chance = np.where(apart, ratio(by_chance, tokens[:, :, None]), share)
     return xr.Dataset(
         {

@@ -120,7 +120,8 @@ def _pairs(result: Atlas) -> Iterator[str]:
         top = table.iloc[int(table["excess"].to_numpy().argmax())]
         yield (
             f"Co-activation: at layer {int(top['layer'])}, {top['share']:.0%} of the tokens of expert "
-            f"{int(top['expert'])} also go to expert {int(top['other'])} (by use alone: {top['chance']:.0%})."
+            f"{int(top['expert'])} also go to expert {int(top['other'])} (random routes of the same use: "
+            f"{top['chance']:.0%})."
         )
 
 

@@ -87,7 +87,8 @@ def _labelled_parts(
 def _routes_alone(part: RoutingTrace) -> RoutingTrace:
     """What a comparison token by token needs."""
     unused = ("expert_weights", "expert_norms", "router_logits", "router_inputs", "predicted_ids", "phase", "domain")
-    return replace(part, **dict.fromkeys(unused))
+    without: dict[str, Any] = dict.fromkeys(unused)
+    return replace(part, **without)
 
 
 def _filled(counts: RoutingCounts) -> RoutingCounts:

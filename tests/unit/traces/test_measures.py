@@ -135,7 +135,7 @@ def test_pairs_of_independent_places_are_at_chance():
     rng = np.random.default_rng(0)
     keys = rng.gumbel(size=(20000, 1, 6)) + np.array([1.0, 0.5, 0, 0, -0.5, -1.0])
     data = co_activation(RoutingTrace.from_arrays((-keys).argsort(-1)[..., :2], n_experts=6))
-    assert float(np.abs(data["co_activation"] - data["chance"]).max()) < 0.12  # drawn without replacement: near chance
+    assert float(np.abs(data["co_activation"] - data["chance"]).max()) < 0.04  # the k largest: near the law of chance
     np.testing.assert_allclose(data["chance"].sum("other"), 2, rtol=1e-12)  # itself, and k - 1 others
 
 
