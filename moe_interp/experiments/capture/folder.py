@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,7 @@ class CaptureFolder:
 
     def note(self, number: int, sequences: Sequence[CapturedSequence], n_tokens: int, file: Path | None) -> None:
         """A part is finished."""
-        if not self._is_begun:
-            self._write_manifest()
+        self.begin()
         record = {
             "sequences": [one.id for one in sequences],
             "tokens": n_tokens,
@@ -110,8 +110,9 @@ class CaptureFolder:
         self.records[number : number + 1] = [record]
 
     def begin(self) -> None:
-        """The folder and its manifest are there from here on."""
-        if not self._is_begun:
+        """The folder and its manifest are there from here on, and say that more is being recorded."""
+        if self.is_complete or not self._is_begun:
+            self.is_complete = False
             self._write_manifest()
 
     def forget(self, number: int) -> None:
@@ -139,6 +140,9 @@ class CaptureFolder:
         if not self.is_complete:
             self.is_complete = True
             self._write_manifest()
+        for file in self.path.glob(".*.part"):  # of a process that was killed
+            with suppress(OSError):
+                file.unlink()
 
     def _write_manifest(self) -> None:
         totals = {"sequences": sum(len(r["sequences"]) for r in self.records), "parts": len(self.records)}

@@ -130,7 +130,8 @@ class SequenceReader:
             if not columns:
                 raise DataError(f"row {number} of padding alone", "a real token in each row", "Leave the row out.")
             one = CapturedSequence(str(number), tuple(row[c] for c in columns), place=f"row {number}")
-            is_padded = len(columns) < len(row)
+            # what is generated after needs no padding: the prompt is run by itself
+            is_padded = len(columns) < len(row) and not self.reads_prompt
             found.append(replace(one, columns=columns, row=tuple(row)) if is_padded else one)
         check_context(self.moe.bridge, ((one.place, len(one) + self.room) for one in found))
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,19 @@ def experts_of(n_experts: int | None, moe: Any) -> int:
     return count
 
 
+def checked_layers(layers: Any) -> Layers:
+    """Layers as they were asked for: a list, "all", "moe" or None.
+
+    Raises:
+        DataError: anything else.
+    """
+    if layers is None or (isinstance(layers, str) and layers in ("all", "moe")):
+        return layers  # type: ignore[return-value]
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
+        raise DataError(f"layers={layers!r}", 'layer indices, "all" or "moe"', HOW)
+    return [check_whole(layer, "a layer", 0, 2**31, error=DataError) for layer in layers]
+
+
 def unlabelled(
     layers: Layers, blank: NDArray[np.bool_], unused: NDArray[np.bool_], moe: Any
 ) -> tuple[tuple[int, ...], list[int]]:
@@ -49,11 +62,9 @@ def unlabelled(
     Raises:
         DataError: none of these was given, the numbers do not fit, or a column is blank that should not be.
     """
-    n = len(blank)
+    n, layers = len(blank), checked_layers(layers)
     if layers is None and moe is None:
         raise DataError(f"{n} columns without layer numbers", "the layer of each column", HOW)
-    if isinstance(layers, str) and layers not in ("all", "moe"):
-        raise DataError(f"layers={layers!r}", 'layer indices, "all" or "moe"', HOW)
     if moe is not None and (layers is None or isinstance(layers, str)):
         labels, columns = _of_model(layers, n, moe)
     elif layers == "moe":
@@ -68,7 +79,7 @@ def unlabelled(
         labels = columns = np.flatnonzero(~blank).tolist()
     else:
         assert layers is not None
-        labels = [check_whole(layer, "a layer", 0, error=DataError) for layer in layers]
+        labels = [int(layer) for layer in layers]
         columns = list(range(n)) if len(labels) == n else labels
         _refuse_misfits(labels, n, moe)
     if blank.all():
@@ -97,15 +108,16 @@ def labelled(found: Sequence[int], layers: Layers, moe: Any) -> tuple[tuple[int,
     Raises:
         DataError: a layer that was not recorded, or one that is no MoE layer of the model.
     """
+    layers = checked_layers(layers)
     if layers == "all":
         layers = None
     if layers == "moe":
         if moe is None:
             return tuple(range(len(found))), list(range(len(found)))
         return tuple(_of_model("moe", len(found), moe)[0]), list(range(len(found)))
-    if isinstance(layers, str):
-        raise DataError(f"layers={layers!r}", 'layer indices or "moe"', HOW)
-    wanted = list(found) if layers is None else [check_whole(layer, "a layer", 0, error=DataError) for layer in layers]
+    wanted = list(found) if layers is None else [int(layer) for layer in layers]
+    if len(set(wanted)) != len(wanted):
+        raise DataError(f"layers={wanted}", "different layers", "Correct them.")
     if missing := [layer for layer in wanted if layer not in found]:
         raise DataError(f"layer {missing[0]}, which was not recorded", f"layers among {_brief(found)}", "Correct it.")
     if moe is not None and (foreign := [layer for layer in wanted if layer not in moe.layers]):

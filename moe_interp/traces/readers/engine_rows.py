@@ -16,7 +16,8 @@ from moe_interp.traces.checks import as_array
 from moe_interp.traces.readers.columns import Layers, experts_of, never_ran, unlabelled
 
 Uncaptured = Literal["refuse", "native"]
-UNLIKELY = 10**6  # rows of a single slot: so many routes there must be before zeros throughout are no route
+LONGEST = 2**24  # tokens that may have been left out
+UNLIKELY = 10**6  # rows of a single slot: of so many routes there must be one before zeros throughout are no route
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +57,8 @@ def trace_arguments(
       empty.
     - A last row of zeros in all columns is a dummy: not covered.
     - Any other row of zeros is what a buffer holds before a capture: refused, or not covered where ``uncaptured`` is
-      "native". With one slot a token, zeros are expert 0 unless they fill all rows, or one row through so many columns
-      that it is no route (10^6 routes and more).
+      "native". With one slot a token, zeros are expert 0 unless they fill all rows, or so many columns and rows one
+      after the other that they are no routes (one in 10^6 and more).
 
     Raises:
         DataError: anything else that is no route, named by sequence, token and layer.
@@ -104,7 +105,7 @@ def with_lengths(sequences: Sequence[EngineRows], lengths: Any, token_ids: Any) 
         DataError: as many lengths as there are no sequences, or ids that contradict them.
     """
     if lengths is None and token_ids is not None and len(sequences) == 1:
-        lengths = [len(token_ids)]
+        lengths = [np.size(as_array(token_ids))]
     if lengths is None:
         return list(sequences)
     numbers = [check_whole(n, "a sequence's length", 1, error=DataError) for n in np.atleast_1d(lengths).tolist()]
@@ -136,6 +137,7 @@ def _filled(sequence: EngineRows, n_experts: int, sentinel: int | None) -> NDArr
     for fill in fills:
         native |= (wide == fill).all(axis=2)
     if sentinel is not None:
+        sentinel = check_whole(sentinel, "sentinel", error=DataError)
         is_expert = 0 <= sentinel < n_experts
         if is_expert and rows.shape[2] == 1:
             raise DataError(
@@ -171,8 +173,7 @@ def _covered(
     n_rows, n_columns, n_slots = rows.shape
     zeros = (rows == 0).all(axis=2)
     if n_slots == 1:
-        is_no_route = float(n_experts) ** n_columns >= UNLIKELY
-        zeros &= zeros.all(axis=1, keepdims=True) & is_no_route
+        zeros[:] = no_routes(zeros.all(axis=1), n_columns, n_experts)[:, None]
     if zeros.all() and (n_slots > 1 or n_rows > 1):
         raise never_ran(f"every row of {sequence.where}")
     if zeros[-1].all():
@@ -195,6 +196,17 @@ def _covered(
             "Pass start= where the engine left leading tokens out, and the tokens of prompt and generation together.",
         )
     return np.pad(rows, ((sequence.start, missing), (0, 0), (0, 0)), constant_values=NATIVE)
+
+
+def no_routes(zeros: NDArray[np.bool_], n_columns: int, n_experts: int) -> NDArray[np.bool_]:
+    """``[row]``: which rows of zeros, of one slot, are too many routes to expert 0 one after the other."""
+    edges = np.flatnonzero(np.diff(zeros, prepend=False, append=False))
+    found = np.zeros_like(zeros)
+    for start, end in edges.reshape(-1, 2).tolist():
+        # one column of zeros may be a router that has collapsed
+        n = n_columns * (end - start) if n_columns > 1 else 1
+        found[start:end] = n * np.log(n_experts) >= np.log(UNLIKELY)
+    return found
 
 
 def _phases(sequence: EngineRows, n_tokens: int) -> NDArray[np.str_]:

@@ -110,6 +110,8 @@ def _of_npz(path: Path, count: int, layers: Layers, moe: Any, lengths: Any, weig
     labels, columns = unlabelled(layers, none, none, moe)
     if gates is not None and gates.shape == ids.shape:
         gates = (gates / 1e4 if gates.dtype.kind in "iu" else gates)[:, columns]
+        for column, layer in enumerate(labels if gates.dtype.kind == "f" else ()):
+            _check_shares(f"{path}, layer {layer}", gates[:, column].astype(float))
     return {
         "expert_indices": ids[:, columns],
         "expert_weights": gates,
@@ -202,13 +204,24 @@ def _check_line(where: str, ids: NDArray[np.int32], shares: NDArray[np.float32],
             f"{k} different experts a token",
             "Correct top_k, or log again.",
         )
-    by_token = shares.reshape(-1, k).astype(float)
-    sums = by_token.sum(axis=1)
-    bad = ~(sums <= 1 + k * ROUNDED) | (by_token < 0).any(axis=1)  # NaN is bad as well
-    if weights and bad.any():
-        token = int(np.argmax(bad))
+    if weights:
+        _check_shares(where, shares.reshape(-1, k).astype(float), " of the line")
+
+
+def _check_shares(where: str, shares: NDArray[np.float64], of: str = "") -> None:
+    """Refuse weights ``[token, slot]`` that cannot be shares of a softmax, rounded to 4 digits."""
+    sums = shares.sum(axis=1)
+    fits = (sums <= 1 + shares.shape[1] * ROUNDED) & (shares >= 0).all(axis=1)  # NaN does not fit either
+    if not shares.any():
         raise DataError(
-            f"{where}: weights {by_token[token].round(6).tolist()} of token {token} of the line, sum {sums[token]:g}",
+            f"{where}: weights of 0 for all {len(shares)} tokens",
+            "shares of a softmax",
+            "Weights were not recorded: pass weights=False.",
+        )
+    if not fits.all():
+        token = int(np.argmin(fits))
+        raise DataError(
+            f"{where}: weights {shares[token].round(6).tolist()} of token {token}{of}, sum {sums[token]:g}",
             "shares of a softmax, of a sum up to 1",
             "They do not belong to these experts, or the router is of another kind: pass weights=False.",
         )

@@ -13,6 +13,7 @@ d_model]`` at the offsets that the lines name. Weights and token ids are not amo
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from moe_interp.disk import opened
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.jsonlines import read_json_lines
 from moe_interp.traces.readers.columns import Layers, experts_of, labelled
+from moe_interp.traces.readers.engine_rows import no_routes
 
 EXPECTED = "a router trace of Megatron-Core, router_trace_rank*.jsonl"
 _NAME = re.compile(r"router_trace_rank\d{1,9}\.jsonl")
@@ -91,8 +93,10 @@ def read_megatron(
     lengths = [len(record.rows) for record in chosen[0]]
     is_decoding = _is_decoding(chosen[0], steps, batch, source)
     order = np.concatenate([start + _order(n, batch) for n, start in zip(lengths, np.cumsum([0, *lengths]))])
+    indices = _stacked([[r.rows for r in records] for records in chosen], source)[order]
+    _refuse_zeros(indices, count, source)
     arguments = {
-        "expert_indices": np.stack([_joined([r.rows for r in records], source) for records in chosen], axis=1)[order],
+        "expert_indices": indices,
         "sequence_lengths": [sum(lengths)] if is_decoding else [n // batch for n in lengths for _ in range(batch)],
         "n_experts": count,
         "layers": labels,
@@ -102,7 +106,7 @@ def read_megatron(
         if all(f"{key}_offset" in r.line for records in chosen for r in records):
             width = count if name == "router_logits" else None
             parts = [[_side(r, key, stem, source.parent, width) for r in records] for records in chosen]
-            arguments[name] = np.stack([_joined(part, source) for part in parts], axis=1)[order]
+            arguments[name] = _stacked(parts, source)[order]
     return arguments
 
 
@@ -178,6 +182,12 @@ def _refuse_uneven(chosen: list[list[Record]]) -> None:
 def _is_decoding(records: list[Record], steps: str | None, batch: int, source: Path) -> bool:
     lengths = [len(record.rows) for record in records]
     if steps == "decoding":
+        if back := [b for a, b in itertools.pairwise(records) if b.step <= a.step]:
+            raise DataError(
+                f"{back[0].where}: step {back[0].step} after a later one",
+                "the steps of one request, in order",
+                "Trace one request at a time, or remove the lines of another run.",
+            )
         if batch != 1 or any(n != 1 for n in lengths[1:]):
             raise DataError(
                 f"{source}: steps of {lengths[:5]} tokens and batch_size={batch}",
@@ -203,10 +213,24 @@ def _order(n: int, batch: int) -> NDArray[np.int64]:
     return np.arange(n).reshape(-1, batch).T.ravel()
 
 
-def _joined(parts: list[NDArray[Any]], source: Path) -> NDArray[Any]:
-    if len({part.shape[1] for part in parts}) > 1:
-        raise DataError(f"{source}: rows of widths {sorted({p.shape[1] for p in parts})}", "one", "Read them apart.")
-    return np.concatenate(parts)
+def _stacked(parts: list[list[NDArray[Any]]], source: Path) -> NDArray[Any]:
+    """``[token, layer, width]`` of the records of each layer."""
+    widths = {part.shape[1] for records in parts for part in records}
+    if len(widths) > 1:
+        raise DataError(f"{source}: rows of widths {sorted(widths)}", "one", "Read the layers of each apart.")
+    return np.stack([np.concatenate(records) for records in parts], axis=1)
+
+
+def _refuse_zeros(indices: NDArray[np.int64], n_experts: int, source: Path) -> None:
+    """Refuse zeros of one slot through so many layers and tokens that they are no routes."""
+    n_layers, n_slots = indices.shape[1:]
+    zeros = no_routes((indices == 0).all(axis=(1, 2)), n_layers, n_experts)
+    if n_slots == 1 and zeros.any():
+        raise DataError(
+            f"{source}: zeros in all layers at token {int(np.argmax(zeros))}, and at {int(zeros.sum()) - 1} more",
+            "expert ids of a router that ran",
+            "Trace again; under CUDA graphs, hooks do not fire (--cuda-graph-impl none).",
+        )
 
 
 def _side(record: Record, key: str, stem: str, folder: Path, width: int | None) -> NDArray[np.float32]:

@@ -22,8 +22,8 @@ from moe_interp.checks import check_whole
 from moe_interp.disk import read_bytes
 from moe_interp.errors import DataError
 from moe_interp.traces.checks import as_array
-from moe_interp.traces.readers.columns import Layers
-from moe_interp.traces.readers.engine_rows import EngineRows, Uncaptured, trace_arguments, with_lengths
+from moe_interp.traces.readers.columns import Layers, checked_layers
+from moe_interp.traces.readers.engine_rows import LONGEST, EngineRows, Uncaptured, trace_arguments, with_lengths
 from moe_interp.traces.readers.responses import field, read_responses
 from moe_interp.traces.readers.vllm import decoded_base64, decoded_npy
 
@@ -57,7 +57,7 @@ def read_sglang(
         start: Leading tokens without a row (``routed_experts_start_len``).
     """
     source, shape = Path(path), _shape(layers, moe, top_k, n_columns)
-    skipped = check_whole(start, "start", 0, 2**31, error=DataError)
+    skipped = check_whole(start, "start", 0, LONGEST, error=DataError)
     if source.suffix in (".json", ".jsonl"):
         found = [of_response(value, shape, where, skipped) for where, value in read_responses(source, EXPECTED)]
         sequences = [part for parts in found for part in parts]
@@ -65,7 +65,7 @@ def read_sglang(
         sequences = [EngineRows(decoded_npy(read_bytes(source, EXPECTED), str(source)), str(source), start=skipped)]
     else:
         text = read_bytes(source, EXPECTED).strip()
-        n_tokens = len(token_ids) if token_ids is not None else None
+        n_tokens = np.size(as_array(token_ids)) if token_ids is not None else None
         n_tokens = int(np.sum(sequence_lengths)) if sequence_lengths is not None else n_tokens
         rows = decoded_flat(text, shape, str(source), n_tokens, skipped)
         sequences = [EngineRows(rows, str(source), start=skipped)]
@@ -165,8 +165,9 @@ def _shape(layers: Layers, moe: Any, top_k: int | None, n_columns: int | None) -
         top_k = int(moe.spec(moe.layers[0]).top_k)
     if n_columns is not None:
         return [check_whole(n_columns, "n_columns", 1, 2**20, error=DataError)], top_k
+    layers = checked_layers(layers)
     if layers is not None and not isinstance(layers, str):
-        listed = [check_whole(layer, "a layer", 0, 2**20, error=DataError) for layer in layers]
+        listed = [int(layer) for layer in layers]
         return sorted({len(listed), max(listed, default=0) + 1}), top_k
     if moe is None:
         return [], top_k

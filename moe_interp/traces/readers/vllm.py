@@ -29,7 +29,7 @@ from moe_interp.errors import DataError
 from moe_interp.results.npz import npy_array
 from moe_interp.traces.checks import as_array
 from moe_interp.traces.readers.columns import Layers
-from moe_interp.traces.readers.engine_rows import EngineRows, Uncaptured, trace_arguments, with_lengths
+from moe_interp.traces.readers.engine_rows import LONGEST, EngineRows, Uncaptured, trace_arguments, with_lengths
 from moe_interp.traces.readers.responses import field, read_responses
 
 EXPECTED = "routed experts of vLLM: .npy, or responses as .json or .jsonl"
@@ -64,7 +64,7 @@ def read_vllm(
         ]
     else:
         rows = decoded_npy(read_bytes(source, EXPECTED), str(source))
-        sequences = [EngineRows(rows, str(source), start=check_whole(start, "start", 0, error=DataError))]
+        sequences = [EngineRows(rows, str(source), start=check_whole(start, "start", 0, LONGEST, error=DataError))]
     sequences = with_lengths(sequences, sequence_lengths, token_ids)
     arguments = trace_arguments(sequences, n_experts, layers, moe, sentinel, uncaptured)
     return arguments | ({} if token_ids is None else {"token_ids": token_ids})
@@ -177,7 +177,7 @@ def _joined(prompt: NDArray[Any], rows: NDArray[Any], where: str) -> NDArray[Any
 def _start(given: Any, start: int, where: str) -> int:
     stated = given.get("start", start) if isinstance(given, Mapping) else start
     try:
-        return check_whole(stated, "start", 0, 2**31, error=DataError)
+        return check_whole(stated, "start", 0, LONGEST, error=DataError)
     except DataError as error:
         raise DataError(f"{where}: {error.given}", error.expected, error.remedy) from None
 

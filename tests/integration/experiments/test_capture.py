@@ -179,6 +179,22 @@ def test_padding_is_left_out(moe: mi.MoEHooks, ragged: list[list[int]], side: st
         np.testing.assert_array_equal(getattr(rows, field), expected[field][real])
 
 
+def test_rows_of_other_lengths_are_gone_on_from_without_their_padding(
+    moe: mi.MoEHooks, ragged: list[list[int]]
+) -> None:
+    width = max(RAGGED)
+    tokens, mask = torch.full((len(ragged), width), 7), torch.zeros(len(ragged), width, dtype=torch.long)
+    for row, ids in enumerate(ragged):
+        place = slice(width - len(ids), width) if row % 2 else slice(0, len(ids))
+        tokens[row, place], mask[row, place] = torch.tensor(ids), 1
+    padded, plain = (
+        capture(moe, given, generate=2, batch_size=2, **more)
+        for given, more in ((tokens, {"attention_mask": mask}), (ragged, {}))
+    )
+    for field in ("sequence", "token_ids", "phase", "expert_indices", "expert_weights"):
+        np.testing.assert_array_equal(getattr(padded, field), getattr(plain, field), err_msg=field)
+
+
 def test_sequences_of_like_length_run_together_where_it_is_asked_for(
     olmoe: mi.MoEHooks, ragged: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

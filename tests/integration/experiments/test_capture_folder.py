@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,3 +220,65 @@ def test_counts_on_disk_go_on_where_they_were_interrupted(
     with pytest.warns(DamagedPartWarning, match="counting begins again"):
         again = capture(moe, sequences, out=out, accumulate=True)
     assert again.n_tokens == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("accumulate", [None, ["co_activation"]])
+def test_a_finished_capture_goes_on_with_more_sequences(
+    moe: mi.MoEHooks, sequences: list[dict[str, Any]], tmp_path: Path, accumulate: list[str] | None
+) -> None:
+    options = {"out": tmp_path, "accumulate": accumulate, "part_bytes": 1}  # a sequence a part
+    capture(moe, sequences[:3], **options)
+    with pytest.raises(KeyboardInterrupt):
+        capture(moe, sequences, progress=interrupting(5), **options)
+    assert not json.loads((tmp_path / "manifest.json").read_text())["is_complete"]
+    for _ in range(2):
+        found = capture(moe, sequences, **options)
+        totals = json.loads((tmp_path / "manifest.json").read_text())["totals"]
+        assert totals == {"sequences": 6, "parts": 6, "tokens": sum(LENGTHS)}
+        if accumulate is None:
+            assert_same(found.read(), capture(moe, sequences))
+            continue
+        whole = RoutingCounts.of(capture(moe, sequences), tables=accumulate)
+        for counts in (found, RoutingCounts.load(tmp_path / "counts.npz")):
+            assert counts.n_tokens == sum(LENGTHS)
+            for name in [*whole._arrays, *whole._rows]:
+                np.testing.assert_array_equal(counts.array(name), whole.array(name), err_msg=name)
+
+
+@pytest.mark.parametrize(("accumulate", "is_written"), [(None, False), (["co_activation"], True)])
+def test_a_disk_that_is_full_at_any_file_costs_no_finished_part(
+    moe: mi.MoEHooks,
+    sequences: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accumulate: list[str] | None,
+    is_written: bool,
+) -> None:
+    native, whole = os.replace, capture(moe, sequences[:2])
+    options = {"accumulate": accumulate, "part_bytes": 1}
+    for number in range(20):
+        out, calls = tmp_path / str(number), itertools.count()
+
+        def replace(source: Any, target: Any, number: int = number, calls: Iterator[int] = calls) -> None:
+            is_full = next(calls) == number
+            if is_written or not is_full:
+                native(source, target)
+            if is_full:
+                raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                capture(moe, sequences[:2], out=out, **options)
+                break
+            except ResultError as error:
+                assert "No space left on device" in str(error)  # noqa: PT017
+        if out.is_dir():
+            (out / ".part-00001.parquet.killed.part").write_bytes(b"cut short")
+        found = capture(moe, sequences[:2], out=out, **options)
+        assert not list(out.glob(".*"))
+        if accumulate is None:
+            assert_same(found.read(), whole)
+        else:
+            assert RoutingCounts.load(out / "counts.npz").n_tokens == whole.n_tokens
+    assert number == (5 if accumulate else 6)

@@ -40,6 +40,10 @@ def test_n_tokens_have_n_rows_or_one_fewer(tmp_path):
     for wrong in ([5], [8]):
         with pytest.raises(DataError, match=rf"r.npy: 6 rows from token 0 for {wrong[0]} tokens.*last sampled token"):
             read(tmp_path / "r.npy", "vllm", 8, "moe", sequence_lengths=wrong)
+    with pytest.raises(DataError, match=r"start=1000000000000\. Expected: .*at most"):
+        read(tmp_path / "r.npy", "vllm", 8, "moe", start=10**12)
+    with pytest.raises(DataError, match=r"6 rows from token 0 for 1 tokens"):
+        read(tmp_path / "r.npy", "vllm", 8, "moe", token_ids=6)
     with pytest.raises(DataError, match=r"2 sequence_lengths. Expected: 1, one a sequence"):
         read(tmp_path / "r.npy", "vllm", 8, "moe", sequence_lengths=[3, 3])
 
@@ -73,6 +77,9 @@ def test_a_fill_value_in_some_slots_is_refused_unless_named():
         of(array, 256)
     with pytest.raises(DataError, match=r"sentinel=7 among 8 experts with one slot"):
         of(rows(k=1), sentinel=7)
+    for sentinel in ("99", 2.5):
+        with pytest.raises(DataError, match=r"sentinel=.*whole number"):
+            of(rows(), sentinel=sentinel)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -108,6 +115,23 @@ def test_one_slot_a_token_may_be_expert_0():
     trace = of(array)
     assert trace.covered.all()
     np.testing.assert_array_equal(trace.expert_indices, array)
+    # one layer whose router has collapsed
+    array = rows(40, columns=1, k=1)
+    array[5:30] = 0
+    assert of(array).covered.all()
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_many_rows_of_zeros_one_after_the_other_are_no_routes_also_with_one_slot(columns):
+    array = rows(40, columns=columns, k=1, seed=1)
+    array[10:30] = 0
+    with pytest.raises(DataError, match=rf"zeros at token 10, layer 0, and at {20 * columns - 1} more"):
+        of(array)
+    covered = np.ones(40, bool)
+    covered[10:30] = False
+    np.testing.assert_array_equal(of(array, uncaptured="native").covered, covered[:, None].repeat(columns, axis=1))
+    with pytest.raises(DataError, match=r"zeros for all tokens in every row of output 1"):
+        of([rows(40, columns=columns, k=1), np.zeros((12, columns, 1), np.int16)])
 
 
 def test_columns_are_told_by_number():
@@ -123,10 +147,13 @@ def test_columns_are_told_by_number():
         ([1, 2, 9], "3 layers .* for 5 columns"),
         ([1, 1, 2, 3, 4], "layers=.*different layers"),
         ("dense", "layers='dense'"),
+        (3, "layers=3"),
+        (np.int64(3), "layers="),
         ([0.5] * 5, "a layer=0.5"),
     ):
         with pytest.raises(DataError, match=message):
             of(array, layers=layers)
+    assert of(rows(), layers=np.array([1, 2, 4])).layers == (1, 2, 4)
     single = np.insert(rows(k=1), [0], 0, axis=1)
     assert of(single, layers=[1, 2, 3]).layers == (1, 2, 3)
     with pytest.raises(DataError, match=r"zeros in column 0, a dense layer's or expert 0"):

@@ -85,6 +85,10 @@ def changed(old, new, line=1):
         (changed("\t\t", "\t"), "line 2: .*cut short or of another form"),
         (changed("\t\t0.", "\t\t9."), r"line 2: weights .* of token 0 of the line, sum 9.*pass weights=False"),
         (changed("\t\t0.", "\t\t-0."), "line 2: weights"),
+        (
+            lambda lines: [*lines[:2], lines[2].split("\t\t")[0] + "\t\t" + "\t".join(["0.0"] * 120)],
+            r"line 3: weights of 0 for all 40 tokens.*pass weights=False",
+        ),
         (changed("\t\t0.", "\t\tnan"), "line 2: .*another form"),
         (changed("\t\t0.", "\t\t--"), "line 2: weights that are no numbers"),
         (
@@ -123,6 +127,16 @@ def test_what_is_no_folder_of_logs_is_refused(tmp_path):
         RoutingTrace.read(tmp_path / "absent", "esft", 8)
     with pytest.raises(DataError, match=r"without expert_weights_\*\.txt"):
         RoutingTrace.read(tmp_path, "esft", 8)
+    ids, weights = routes()
+    for gates, message in (
+        (0 * weights, r"gates.npz, layer 1: weights of 0"),
+        (weights * 3, r"layer 1: weights .* sum"),
+    ):
+        tenths = (gates * 1e4).astype(np.uint16)
+        np.savez(tmp_path / "gates.npz", expert_ids=ids, gate_weights=tenths, seq_lens=LENGTHS)
+        with pytest.raises(DataError, match=message):
+            RoutingTrace.read(tmp_path / "gates.npz", "esft", 8, [1, 2])
+        assert RoutingTrace.read(tmp_path / "gates.npz", "esft", 8, [1, 2], weights=False).n_tokens == 48
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(DataError, match=r"arrays expert_ids, gate_weights, seq_lens"):
         RoutingTrace.read(tmp_path / "other.npz", "esft", 8, [1])
@@ -197,6 +211,10 @@ def test_decoding_steps_of_megatron_are_told_from_batches(tmp_path):
         RoutingTrace.read(path, "megatron", 8)
     with pytest.raises(ConfigError, match=r"steps='all'"):
         RoutingTrace.read(path, "megatron", 8, steps="all")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:6], *lines[9:], *lines[6:9]]))  # a later step before an earlier one
+    with pytest.raises(DataError, match=r"line 10: step 2 after a later one.*the steps of one request, in order"):
+        RoutingTrace.read(path, "megatron", 8, steps="decoding")
     with pytest.raises(DataError, match=r"line 1: 6 tokens. Expected: a multiple of batch_size=4"):
         RoutingTrace.read(write_megatron(tmp_path, ids, [6]), "megatron", 8, batch_size=4)
 
@@ -233,6 +251,24 @@ def test_a_router_that_did_not_run_and_experts_out_of_range_are_refused_by_line(
         RoutingTrace.read(write_megatron(tmp_path, ids, [48]), "megatron", 8)
     with pytest.raises(DataError, match=r"zeros for all tokens"):
         RoutingTrace.read(write_megatron(tmp_path, np.zeros((4, 2, 1), int), [4]), "megatron", 8)
+    single = ids[..., :1].copy()
+    single[:, 0] = 0  # one layer whose router has collapsed
+    single[30] = 0
+    path = write_megatron(tmp_path, single, [24, 24])
+    np.testing.assert_array_equal(RoutingTrace.read(path, "megatron", 8).expert_indices, single)
+    single[24:] = 0
+    with pytest.raises(DataError, match=r"zeros in all layers at token 24, and at 23 more"):
+        RoutingTrace.read(write_megatron(tmp_path, single, [24, 24]), "megatron", 8)
+
+
+def test_layers_of_other_widths_are_refused(tmp_path):
+    path = write_megatron(tmp_path, routes(k=2)[0], [48])
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[1])
+    wider = record | {"topk": 3, "top_indices": [[*row, -1] for row in record["top_indices"]]}
+    path.write_text(f"{lines[0]}\n{json.dumps(wider)}\n")
+    with pytest.raises(DataError, match=r"rows of widths \[2, 3\]"):
+        RoutingTrace.read(path, "megatron", 8)
 
 
 def test_side_data_of_another_shape_is_refused(tmp_path):
