@@ -16,6 +16,7 @@ from moe_interp.experiments.capture.sequences import CapturedSequence
 from moe_interp.traces import RoutingCounts, RoutingTrace
 from moe_interp.traces.part_files import COUNTS, part_name
 
+UNFINISHED = "counts-" + "[0-9]" * 5 + ".npz"
 SECONDS = 30.0  # between two writes of counts, which are written whole each time
 
 
@@ -102,9 +103,17 @@ class CountsOnly(Sink):
             self._load(folder)
 
     def _load(self, folder: CaptureFolder) -> None:
-        file = folder.path / (COUNTS if folder.is_complete else _counts_name(len(folder.records)))
+        n, name = len(folder.records), COUNTS
+        if not folder.is_complete:
+            written = sorted(int(file.stem[7:]) for file in folder.path.glob(UNFINISHED))
+            before = [m for m in written if m <= n]
+            if written and n not in written:  # a write was cut short between the counts and the notes of their parts
+                folder.forget(before[-1] if before else 0)
+            if written and not before:
+                return
+            name = _counts_of(len(folder.records))
         try:
-            self.counts = RoutingCounts.load(file)
+            self.counts = RoutingCounts.load(folder.path / name)
         except (ResultError, DataError) as error:
             warn(f"{error.given}: counting begins again", DamagedPartWarning)
             folder.forget(0)
@@ -127,12 +136,12 @@ class CountsOnly(Sink):
             return
         folder, before = self.folder, len(self.folder.records)
         folder.begin()
-        self.counts.save(folder.path / _counts_name(before + len(self._pending)))
+        self.counts.save(folder.path / _counts_of(before + len(self._pending)))
         for number, sequences, n_tokens in self._pending:
             folder.note(number, sequences, n_tokens, None)
         self._pending, self._written = [], time.monotonic()
         with suppress(OSError):
-            (folder.path / _counts_name(before)).unlink(missing_ok=True)
+            (folder.path / _counts_of(before)).unlink(missing_ok=True)
 
     def finish(self, n_parts: int) -> RoutingCounts:
         if self.folder is not None:
@@ -140,10 +149,11 @@ class CountsOnly(Sink):
             if not self.folder.is_complete:
                 self.counts.save(self.folder.path / COUNTS)
             self.folder.complete(n_parts)
-            with suppress(OSError):
-                (self.folder.path / _counts_name(n_parts)).unlink(missing_ok=True)
+            for file in self.folder.path.glob(UNFINISHED):
+                with suppress(OSError):
+                    file.unlink()
         return self.counts
 
 
-def _counts_name(n_parts: int) -> str:
+def _counts_of(n_parts: int) -> str:
     return f"counts-{n_parts:05d}.npz"

@@ -276,9 +276,32 @@ def test_a_disk_that_is_full_at_any_file_costs_no_finished_part(
         if out.is_dir():
             (out / ".part-00001.parquet.killed.part").write_bytes(b"cut short")
         found = capture(moe, sequences[:2], out=out, **options)
-        assert not list(out.glob(".*"))
+        assert not [*out.glob(".*"), *out.glob("counts-*")]
         if accumulate is None:
             assert_same(found.read(), whole)
         else:
             assert RoutingCounts.load(out / "counts.npz").n_tokens == whole.n_tokens
-    assert number == (5 if accumulate else 6)
+    assert number == 6  # manifest, two parts or counts, two notes, manifest
+
+
+def test_counts_before_a_write_that_was_cut_short_are_gone_on_from(
+    moe: mi.MoEHooks, sequences: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"out": tmp_path, "accumulate": ["co_activation"], "part_bytes": 1}
+    with pytest.raises(KeyboardInterrupt):
+        capture(moe, sequences, progress=interrupting(2), **options)
+    kept = (tmp_path / "counts-00001.npz").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        capture(moe, sequences, progress=interrupting(4), **options)
+    # as a process leaves it that is killed between the notes of two parts
+    (tmp_path / "counts-00001.npz").write_bytes(kept)
+    (tmp_path / "part-00002.json").unlink()
+    assert RoutingCounts.load(tmp_path / "counts-00003.npz").n_sequences == 3
+    added: list[int] = []
+    native = CountsOnly.add
+    monkeypatch.setattr(
+        CountsOnly, "add", lambda self, number, *more: (added.append(number), native(self, number, *more))
+    )
+    counts = capture(moe, sequences, **options)
+    assert added == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(counts.slots, RoutingCounts.of(capture(moe, sequences)).slots)
