@@ -299,9 +299,12 @@ def test_counts_before_a_write_that_was_cut_short_are_gone_on_from(
     assert RoutingCounts.load(tmp_path / "counts-00003.npz").n_sequences == 3
     added: list[int] = []
     native = CountsOnly.add
-    monkeypatch.setattr(
-        CountsOnly, "add", lambda self, number, *more: (added.append(number), native(self, number, *more))
-    )
+
+    def noted(self: CountsOnly, number: int, *more: Any) -> None:
+        added.append(number)
+        native(self, number, *more)
+
+    monkeypatch.setattr(CountsOnly, "add", noted)
     counts = capture(moe, sequences, **options)
     assert added == [1, 2, 3, 4, 5]
     np.testing.assert_array_equal(counts.slots, RoutingCounts.of(capture(moe, sequences)).slots)
