@@ -146,7 +146,7 @@ def decoder_layer(moe: MoEHooks, layer: Layer) -> int:
         raise ConfigError(
             f"{moe.spec(moe.layers[0]).family.name}, an encoder-decoder",
             "a causal decoder",
-            "Counterfactual routes are defined for next-token prediction; use the hooks directly.",
+            "The order in which a decoder predicts the next token is needed here; use the hooks directly.",
         )
     label = moe.layer_label(layer)
     assert isinstance(label, int)
