@@ -2,9 +2,9 @@
 
 Run: python benchmarks/geometry_coverage.py [--runs 300]
 
-A world is a router W that reads the states h, and another one, V, that reads other states z, of the same law and unseen. Routes
-are the top experts of ``h W + .8 z V``, and the prediction is those of ``h W``. So W explains a part of the similarity of
-routes. The truth of a world is the same number over many sequences. There are three worlds.
+A world is a router W that reads the states h, and a router V that reads other states z, of the same law and unseen.
+Routes are the top experts of ``h W + .8 z V``, and the prediction is those of ``h W``. So W explains a part of the
+similarity of routes. The truth of a world is the same number over many sequences. There are three worlds.
 """
 
 from __future__ import annotations
