@@ -54,6 +54,10 @@ def test_files_their_fields_and_counts(tmp_path: Path) -> None:
     fields = ["--prompt-field", "question", "--answer-field", "reply", "--domain-field", "topic", "--items", str(path)]
     done = runner.invoke(cli, arguments(tmp_path / "routes", *fields))
     assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "routes").glob("part-*.parquet"))) == 1
+    small = runner.invoke(cli, arguments(tmp_path / "small", *fields, "--part", "0.0001"))
+    assert small.exit_code == 0, small.output
+    assert len(list((tmp_path / "small").glob("part-*.parquet"))) == 3  # each a sequence
     trace = mi.RoutingTrace.read(tmp_path / "routes")
     assert trace.domains == ("ids", "sums")
     assert json.loads((tmp_path / "routes" / "part-00000.json").read_text())["sequences"] == [

@@ -58,6 +58,9 @@ def capture(
         bool, typer.Option("--batch-invariant", help="The same bits for every batch size (float32 on a CPU).")
     ] = False,
     format: Annotated[str, typer.Option(help=f"Of the parts: {' or '.join(FORMATS)}.")] = "parquet",
+    part: Annotated[
+        float, typer.Option(help="MiB of a part in --out: what an interruption costs at most.", metavar="MIB")
+    ] = 64.0,
     memory: options.Memory = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -75,6 +78,7 @@ def capture(
     options.check_number("--generate", generate)
     options.check_number("--batch-size", batch_size)
     options.check_number("--first", first)
+    options.check_positive("--part", part, "MiB")
     if not temperature >= 0:
         raise ConfigError(f"--temperature {temperature}", "a number of at least 0", "0 is greedy.")
     if not 0 < top_p <= 1:
@@ -120,6 +124,7 @@ def capture(
             batch_size=batch_size,
             pad=pad,
             batch_invariant=batch_invariant,
+            part_bytes=max(int(part * 2**20), 1),
             format=format,  # type: ignore[arg-type]
             memory_budget=budget,
             resume=resume,
