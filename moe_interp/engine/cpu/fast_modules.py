@@ -75,6 +75,16 @@ class FastModules:
             yield
 
     @contextmanager
+    def native_norms(self) -> Iterator[None]:
+        """Inside the ``with``, the model's own norms too, for passes that go past TransformerLens' components."""
+        with ExitStack() as stack:
+            for norm in self._norms:
+                native = norm.original_component
+                if (short := self._short.get(id(norm))) is not None and not is_watched(native):
+                    stack.enter_context(swapped_forward(native, _short_or(native.forward, short)))
+            yield
+
+    @contextmanager
     def experts(self, n_tokens: int) -> Iterator[None]:
         """Inside the ``with``, float32 experts run one after the other where that is faster; equal to rounding.
 
@@ -104,6 +114,15 @@ def _own_forward(native: Any, short: Callable[[Tensor], Tensor] | None) -> Any:
     def forward(hidden: Tensor, **kwargs: Any) -> Tensor:
         if short is None or hidden.dtype != torch.float32 or torch.is_grad_enabled():
             return native(hidden).to(hidden.dtype)
+        return short(hidden)
+
+    return forward
+
+
+def _short_or(native: Callable[..., Tensor], short: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or hidden.dtype != torch.float32 or torch.is_grad_enabled():
+            return native(hidden, *args, **kwargs)
         return short(hidden)
 
     return forward

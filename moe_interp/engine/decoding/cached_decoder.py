@@ -16,6 +16,7 @@ from moe_interp.arch.modules import unwrap
 from moe_interp.arch.offload import device_of
 from moe_interp.engine.cpu.batch_invariant import FEWEST_ROWS, BatchInvariance
 from moe_interp.engine.cpu.fast_modules import FastModules
+from moe_interp.engine.decoding.native_modules import NativeModules
 from moe_interp.engine.decoding.preallocated_cache import PreallocatedLayer
 from moe_interp.engine.replaced_forward import swapped_forward
 from moe_interp.errors import AttachError
@@ -28,7 +29,9 @@ class CachedDecoder:
     """Forward passes of an attached model that prompts and what is generated from them go through.
 
     They are the model's own passes with the bridge's hooks, as ``bridge.generate`` runs them: interventions see the
-    prompt's pass as the prompt, and later ones as new tokens. The rows of a batch have one length, so nothing is
+    prompt's pass as the prompt, and later ones as new tokens. Without any hook they go through transformers' modules,
+    past TransformerLens' components: the same bits, but for deepseek_v2 and phimoe, whose attention TransformerLens
+    computes in another order. The rows of a batch have one length, so nothing is
     padded. In float32 on a processor a row's numbers do not depend on the batch (see
     :class:`moe_interp.engine.cpu.batch_invariant.BatchInvariance`); with hooks on experts' neurons or outputs, and on
     other devices, they do by rounding.
@@ -52,7 +55,7 @@ class CachedDecoder:
                 f"{type(self.model).__name__}, an encoder-decoder", "a decoder-only model", "Use bridge.generate."
             )
         self.device = device_of(self.model)
-        self._invariance, self._fast = BatchInvariance(moe), FastModules(moe)
+        self._invariance, self._fast, self._native = BatchInvariance(moe), FastModules(moe), NativeModules(moe)
         self._head: Any = unwrap(model.get_output_embeddings())
 
     @contextmanager
@@ -63,7 +66,9 @@ class CachedDecoder:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.moe.bridge.hooks(fwd_hooks=self.hooks))
             if not self.is_plain:
+                self._native.look()
                 stack.enter_context(self._fast.norms())
+                stack.enter_context(self._fast.native_norms())
                 stack.enter_context(self._invariance.experts())
                 stack.enter_context(swapped_forward(self._head, lambda hidden: self._last(native, hidden)))
             yield
@@ -101,10 +106,16 @@ class CachedDecoder:
 
     def _pass(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any, Tensor | None]:
         """Logits ``[row, vocabulary]`` of the last position, the cache, and what plain passes predict everywhere."""
-        with nullcontext() if self.is_plain else self._invariance.products(tokens.numel()):
+        with nullcontext() if self.is_plain else self._short_pass(tokens.numel()):
             out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
         predicted = out.logits.argmax(dim=-1) if self.is_plain else None
         return out.logits[:, -1], getattr(out, "past_key_values", None), predicted
+
+    @contextmanager
+    def _short_pass(self, n_tokens: int) -> Iterator[None]:
+        """One pass alone: what runs between two passes, such as a checker, finds the model as it was."""
+        with self._native.in_place(), self._invariance.products(n_tokens):
+            yield
 
     def step(self, rows: DecodedRows, tokens: Tensor) -> None:
         """Rows go on by a token each, ``[row]``; without a cache they are run anew."""

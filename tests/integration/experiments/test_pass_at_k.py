@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.overrides import TorchFunctionMode
 
 import moe_interp as mi
 from moe_interp.engine.decoding.cached_decoder import CachedDecoder
@@ -130,6 +131,7 @@ def test_first_tokens_have_the_models_law(tiny: mi.MoEHooks) -> None:
 EXACT = ("olmoe", "mixtral", "flex_olmo", "gpt_oss", "granite_moe", "phimoe")
 
 
+TWO_KEYS = torch.arange(2)
 ROUNDED = ("deepseek_v2", "qwen3_next", "nemotron_h", "llama4")
 
 
@@ -156,6 +158,73 @@ def test_a_rows_logits_are_the_same_bits_in_every_batch(family: str) -> None:
             torch.testing.assert_close(found[:same], whole[:same], rtol=0, atol=1e-4)
             if family in EXACT:
                 assert torch.equal(found[:same], whole[:same])
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jamba", "nemotron_h", "jetmoe", "llama4", "deepseek_v3"])
+def test_short_passes_have_no_product_of_fewer_than_sixteen_rows(family: str) -> None:
+    found: list[int] = []
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.linear:
+                found.append(args[0].shape[:-1].numel())
+            return func(*args, **(kwargs or {}))
+
+    with mi.attach(build_bridge(build_hf(family), family)) as moe:
+        decoder = CachedDecoder(moe)
+        with decoder.running(), Products():
+            rows = decoder.rows(decoder.prompts(random_tokens(1, 5), torch.arange(1)), torch.zeros(2).long(), TWO_KEYS)
+            rows.step(torch.tensor([5, 6]))
+    assert len(found) > 10
+    assert min(n for n in found if n) >= 16  # an expert without a row has a product of none
+
+
+def test_passes_without_hooks_are_those_with_hooks_that_change_nothing(tiny: mi.MoEHooks) -> None:
+    tokens, seen = random_tokens(1, 6), list[str]()
+
+    def look(value: torch.Tensor, hook: Any) -> None:
+        seen.append(hook.name)
+
+    def logits(hooks: Any) -> torch.Tensor:
+        decoder = CachedDecoder(tiny, hooks)
+        with decoder.running():
+            rows = decoder.rows(decoder.prompts(tokens, torch.arange(1)), torch.zeros(2).long(), TWO_KEYS)
+            rows.step(torch.tensor([5, 6]))
+        return rows.logits
+
+    plain = logits([])
+    assert not seen
+    names = ["blocks.0.attn.hook_pattern", "blocks.1.hook_out", tiny.hook_name("router_logits", 0)]
+    for name in names:
+        assert torch.equal(logits([(name, look)]), plain)
+        assert seen == [name] * 2
+        seen.clear()
+    # a hook of torch's own on a component
+    component: Any = tiny.bridge.blocks[0].attn
+    with component.register_forward_hook(lambda module, args, output: seen.append("torch")):
+        assert torch.equal(logits([]), plain)
+    assert seen == ["torch"] * 2
+
+
+def test_between_two_passes_and_after_an_error_the_components_are_in_place(tiny: mi.MoEHooks) -> None:
+    def state() -> list[tuple[str, int, Any]]:
+        return [(n, id(m), m.__dict__.get("forward")) for n, m in tiny.bridge.original_model.named_modules()]
+
+    tokens, before, decoder = random_tokens(1, 6), state(), CachedDecoder(tiny)
+    names = {name for name in tiny.bridge.run_with_cache(tokens)[1] if "attn.hook" in name}
+    with decoder.running():
+        read = decoder.prompts(tokens, torch.arange(1))
+        assert names <= {*tiny.bridge.run_with_cache(tokens)[1]}
+        rows = decoder.rows(read, torch.zeros(2).long(), TWO_KEYS)
+        # a hook that comes in between is honoured
+        seen: list[int] = []
+        with tiny.bridge.hooks([("blocks.0.attn.hook_out", lambda value, hook: seen.append(len(value)))]):
+            rows.step(torch.tensor([5, 6]))
+        assert seen == [2]
+    assert state() == before
+    with pytest.raises(IndexError), decoder.running():
+        rows.step(torch.tensor([5, 10**6]))
+    assert state() == before
 
 
 def test_completions_do_not_depend_on_the_batch(demo: tuple[mi.MoEHooks, list[Any]], tmp_path: Path) -> None:
