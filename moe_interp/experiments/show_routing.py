@@ -65,6 +65,9 @@ def show(
             tokens than the model's context, or a trace of another model or without this sequence.
         ConfigError: positions that the prompt does not have.
         HookError: a layer that is not attached.
+
+    What it does not show: what the experts compute, or by how little another expert was passed over. One prompt is no
+    evidence about an expert.
     """
     check_attached(moe)
     labels, one = _labels(moe, layer)

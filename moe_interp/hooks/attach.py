@@ -217,7 +217,16 @@ class MoEHooks:
         Args:
             text: A text, a list of chat messages, token ids, or a recorded ``RoutingTrace``.
             layer: One MoE layer, shown with all of its experts and weights; or several side by side; all by default.
-            options: ``weights``, ``positions`` and more: see :func:`moe_interp.experiments.show_routing.show`.
+            options: ``weights``, ``positions``, ``attention_mask``, ``decoder_input`` and ``sequence``: see
+                :func:`moe_interp.show`.
+
+        Returns:
+            A view that shows itself; ``.to_dataframe()`` has every slot of every token, ``.html()`` is a page.
+
+        Raises:
+            DataError, ConfigError, HookError: as :func:`moe_interp.show`.
+
+        What it does not show: what the experts compute, or by how little another expert was passed over.
         """
         show: Callable[..., RoutingView] = resolve_name(_SHOW)
         return show(self, text, layer, **options)

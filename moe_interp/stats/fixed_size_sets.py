@@ -16,9 +16,9 @@ _LARGEST_STEP = 2.0  # of a log-odds in one step of Newton's
 def pair_inclusion(inclusion: ArrayLike, size: int) -> FloatArray:
     """Chance that two members are both in a random set of ``size``, given how often each is, and nothing else.
 
-    Of all laws of sets S of k members with P(i in S) = pi_i, the one of maximum entropy: P(S) proportional to the
-    product of the members' odds (conditional Poisson sampling). The odds are found by Newton's method; sums over sets
-    are coefficients of prod_i (1 - p_i + p_i z), read off by a discrete Fourier transform.
+    Of all distributions over sets S of k members with P(i in S) = pi_i, that of maximum entropy: P(S) proportional to
+    the product of the members' odds (conditional Poisson sampling). The odds are found by Newton's method; sums over
+    sets are coefficients of prod_i (1 - p_i + p_i z), read off by a discrete Fourier transform.
 
     Args:
         inclusion: ``[member]`` pi from 0 to 1, of sum k.
@@ -30,8 +30,8 @@ def pair_inclusion(inclusion: ArrayLike, size: int) -> FloatArray:
     Raises:
         DataError: chances outside [0, 1], or of another sum than k.
 
-    Source: Hajek (1964); Chen, Dempster & Liu (1994). What it does not show: the law of other draws of fixed size:
-    the k largest of independent noisy scores have slightly other pairs.
+    Source: Hajek (1964); Chen, Dempster & Liu (1994). What it does not show: the pairs of other draws of
+    fixed size, such as the k largest of independent noisy scores, which differ slightly.
     """
     pi = np.asarray(inclusion, dtype=np.float64)
     k = check_whole(size, "size", 0, error=DataError)

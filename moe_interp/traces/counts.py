@@ -33,17 +33,17 @@ ROWS = "row_"  # arrays of one entry a run of a sequence
 
 
 class RoutingCounts:
-    """What the measures need of a corpus, without its tokens; memory grows with the sequences and the vocabulary alone.
+    """What the measures need of a corpus, without its tokens; memory grows only with the sequences and the vocabulary.
 
     Use by domain is always counted: slots by domain, layer, expert and number of experts of the token, and top-1
     experts. ``tables`` names what else is. All but sums over a single sequence are integers (weights and norms in
-    multiples of 2^-52), so that the parts of a corpus add up to the whole exactly, in whatever order. Empty slots and
-    native rows (:data:`moe_interp.slots.NATIVE`) are skipped.
+    multiples of 2^-52), so that the parts of a corpus add up to the whole exactly, in whatever order. Empty slots
+    (-1) and tokens that a trace does not cover (-2) are skipped.
 
     Args:
         layers: The model's index of each layer.
         n_experts: Experts per layer.
-        tables: Of ``"sequences"`` (slots of each sequence, for intervals and nulls over sequences), ``"weights"``,
+        tables: Some of ``"sequences"`` (slots of each sequence, for intervals and nulls over sequences), ``"weights"``,
             ``"co_activation"``, ``"transitions"``, ``"vocabulary"``, ``"paths"``, ``"norms"``, ``"margin"``; all
             without it. What the traces do not hold is left out.
         path_length: Layers of a path; the number of layers where there are fewer.

@@ -303,6 +303,8 @@ class RoutingTrace:
             ResultError: No such file, of an unknown format, of another version, or damaged.
             DataError: The file's routes are not valid; names file and line, or token, layer and expert.
             ConfigError: An option that the format does not have.
+
+        What it does not show: weights, token ids or logits that the tool did not write; docs/traces.md says which.
         """
         if format is None and is_recorded(path):
             with reading_a_part():

@@ -1,4 +1,4 @@
-"""``moe-interp demo``: every experiment that fits into two minutes, on the bundled model, offline."""
+"""``moe-interp demo``: the quick experiments, on the bundled model, offline."""
 
 from __future__ import annotations
 

@@ -86,19 +86,20 @@ def capture_routing(
         predictions: Record the likeliest next id at every token.
         generate: Generate so many tokens after each sequence, up to an end-of-sequence token, and record them too: each
             generated token is an input of the model, the last one included. Of prompt and answer, the prompt is read.
-        temperature, top_p, seed: How they are drawn; temperature 0 is greedy. Draws depend on ``seed`` and the
+            Not for encoder-decoders, nor with ``pad``.
+        temperature, top_p, seed: How tokens are drawn; temperature 0 is greedy. Draws depend on ``seed`` and the
             sequence's id alone.
         hooks: Interventions, in place during all passes; the routes are recorded as they leave them.
         attention_mask: ``[batch, pos]`` of token ids; rows are run with their padding, on the left or on the right.
-        domain: One label for all, or one a sequence; by default that of each sequence.
+        domain: One label for all, or one a sequence, in place of those that sequences bring, which are the default.
         batch_size: Sequences of a pass at most; by default what fits into memory.
         pad: Run sequences of like length together, padded on the right. Fewer passes; numbers differ from those of each
             sequence alone by rounding, and where experts have a capacity, padding uses it up.
         batch_invariant: Run products in an order that does not depend on the batch, see
-            :func:`moe_interp.batch_invariant`: float32 on a processor.
-        part_bytes: Of a part, in memory. A longer sequence is a part of its own.
-        format: Of the parts: "parquet" (needs pyarrow) or "npz".
-        memory_budget: Bytes of a pass; by default what is free. What does not fit is run in halves.
+            :func:`moe_interp.batch_invariant`: float32 on a processor, without ``pad`` and ``norms``.
+        part_bytes: Size of a part in memory, in bytes. A longer sequence is a part of its own.
+        format: Format of the parts: "parquet" (needs pyarrow) or "npz".
+        memory_budget: Bytes that a pass may use; by default what is free. What does not fit is run in halves.
         resume: False replaces what ``out`` holds.
         progress: See :func:`moe_interp.progress.reporting`.
 

@@ -81,17 +81,18 @@ def measure(
         max_tokens: Tokens whose router inputs are kept, over all sequences; memory is tokens x layers x d_model x 4
             bytes, and as much again for each layer at work.
         max_pairs: Pairs of tokens that are compared.
-        n_permutations, n_random_routers, n_random_directions, n_components: Of the nulls.
+        n_permutations, n_random_routers, n_random_directions: Draws of the nulls.
+        n_components: Principal axes whose gain is given beside that of the shared direction.
         memory_budget: Bytes a forward pass may use; by default what is free (on a processor half of it).
         store: Folder for finished batches: an interrupted run goes on from there.
         seed: Of all draws.
         progress: See :func:`moe_interp.progress.reporting`.
 
     Raises:
-        DataError: fewer than 3 sequences, sequences that begin another one, states without variance, or a trace
+        DataError: fewer than 3 sequences, one that is the beginning of another, states without variance, or a trace
             without router inputs.
-        ConfigError: a router whose logits are no linear map of what it reads (a named hash layer), or options out of
-            range.
+        ConfigError: an encoder-decoder, a router whose logits are no linear map of what it reads (a named hash layer),
+            or options out of range.
         ResultError: a store of another run.
 
     Tokens that another sequence has after the same tokens (a BOS, a shared prompt) are left out throughout: they are

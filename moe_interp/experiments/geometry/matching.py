@@ -100,6 +100,7 @@ def layer_overlap(
             default ``a`` itself.
         matching: "usage", "rank" or "identity", as :func:`answer_overlap`. By usage, the matching is found on one half
             of the sequences and applied to the other.
+        p: The share, above 0 and at most 1.
         seed: Of the halves, and of the sequences where there are more than 256.
 
     Returns:

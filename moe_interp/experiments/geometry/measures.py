@@ -121,9 +121,10 @@ def route_vs_hidden_similarity(
     Returns:
         ``[level, layer]``: ``correlation`` (Pearson) with its jackknife interval over sequences (``_low``, ``_high``),
         ``mantel_p`` (two-sided, sequences permuted whole, so that tokens of one sequence may depend on each other),
-        ``mantel_null_mean``, ``mantel_null_sd``; ``[level, bound]``-like means over layers with one joint p. The token
-        level's test is of up to 256 tokens, equally many of each sequence, its correlation of ``max_pairs`` pairs.
-        ``route_agreement[layer, other_layer]``: the correlation of the route similarities of two layers.
+        ``mantel_null_mean``, ``mantel_null_sd``. ``[level]``: ``mean_correlation``, the mean over layers, with its
+        interval, and ``mean_mantel_p``, one p for all layers. The token level's test is of up to 256 tokens, equally
+        many of each sequence, its correlation of ``max_pairs`` pairs. ``route_agreement[layer, other_layer]``: the
+        correlation of the route similarities of two layers.
 
     Raises:
         As :func:`measure`.
@@ -150,8 +151,8 @@ def explained_by_geometry(
 
     ``s`` is the similarity of the routes taken, ``g`` that of the routes that a map gives to the same states, each
     token with as many experts as it has. By ``source``: "router", the router's own weight and bias, ranked by logits
-    alone: 1 where nothing but the linear map decides, less where correction biases, group limits or capacities do; it
-    is 1 by construction for a plain linear router, and 0 in expectation for routes that do not depend on the states.
+    alone: 1 by construction for a plain linear router, less where correction biases, group limits or capacities decide
+    as well, and 0 in expectation for routes that do not depend on the states.
     "random router": routers of independent normal weights on the centred states, averaged: what the geometry of the
     states alone does, whoever routes. "whitened states": the same where all principal axes have one variance: what is
     left once the spread of the states is taken away.
@@ -164,8 +165,8 @@ def explained_by_geometry(
     Raises:
         As :func:`measure`.
 
-    Source: derived; see :func:`moe_interp.stats.geometry.explained.explained_share`. What it does not show: whether the
-    states were made by training with this router, as they were.
+    Source: derived; see :func:`moe_interp.stats.geometry.explained.explained_share`. What it does not show: how far the
+    states were shaped by training with this router.
     """
     routed = routed_states(moe, sequences, seed=seed, **options)
     check_sequences(routed.n_sequences, 2, "the interval")
@@ -184,15 +185,22 @@ def linear_bounds(
 ) -> xr.Dataset:
     """Both directions of the bound that a linear router keeps, with the measured constants, by layer.
 
-    As :func:`moe_interp.stats.linear_bound`, of the kept tokens' states, in float64.
+    ``||W delta|| <= upper ||delta||`` and ``||W delta|| >= lower ||delta_seen||``, ``delta`` the difference of two
+    states and ``delta_seen`` its part that moves a logit: as :func:`moe_interp.stats.linear_bound`, of the kept tokens'
+    states, in float64.
 
     Returns:
-        ``bound_upper, bound_lower, bound_rank, seen_rank``; ``tightness`` and ``converse_tightness`` ``[layer,
-        quantile]``, the share of each bound that pairs of tokens use; ``violations`` and ``converse_violations``,
-        which are 0; and some pairs' ``pair_distance, pair_logit_distance, pair_cosine, pair_overlap``.
+        ``bound_upper, bound_lower`` in logits per unit of state, ``even_gain`` (root mean square over directions of the
+        principal subspace), ``bound_rank, seen_rank``; ``tightness`` and ``converse_tightness`` ``[layer,
+        quantile]``, the share of each bound that pairs of tokens use; ``seen_share[layer, quantile]``,
+        ``||delta_seen||^2 / ||delta||^2``; ``violations`` and ``converse_violations``, which are 0; and some pairs'
+        ``pair_distance, pair_logit_distance, pair_cosine, pair_overlap``.
 
     Raises:
         DataError: as :func:`measure`; a trace without weights.
+
+    Source: "The Myth of Expert Specialization in MoEs" for the bound above; the converse is derived. What it does not
+    show: that close logits choose the same experts.
     """
     routed = _with_weights(routed_states(moe, sequences, seed=seed, **options))
     pairs = token_pairs(routed, max_pairs, seed)
@@ -221,7 +229,10 @@ def shared_direction(
         tokens, with its interval over sequences, by layer and averaged (``mean_suppression``).
 
     Raises:
-        DataError: as :func:`measure`; a trace without weights.
+        DataError: as :func:`measure`; a trace without weights, or a router that does not read the mean at all.
+
+    Source: "The Myth of Expert Specialization in MoEs" for the claim; the controls are derived. What it does not show:
+    why the gain is small or large.
     """
     routed = _with_weights(routed_states(moe, sequences, seed=seed, **options))
     rows = [

@@ -64,7 +64,7 @@ def linear_routers(moe: MoEHooks, layers: Any = None) -> list[TunedRouter]:
 def router_weights(moe: MoEHooks, layers: Any = None) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     """The weights ``[expert, d_in]`` of the routers' linear maps by layer, and their biases ``[expert]`` where any.
 
-    What a trace with router inputs needs besides: see :func:`moe_interp.geometry.measure`.
+    They are what a trace with router inputs needs as well: see :func:`moe_interp.geometry.measure`.
     """
     routers = linear_routers(moe, layers)
     weights = {r.layer: r.start().double().cpu().numpy() for r in routers}

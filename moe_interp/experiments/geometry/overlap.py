@@ -37,7 +37,9 @@ def depth_overlap(
     ``|A n B| / |A u B|`` over pairs.
 
     Args:
-        trace: At least two sequences; where it has domains, pairs of different domains are compared (``unrelated``).
+        trace: At least two sequences. Empty slots and tokens that are not covered are skipped.
+        p: Share of a sequence's slots that its set holds, above 0 and at most 1.
+        unrelated: Where the trace has domains, compare pairs of different domains only.
         n_draws: Draws of the usage-matched null.
         seed: Of the draws, and of the sequences where there are more than 256.
 
@@ -140,6 +142,8 @@ def answer_overlap(
             for runs of one model. "rank": by rank of total use. "usage": by the Hungarian algorithm on the use that
             they share, found on one half of the sequences and applied to the other, and the other way round, so that
             the overlap is not that of the fit.
+        level: "sequence" or "token".
+        p: Share of a sequence's slots that its set holds, above 0 and at most 1.
         seed: Of the halves.
 
     Returns:

@@ -84,12 +84,12 @@ def tune_router(
     """Train the weights of chosen layers' routers, and nothing else, towards better routes of the same tokens.
 
     The model is left as it was: ``result.apply(moe)`` puts the tuned router in. With r- the router's own route of a
-    token, G drawn routes, r+ the one of least cross-entropy CE where it improves on r-, and
+    token, G drawn routes, r+ the one of least cross-entropy CE (in nats) where it improves on r-, and
     ``log pi(r) = sum of log pi(e)`` over its experts:
 
     - "epo": ``-Delta log sigmoid(beta ([log pi / pi_ref](r+) - [log pi / pi_ref](r-)))``, ``Delta = CE(r-) - CE(r+)``;
       tokens without a better route give no gradient. Source: "When Are Experts Misrouted?".
-    - "cross_entropy": CE(r-), by the gradient of the experts' weights. Routes that are not taken get none.
+    - "cross_entropy": CE(r-), differentiated through the weights of the experts that run. Other routes get no gradient.
     - "listwise": ``KL(softmax(-CE / temperature) || softmax(log pi))`` over the token's distinct routes (derived).
     - "distill": ``-mean over e in r+ of log pi(e)`` (derived).
 
@@ -142,8 +142,8 @@ def tune_router(
             is kept), or another parameter that changed.
         ResultError: ``out`` holds another run's checkpoint, or one and ``resume`` is False.
 
-    What it does not show: that a rise of preference is taken (see adoption in the result's tables), that gains on next
-    tokens carry over to sampled answers (see pass@K), or what other layers would do about it.
+    What it does not show: that a preferred route is also taken (see adoption in the result's tables), that gains on
+    next tokens carry over to sampled answers (see pass@K), or what tuning other layers would give.
     """
     layers = decoder_layers(moe, layer)
     options = TuningOptions(

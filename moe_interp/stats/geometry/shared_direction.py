@@ -53,8 +53,9 @@ def shared_direction(
     """The router's gain along the shared direction, ``||Pi_e W mu_hat||``, with its controls.
 
     ``mu`` is the mean state, ``mu_hat = mu / ||mu||``, and ``Pi_e = I - 11'/E`` takes away what all experts' logits
-    have in common, which moves no ranking and no softmax. Under a loss that balances the load the gain is near 0, since
-    a shared direction moves the same experts' logits up for every token. A bias of the router takes no part.
+    have in common, which moves no ranking and no softmax. A shared direction moves the same experts' logits up for
+    every token; the claim of the source is that a loss that balances the load therefore brings the gain near 0. A bias
+    of the router takes no part.
 
     Args:
         weights: ``[expert, d]``, the router's linear map.

@@ -64,9 +64,9 @@ def atlas(
     """Every measure of recorded routing that the routes allow, in one result. No model is needed.
 
     Load, domain and vocabulary specialization, co-activation, transitions, paths, standing committee, ESFT scores,
-    output norms, margins, and with ``against`` saturation and the correlation of use. Measures that the routes do not
-    allow (no labels, a single sequence, no ids, ...) are named with their reason in ``summary()`` and in
-    ``data.attrs["not_testable"]``; the rest is computed.
+    output norms, margins, risk differences where there are two domains, and with ``against`` saturation and the
+    correlation of use. Measures that the routes do not allow (no labels, a single sequence, no ids, ...) are named with
+    their reason in ``summary()`` and in ``data.attrs["not_testable"]``; the rest is computed.
 
     Args:
         source: A :class:`RoutingTrace`, :class:`RoutingCounts`, a path (of a trace, of counts, or a folder of traces,
@@ -76,7 +76,7 @@ def atlas(
         format: Of a path, as in :meth:`RoutingTrace.read`; by the suffix without.
         tables: What is counted, of :class:`RoutingCounts`; all without it.
         path_length: Layers of a path.
-        min_count: Occurrences of a token id that counts for vocabulary specialization.
+        min_count: Occurrences that a token id needs to count for vocabulary specialization.
         n_permutations, seed: Of the null of domains.
         reading: Further arguments of :meth:`RoutingTrace.read`.
 
