@@ -32,6 +32,7 @@ NOT_REACHED = {
     *("save", "load", "result_class", "result_file", "read_result_file", "domain_effect_table", "check_budget", "draw"),
     # families of experts and contrasts are asked for in Python, and the tokens of a prompt that are shown
     *("check_one_shape", "_chosen", "steer", "_places", "_unpadded_row"),
+    "states_of_trace",  # of a trace; the command measures a model
 }
 
 NOT_SAID = {"a sampler, such as GumbelTopK()", "baselines=3, mode=3"}
