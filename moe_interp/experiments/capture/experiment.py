@@ -89,7 +89,7 @@ def capture_routing(
             Not for encoder-decoders, nor with ``pad``.
         temperature, top_p, seed: How tokens are drawn; temperature 0 is greedy. Draws depend on ``seed`` and the
             sequence's id alone.
-        hooks: Interventions, in place during all passes; the routes are recorded as they leave them.
+        hooks: Interventions, in place during all passes; what is recorded are the routes under them.
         attention_mask: ``[batch, pos]`` of token ids; rows are run with their padding, on the left or on the right.
         domain: One label for all, or one a sequence, in place of those that sequences bring, which are the default.
         batch_size: Sequences of a pass at most; by default what fits into memory.
