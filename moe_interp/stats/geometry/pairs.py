@@ -43,7 +43,7 @@ def pair_interval(
         DataError: values that are missing or infinite, or of another number of pairs.
 
     Source: Arvesen (1969), the jackknife of U-statistics; its coverage is in docs/geometry.md. For a statistic whose
-    pairs hold no information of single units (independent x and y), it is wider than need be.
+    pairs hold no information of single units (independent x and y), it is wider than it needs to be.
     """
     arrays = [sample_last(value) for value in values]
     one, two = np.asarray(first), np.asarray(second)
