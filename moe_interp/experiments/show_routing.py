@@ -16,6 +16,7 @@ from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.errors import ConfigError, DataError
 from moe_interp.experiments.inputs.token_texts import token_texts
 from moe_interp.hooks.attach import MoEHooks, check_attached
+from moe_interp.hooks.passes import decoder_start_token
 from moe_interp.routing_view.panel import Panel
 from moe_interp.routing_view.view import RoutingView
 from moe_interp.slots import EMPTY
@@ -51,8 +52,8 @@ def show(
             ``RoutingTrace``, of which one sequence is shown and nothing is run.
         layer: One MoE layer, shown slot by slot, the largest weight first; or several, side by side. All by default.
         weights: Show weights in the cells; by default for one layer.
-        positions: The tokens to show, by their place in the unpadded prompt; negative ones count from its end. All by
-            default; of a long prompt the first.
+        positions: The tokens to show, by their place in the unpadded prompt; negative ones count from its end. Of a
+            decoder shown below its encoder, those that it has. All by default; of a long prompt the first.
         attention_mask: ``[pos]`` or ``[1, pos]`` for ids: padding (0) is left out before the model runs.
         decoder_input: What the decoder of an encoder-decoder reads: a text or ids; by default its start token alone.
         sequence: Which sequence of a trace.
@@ -63,7 +64,7 @@ def show(
     Raises:
         DataError: more than one row, ids that are none, no tokenizer or chat template for a text or messages, more
             tokens than the model's context, or a trace of another model or without this sequence.
-        ConfigError: positions that the prompt does not have.
+        ConfigError: positions that the prompt does not have, or an attention_mask for a text or messages.
         HookError: a layer that is not attached.
 
     What it does not show: what the experts compute, or by how little another expert was passed over. One prompt is no
@@ -76,7 +77,7 @@ def show(
     else:
         panels = _run(moe, _ids(moe, given, attention_mask), labels, decoder_input)
     name = str(getattr(moe.bridge.cfg, "model_name", None) or "model")
-    shown = None if positions is None else [_places(positions, len(panel.tokens)) for panel in panels]
+    shown = None if positions is None else _shown(positions, [len(panel.tokens) for panel in panels])
     return RoutingView(name, panels, one, one is not None if weights is None else bool(weights), shown)
 
 
@@ -97,10 +98,14 @@ def _labels(moe: MoEHooks, layer: Any) -> tuple[list[Layer], Layer | None]:
 def _ids(moe: MoEHooks, given: Any, attention_mask: Any) -> tuple[int, ...]:
     """The prompt's ids, without padding."""
     reader = TextReader(moe.bridge)
-    if isinstance(given, list | tuple) and given and isinstance(given[0], Mapping):
+    is_text = isinstance(given, str)
+    is_chat = isinstance(given, list | tuple) and bool(given) and isinstance(given[0], Mapping)
+    if attention_mask is not None and (is_text or is_chat):
+        what = "a text" if is_text else "messages"
+        raise ConfigError(f"an attention_mask with {what}", "a mask of token ids", "Leave it out, or give ids.")
+    if is_chat:
         ids = reader.messages(check_messages(given, "the prompt"), "the prompt", is_prompt=True)
     else:
-        is_text = isinstance(given, str)
         own = given if is_text else _unpadded_row(given, attention_mask)
         ids = reader.start(own, "the prompt", "text" if is_text else "tokens")
     reader.warn("sequence")
@@ -148,7 +153,7 @@ def _run(moe: MoEHooks, ids: tuple[int, ...], labels: Sequence[Layer], decoder_i
     tokens = {"": ids}
     options: dict[str, Any] = {}
     if getattr(config, "is_encoder_decoder", False):
-        start = (int(config.decoder_start_token_id or 0),)
+        start = (decoder_start_token(bridge.original_model),)
         reader = TextReader(bridge)
         given = (
             start if decoder_input is None else reader.rest(_unpadded_row(decoder_input, None), "the decoder", "input")
@@ -251,8 +256,21 @@ def _recorded(moe: MoEHooks, trace: RoutingTrace, sequence: int, labels: Sequenc
     )
 
 
+def _shown(positions: Any, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
+    """By panel, indices of the tokens asked for: the first panel must have all of them."""
+    first, *further = lengths
+    found = [_places(positions, first)]
+    for n in further:
+        if isinstance(positions, slice):
+            found.append(np.arange(n)[positions])
+        else:
+            given = [positions] if as_whole(positions) is not None else positions
+            found.append(np.array([int(place) % n for place in given if -n <= place < n], dtype=np.int64))
+    return found
+
+
 def _places(positions: Any, n: int) -> NDArray[np.int64]:
-    """Indices of the tokens asked for, in their order; of a second stack those that it has."""
+    """Indices of the tokens asked for, in their order."""
     if isinstance(positions, slice):
         chosen = list(range(n))[positions]
     else:

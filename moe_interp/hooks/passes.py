@@ -278,10 +278,18 @@ def _generation(native: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
     return Generation(max(widths) if widths else None, mask)
 
 
+def decoder_start_token(model: Any) -> int:
+    """What the decoder of an encoder-decoder begins with: as its generation config has it, else its config; where
+    neither says, its padding (as T5 begins)."""
+    for owner in (getattr(model, "generation_config", None), model.config):
+        start = getattr(owner, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return start
+    return int(getattr(model.config, "pad_token_id", None) or 0)
+
+
 def _decoder_prompt(model: Any, tokens: Tensor | None) -> int | None:
     """The decoder's prompt; transformers puts the start token before one that lacks it."""
     if not isinstance(tokens, Tensor):
         return None
-    start = model.generation_config.decoder_start_token_id
-    start = model.config.decoder_start_token_id if start is None else start
-    return tokens.shape[1] + int(start is not None and bool((tokens[:, 0] != start).all()))
+    return tokens.shape[1] + int(bool((tokens[:, 0] != decoder_start_token(model)).all()))

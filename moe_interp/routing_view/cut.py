@@ -30,7 +30,10 @@ def rows_of(
         return rows, ""
     if len(rows) == len(asked):
         return rows, f"{len(rows)} of {n} tokens are shown, those asked for."
+    following = asked[len(rows) : 2 * len(rows)].tolist()
+    start, stop = following[0], following[-1] + 1
+    such_as = f"range({start}, {stop})" if following == list(range(start, stop)) else f"[{start}, ...]"
     return rows, (
-        f"The first {len(rows)} of {len(asked)} tokens are shown: choose others by positions=, such as "
-        f"range({len(rows)}, {min(len(asked), 2 * len(rows))}); to_dataframe() has all."
+        f"The first {len(rows)} of {len(asked)} tokens are shown: choose others by positions=, such as {such_as}; "
+        "to_dataframe() has all."
     )

@@ -30,13 +30,14 @@ OURS = ("part-*.json", "part-*.parquet", "part-*.npz", "counts*.npz", ".*.part",
 class CaptureFolder:
     """A folder that belongs to one capture: its manifest and the notes of its finished parts.
 
-    The folder and its manifest are written with the first part: a run that fails before leaves nothing behind.
+    The folder and its manifest are written with the first part, and what they replace is deleted then: a run that fails
+    before leaves everything as it was.
 
     Args:
         path: The folder. A :class:`CellFolder` brings the options of the command line.
         plan: What the capture is known by: see :mod:`moe_interp.results.plans`.
         about: What else the manifest says.
-        resume: Go on with what is there; else it is deleted.
+        resume: Go on with what is there; else it is replaced.
 
     Attributes:
         records: What is noted of each finished part.
@@ -56,7 +57,7 @@ class CaptureFolder:
             "options": {name: list(value) for name, value in options.items()},
             "about": dict(about),
         }
-        self.is_complete, self._is_begun = False, False
+        self.is_complete, self._is_begun, self._is_replaced = False, False, False
         self.records: list[dict[str, Any]] = []
         if not self.path.is_dir() or not any(not name.startswith(".") for name in os.listdir(self.path)):
             return
@@ -67,7 +68,7 @@ class CaptureFolder:
                 "Choose another folder.",
             )
         if not resume:
-            self._clear()
+            self._is_replaced = True
             return
         manifest = read_manifest(self.path)
         there = {name: (entry, value) for name, (entry, value) in manifest["options"].items()}
@@ -113,6 +114,9 @@ class CaptureFolder:
         """The folder and its manifest are there from here on, and say that more is being recorded."""
         if self.is_complete or not self._is_begun:
             self.is_complete = False
+            if self._is_replaced:
+                self._clear()
+                self._is_replaced = False
             self._write_manifest()
 
     def forget(self, number: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from moe_interp.checks import check_seed, check_whole
@@ -123,7 +124,7 @@ def check_options(moe: MoEHooks, layers: Any, stack: Any, accumulate: Any, **giv
         )
     for name, low, high in (("temperature", 0.0, math.inf), ("top_p", 0.0, 1.0)):
         value = given[name]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not low <= value <= high or value == math.inf or (name == "top_p" and value == 0):
             expected = "a number above 0, of at most 1" if name == "top_p" else "a number of at least 0"
             raise ConfigError(f"{name}={value!r}", expected, f"Change {name}.")

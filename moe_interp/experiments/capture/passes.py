@@ -21,6 +21,7 @@ from moe_interp.experiments.inputs.batches import batches_of_like_length
 from moe_interp.experiments.pass_at_k.sampling_run import end_tokens
 from moe_interp.experiments.pass_at_k.token_sampling import draws, next_tokens, sample_seed
 from moe_interp.hooks.attach import MoEHooks
+from moe_interp.hooks.passes import decoder_start_token
 from moe_interp.types import Hooks
 
 Arrays = dict[str, Tensor]
@@ -126,7 +127,7 @@ class RoutingPasses:
         more: dict[str, Any] = {} if mask is None else {"attention_mask": mask.to(self.device)}
         ids = [list(one.tokens) for one in sequences]
         if self.options.stack:
-            start = _start_token(self.moe)
+            start = decoder_start_token(self.moe.bridge.original_model)
             answers = [[start, *(one.answer if self.options.stack == "decoder" else ())] for one in sequences]
             more["decoder_input_ids"] = torch.tensor(answers, device=self.device)
             ids = answers if self.options.stack == "decoder" else ids
@@ -192,13 +193,3 @@ def _padded(sequences: list[CapturedSequence]) -> tuple[Tensor, Tensor | None]:
     for number, (one, row) in enumerate(zip(sequences, rows)):
         mask[number, list(one.columns) if one.row else slice(0, len(row))] = 1
     return tokens, None if bool(mask.all()) else mask
-
-
-def _start_token(moe: MoEHooks) -> int:
-    """What the decoder of an encoder-decoder begins with."""
-    model: Any = moe.bridge.original_model
-    for owner in (getattr(model, "generation_config", None), model.config):
-        start = getattr(owner, "decoder_start_token_id", None)
-        if isinstance(start, int):
-            return start
-    return int(getattr(model.config, "pad_token_id", None) or 0)

@@ -111,7 +111,7 @@ def evaluate_pass_at_k(
     a right answer was reached by right steps, or what a larger n would find.
     """
     check_attached(moe)
-    n_samples, checked_ks = _check_counts(n_samples, ks)
+    n_samples, chosen_ks = _check_counts(n_samples, ks)
     sampling = _check_sampling(temperature, top_p, max_new_tokens, stop, seed)
     batch_size = None if batch_size is None else check_whole(batch_size, "batch_size", 1)
     checker, memory = checker_of(is_correct), check_memory(moe, memory_budget)
@@ -131,7 +131,7 @@ def evaluate_pass_at_k(
     finally:
         file.close()
     run.warn_of_errors()
-    return _result(moe, run, n_samples, checked_ks, merged)
+    return _result(moe, run, n_samples, chosen_ks, merged)
 
 
 def _with_text_answer(moe: MoEHooks, problem: Problem) -> Problem:

@@ -179,7 +179,7 @@ def tune_router(
                 },
                 "layers": layers,
                 "model": [rest, checksum([tensor.float() for tensor in started.values()])],
-                "sequences": checksum([[s.id, s.tokens, s.is_scored] for s in (*train, *held)]),
+                "sequences": [checksum([[s.id, s.tokens, s.is_scored] for s in some]) for some in (train, held)],
                 "from_cache": why_not is None,
             }
         )

@@ -216,7 +216,7 @@ class Tuning:
         assert self.path is not None
         content = read_sealed(self.path, "a checkpoint", RESTORE)
         try:
-            state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             plan = str(state["plan"])
         except Exception as error:  # torch and zip raise errors of any class
             given = f"{str(self.path)!r} cannot be read as a checkpoint ({type(error).__name__}: {error})"

@@ -150,7 +150,7 @@ def test_batch_invariant_passes_give_the_same_bits_for_every_batch(moe: mi.MoEHo
 
 def test_generation_in_batch_invariant_passes_does_not_depend_on_the_batch(olmoe: mi.MoEHooks) -> None:
     rows = random_tokens(3, 6, seed=5).tolist()
-    together = capture(olmoe, rows, generate=4, batch_invariant=True)
+    together = capture(olmoe, rows, generate=4, batch_invariant=True, temperature=np.float32(0.0))
     for number, row in enumerate(rows):
         alone = capture(olmoe, [{"id": str(number), "tokens": row}], generate=4, batch_invariant=True)
         for field in ("expert_indices", "expert_weights", "token_ids", "predicted_ids"):

@@ -166,6 +166,27 @@ def test_a_run_that_fails_before_its_first_part_leaves_no_folder(
     assert not (tmp_path / "routes").exists()
 
 
+def test_a_capture_is_replaced_when_there_is_something_to_replace_it(
+    moe: mi.MoEHooks, sequences: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    capture(moe, sequences, out=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    renew = functools.partial(capture, moe, out=tmp_path, resume=False)
+    with pytest.raises(ConfigError, match="table 'use'"):
+        renew(sequences, accumulate=["use"])
+    with pytest.raises(DataError, match="token id 500"):
+        renew(iter([[5, 500]]))
+    for accumulate in (None, True):
+        with pytest.raises(KeyboardInterrupt):
+            renew(sequences, accumulate=accumulate, progress=interrupting(1))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    counts = renew(sequences[:2], accumulate=True)
+    assert not list(tmp_path.glob("*.parquet"))
+    assert RoutingCounts.load(tmp_path / "counts.npz").n_tokens == counts.n_tokens == sum(LENGTHS[:2])
+    assert renew(sequences[:2]).sequence_ids == ["s0", "s1"]
+    assert not list(tmp_path.glob("counts*"))
+
+
 def test_damaged_parts_are_named_and_recorded_again(
     moe: mi.MoEHooks, sequences: list[dict[str, Any]], tmp_path: Path
 ) -> None:

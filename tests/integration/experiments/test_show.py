@@ -155,6 +155,27 @@ def test_an_encoder_decoder_shows_both_stacks() -> None:
     assert encoder.predicted is None
     assert moe.show([5, 6, 7], layer=("decoder", decoder.numbers[0])).panels[0].layers == decoder.layers[:1]
     assert moe.show([5, 6, 7], layer=f"encoder.{encoder.numbers[0]}").panels[0].name == "encoder"
+    # of the decoder, those of the tokens that it has
+    for positions, of_decoder in ((0, [0]), ([2, -1, 0], [0, 0]), ([2], []), (slice(1, None), []), (slice(2), [0])):
+        chosen = moe.show([5, 6, 7], positions=positions)
+        assert [places.tolist() for places in chosen.shown or ()][1] == of_decoder
+        assert f"{len(of_decoder)} of 1 tokens are shown" in chosen.html() or of_decoder == [0]
+        assert "decoder" in str(chosen)
+    with pytest.raises(ConfigError, match="positions=3"):
+        moe.show([5, 6, 7], positions=[3])
+
+
+def test_the_decoder_begins_where_the_generation_config_says() -> None:
+    moe = attached("switch_transformers")
+    model: Any = moe.bridge.original_model
+    model.generation_config.decoder_start_token_id, model.config.decoder_start_token_id = 9, 4
+    shown = moe.show([5, 6, 7]).panels[1]
+    captured: Any = mi.capture_routing(moe, [[5, 6, 7]], stack="decoder", progress=False)
+    assert shown.token_ids is not None
+    assert shown.token_ids.tolist() == captured.token_ids.tolist() == [9]
+    np.testing.assert_array_equal(shown.indices, captured.expert_indices)
+    model.generation_config.decoder_start_token_id = None
+    assert moe.show([5, 6, 7]).panels[1].token_ids.tolist() == [4]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +189,8 @@ def test_an_encoder_decoder_shows_both_stacks() -> None:
         ("w3", {"layer": 77}, HookError, "layer 77"),
         ("w3", {"layer": []}, ConfigError, "no layers"),
         ("w3", {"positions": 9}, ConfigError, "positions=9"),
+        ("w3 w4", {"attention_mask": [0, 1, 1]}, ConfigError, "an attention_mask with a text"),
+        ([{"role": "user", "content": "w3"}], {"attention_mask": [1]}, ConfigError, "an attention_mask with messages"),
         ("w3", {"positions": []}, ConfigError, "positions=[]"),
         ("w3", {"decoder_input": [3]}, ConfigError, "decoder_input for a model of one stack"),
         (torch.tensor([3, 4]), {"attention_mask": [0, 0]}, DataError, "an attention_mask of shape (2,) with 0 ones"),

@@ -214,6 +214,25 @@ def test_a_run_goes_on_with_other_checkpoints(moe: MoEHooks, tmp_path: Path) -> 
     assert whole.data.drop_attrs().identical(resumed.data.drop_attrs())
 
 
+def test_a_sequence_that_was_trained_on_is_not_held_out_when_a_run_goes_on(moe: MoEHooks, tmp_path: Path) -> None:
+    given = sequences(5)
+    options = {**FAST, "out": tmp_path, "max_steps": 3}
+    mi.tune_router(moe, given[:4], held_out=given[4:], stop_at=1, **options)
+    with pytest.raises(ResultError, match="other sequences"):
+        mi.tune_router(moe, given[:3], held_out=given[3:], resume=True, **options)
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_without_one(
+    moe: MoEHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = sequences(5)
+    with monkeypatch.context() as patched:  # the tensors say that they were on a GPU
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        mi.tune_router(moe, given, out=tmp_path, stop_at=2, **FAST)
+    resumed = mi.tune_router(moe, given, out=tmp_path, resume=True, **FAST)
+    assert mi.tune_router(moe, given, **FAST).data.drop_attrs().identical(resumed.data.drop_attrs())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

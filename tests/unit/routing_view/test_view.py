@@ -189,6 +189,9 @@ def test_a_long_prompt_is_cut_with_a_note_and_whole_in_the_table() -> None:
     assert len(table) == 1000 * 48 * 8
     chosen = RoutingView("model", shown.panels, shown=[np.arange(990, 1000)])
     assert "10 of 1000 tokens are shown, those asked for." in chosen.html()
+    for asked, such_as in ((np.arange(300, 700), "range(466, 632)"), (np.arange(700, 300, -1), "[534, ...]")):
+        part = RoutingView("model", shown.panels, shown=[asked]).html()
+        assert f"The first 166 of 400 tokens are shown: choose others by positions=, such as {such_as};" in part
     assert [row[0]["text"][:3] for row in Cells(chosen.html()).rows[1:]] == [str(n) for n in range(990, 1000)]
 
 
