@@ -136,16 +136,35 @@ class RouterDelta:
             The folder of the merged checkpoint.
 
         Raises:
-            ResultError: no checkpoint, one of another model, or a folder that is there already.
+            ResultError: no checkpoint, one of another model, a folder that is there already, or one that cannot be
+                written: no new folder is left then.
         """
         folder = Path(checkpoint)
         places = self._places(folder)
-        if out is not None:
-            target = Path(out)
-            if target.exists():
-                raise ResultError(f"{str(target)!r} is there already", "a new folder", "Choose another, or remove it.")
-            shutil.copytree(folder, target)
-            folder = target
+        if out is None:
+            self._write_into(folder, places)
+            return folder
+        target = Path(out)
+        if target.exists():
+            raise ResultError(f"{str(target)!r} is there already", "a new folder", "Choose another, or remove it.")
+        unfinished = target.with_name(f".{target.name}.part")  # a folder of the final name is a merged checkpoint
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(folder, unfinished)
+            self._write_into(unfinished, places)
+            unfinished.rename(target)
+        except OSError as error:  # of copytree, a list of them
+            raise ResultError(
+                f"{str(target)!r} could not be written: {error.strerror or error}",
+                "a folder with room for a checkpoint and permission to write",
+                "Free space or choose another path.",
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return target
+
+    def _write_into(self, folder: Path, places: Mapping[str, tuple[str, str]]) -> None:
+        """Put the tuned weights into the files of a checkpoint, one file after the other."""
         for name in sorted({file for file, _ in places.values()}):
             tensors, metadata = _read(folder / name)
             for parameter, (file, key) in places.items():
@@ -153,7 +172,6 @@ class RouterDelta:
                     tensors[key] = self.tuned(parameter).contiguous()
             with replacing(folder / name) as written:
                 written.write(save(tensors, metadata=metadata))
-        return folder
 
     def _places(self, folder: Path) -> dict[str, tuple[str, str]]:
         """By parameter, the file and the name of the tensor in it that is this parameter before tuning."""

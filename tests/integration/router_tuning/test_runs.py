@@ -129,6 +129,28 @@ def test_a_merged_checkpoint_gives_the_tuned_logits_with_transformers_alone(fami
     assert isinstance(alone, transformers.PreTrainedModel)
 
 
+@pytest.mark.parametrize("fails", ["shutil.copytree", "moe_interp.experiments.router_tuning.delta.save"])
+def test_a_merge_that_fails_leaves_no_checkpoint_that_looks_merged(
+    tuned: mi.RouterTuningResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    tiny.build_hf("olmoe").save_pretrained(tmp_path / "model")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    def full(*args: Any, **options: Any) -> None:
+        if fails == "shutil.copytree":
+            Path(args[1]).mkdir()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fails, full)
+        with pytest.raises(ResultError, match=r"could not be written: No space left on device"):
+            tuned.merge(tmp_path / "model", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert tuned.merge(tmp_path / "model", tmp_path / "new" / "merged").is_dir()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["merged"]
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(moe: MoEHooks, tmp_path: Path) -> None:
     given, options = sequences(5), {**FAST, "epochs": 2, "schedule": "cosine", "warmup": 2, "evaluate_every": 3}
     whole = mi.tune_router(moe, given, **options)
