@@ -196,8 +196,6 @@ def _check_sizes(moe: MoEHooks, options: CaptureOptions) -> None:
             given = f"layers of {name} {sorted(sizes)}"
             raise ConfigError(given, "layers of one size", "Capture those of each size by themselves: layers=.")
     for field in options.fields:
-        if field == "expert_weights":
-            continue  # routes without weights are a trace too
         for layer in options.layers:
             try:
                 moe.hook_name(HOOKS[field], layer)

@@ -39,8 +39,7 @@ class PassRecorder:
 
     def __init__(self, moe: MoEHooks, options: CaptureOptions) -> None:
         self.layers = options.layers
-        has_weights = all("expert_weights" in moe.hooks(layer) for layer in self.layers)
-        self.fields = [name for name in options.fields if name != "expert_weights" or has_weights]
+        self.fields = options.fields
         self.hooks: Hooks = [
             (moe.hook_name(HOOKS[field], layer), self._reader(field, layer))
             for layer in self.layers
