@@ -17,6 +17,7 @@ from moe_interp.engine.eval_mode import in_eval_mode
 from moe_interp.engine.memory import out_of_memory_in_words
 from moe_interp.engine.pass_inputs import check_memory
 from moe_interp.errors import ConfigError, DataError, ResultError, TrainingError, warn
+from moe_interp.experiments.identity.model import model_identity
 from moe_interp.experiments.identity.naming import model_name
 from moe_interp.experiments.inputs.repeats import distinct_sequences
 from moe_interp.experiments.inputs.sequences import ScoredSequence, read_sequences
@@ -135,8 +136,8 @@ def tune_router(
         The history, held-out measures with intervals over sequences, and the weights' change.
 
     Raises:
-        ConfigError: options out of range, a hash layer, a router that is not one matrix, or a layer whose routes take
-            every expert.
+        ConfigError: options out of range, a hash layer, a router that is not one matrix, a layer whose routes take
+            every expert, or, with ``out``, hooks on the model that hold something of unknown content.
         DataError: nothing selected, sequences that cannot be scored, or held-out ones that are trained on.
         TrainingError: a loss or gradient that is not finite (step and learning rate are named, the last good checkpoint
             is kept), or another parameter that changed.
@@ -163,6 +164,7 @@ def tune_router(
     train, held, domains = _split(moe, sequences, held_out, other_domains, options.seed)
     names = {router.name for router in routers}
     rest, before = everything(moe, names)
+    identity = None if state is None else model_identity(moe)
     started = {router.name: router.parameter.detach().clone() for router in routers}
     sources = Sources(moe, routers, memory, None if folder is None else folder / CACHE)
     with frozen(moe, routers):
@@ -178,7 +180,7 @@ def tune_router(
                     name: repr(getattr(options, name)) for name in asdict(options) if name != "checkpoint_every"
                 },
                 "layers": layers,
-                "model": [rest, checksum([tensor.float() for tensor in started.values()])],
+                "model": [rest, checksum([tensor.float() for tensor in started.values()]), identity],
                 "sequences": [checksum([[s.id, s.tokens, s.is_scored] for s in some]) for some in (train, held)],
                 "from_cache": why_not is None,
             }
