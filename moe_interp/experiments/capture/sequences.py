@@ -195,7 +195,7 @@ def _by_domain(groups: Mapping[Any, Sequence[Any]]) -> list[Any]:
             elif isinstance(entry, Mapping):
                 found.append({"id": number, **entry, "domain": domain})
             elif hasattr(entry, "prompt") and hasattr(entry, "answer"):
-                found.append(entry)
+                found.append(replace(entry, domain=domain))
             else:
                 found.append({"id": number, "tokens": entry, "domain": domain})
     return found

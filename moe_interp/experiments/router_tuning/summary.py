@@ -79,8 +79,11 @@ def preference_words(row: Row) -> str:
             f"Preference rose without adoption: {said}. The router ranks better routes higher than it did, and takes "
             f"others.{also}"
         )
+    taken = ", and better routes are taken"
+    if not row["adoption_low"] >= ADOPTED:
+        taken = "; whether better routes are taken is not shown"
     begin = {
-        "above": "Preference rose, and better routes are taken",
+        "above": f"Preference rose{taken}",
         "below": "Preference fell: the router moved away from the better routes",
         "too few": "Too few sequences have better routes to say whether preference rose",
     }.get(found, "Preference did not rise beyond its interval")

@@ -15,6 +15,7 @@ import moe_interp as mi
 from moe_interp.engine.memory import HalvedBatchWarning
 from moe_interp.errors import ConfigError, DataError, HookError
 from moe_interp.experiments.capture.passes import RoutingPasses
+from moe_interp.experiments.inputs.items import Item
 from moe_interp.traces import RoutingCounts
 from tests.tiny import (
     ENCODER_DECODERS,
@@ -290,6 +291,8 @@ def test_texts_messages_items_and_lists_by_domain(olmoe: mi.MoEHooks) -> None:
     assert capture(olmoe, iter(["w5 w6", "w7"])).token_ids.tolist() == [1, 5, 6, 1, 7]
     by_domain = capture(olmoe, {"x": ["w5 w6", "w7"], "y": [[1, 8]]})
     assert by_domain.domain.tolist() == ["x"] * 5 + ["y"] * 2
+    items = {"z": [Item("i", "x", "w5", "w6")]}
+    assert capture(olmoe, items).domain.tolist() == ["z"] * 3
     # of a prompt that is gone on from, the answer is not read
     grown = capture(olmoe, [given[1]], generate=1)
     assert grown.token_ids.tolist()[:2] == [1, 7]

@@ -157,7 +157,10 @@ def test_preference_without_adoption_is_said_in_words() -> None:
     assert preference_words(row).startswith("Preference rose without adoption: preference accuracy 0.90 [0.80, 0.95]")
     assert "takes others." in preference_words(row)
     assert "better than before all the same" in preference_words(row | {"ce_change_high": -0.1})
-    assert preference_words(row | {"adoption": 0.4}).startswith("Preference rose, and better routes are taken")
+    taken = row | {"adoption": 0.4, "adoption_low": 0.3}
+    assert preference_words(taken).startswith("Preference rose, and better routes are taken: ")
+    unsure = preference_words(row | {"adoption": 0.4})
+    assert unsure.startswith("Preference rose; whether better routes are taken is not shown: ")
     assert preference_words(row | {"preference_low": 0.4}).startswith("Preference did not rise")
     fell = row | {"preference": 0.2, "preference_low": 0.1, "preference_high": 0.4}
     assert preference_words(fell).startswith("Preference fell")

@@ -97,7 +97,7 @@ def test_the_summary_says_preference_without_adoption_and_harm() -> None:
     assert "Preference rose without adoption: preference accuracy 1.00" in text
     assert "sure of (p >= .9): rose: 0.0500 to 0.1000 nats" in text
     assert "In rhymes, another domain: changed (too few sequences to say more)" in text
-    assert "better routes are taken" in planted(adopted=0.5).summary()
+    assert ", and better routes are taken" in planted(adopted=0.5).summary()
 
 
 def test_the_delta_adds_up_in_the_models_own_format() -> None:

@@ -20,7 +20,7 @@ def test_the_page_begins_with_what_was_found() -> None:
     places = [page.index(" ".join(line.split())) for line in result.headlines()]
     assert places == sorted(places)
     assert places[-1] < page.index("What was learned?") < page.index("Are better routes taken, or only preferred?")
-    assert "better routes are taken" in page
+    assert ", and better routes are taken" in page
     assert "sure of (p >= .9): rose: 0.0500 to 0.1000 nats" in page
     assert "Preference rose without adoption" in text_of(router_tuning_page(planted()))
 
