@@ -102,7 +102,7 @@ def _ids(moe: MoEHooks, given: Any, attention_mask: Any) -> tuple[int, ...]:
     is_chat = isinstance(given, list | tuple) and bool(given) and isinstance(given[0], Mapping)
     if attention_mask is not None and (is_text or is_chat):
         what = "a text" if is_text else "messages"
-        raise ConfigError(f"an attention_mask with {what}", "a mask of token ids", "Leave it out, or give ids.")
+        raise ConfigError(f"a mask of padding beside {what}", "a mask of token ids", "Leave it out, or give ids.")
     if is_chat:
         ids = reader.messages(check_messages(given, "the prompt"), "the prompt", is_prompt=True)
     else:
