@@ -190,7 +190,12 @@ def test_the_decoder_begins_where_the_generation_config_says() -> None:
         ("w3", {"layer": []}, ConfigError, "no layers"),
         ("w3", {"positions": 9}, ConfigError, "positions=9"),
         ("w3 w4", {"attention_mask": [0, 1, 1]}, ConfigError, "a mask of padding beside a text"),
-        ([{"role": "user", "content": "w3"}], {"attention_mask": [1]}, ConfigError, "a mask of padding beside messages"),
+        (
+            [{"role": "user", "content": "w3"}],
+            {"attention_mask": [1]},
+            ConfigError,
+            "a mask of padding beside messages",
+        ),
         ("w3", {"positions": []}, ConfigError, "positions=[]"),
         ("w3", {"decoder_input": [3]}, ConfigError, "decoder_input for a model of one stack"),
         (torch.tensor([3, 4]), {"attention_mask": [0, 0]}, DataError, "an attention_mask of shape (2,) with 0 ones"),
