@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from moe_interp.plots.figure import panels, thin_ticks
+from moe_interp.plots.figure import colour_bar, panels, thin_ticks
 from moe_interp.results.tables import ContrastTables
 
 
@@ -29,9 +29,7 @@ def contrast_map(result: ContrastTables, alpha: float = 0.05) -> Figure:
     axis.set_ylabel("layer", fontsize=9)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axis, pad=0.02)
-    bar.set_label("share of tokens, a - b", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    colour_bar(figure, image, axis, "share of tokens, a - b", pad=0.02)
     counts = [int((found == side).sum()) for side in ("a", "b")]
     axis.set_title(
         f"{counts[0]} used more by a, {counts[1]} by b, of {found.size} (dots: q ≤ {alpha:g})", fontsize=10, loc="left"

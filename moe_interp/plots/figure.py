@@ -51,6 +51,13 @@ def panels(titles: Sequence[str], height: float, columns: int = 2, share: bool =
     return figure, axes[: len(titles)]
 
 
+def colour_bar(figure: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
+    """A labelled bar of an image's colours beside its axes; ``options`` of ``Figure.colorbar``."""
+    bar = figure.colorbar(image, ax=axes, **options)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
 def thin_ticks(labels: Sequence[str], most: int) -> tuple[list[int], list[str]]:
     """Positions and texts of at most ``most`` labels, evenly spaced from the first."""
     step = max(1, -(-len(labels) // most))

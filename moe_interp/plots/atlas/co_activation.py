@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from moe_interp.errors import DataError
-from moe_interp.plots.figure import panels, thin_ticks
+from moe_interp.plots.figure import colour_bar, panels, thin_ticks
 from moe_interp.results.tables import AtlasTables
 
 MOST_PANELS = 4
@@ -53,9 +53,15 @@ def co_activation_map(result: AtlasTables, layers: tuple[int, ...] | None = None
         axis.set_ylabel("tokens of expert", fontsize=9)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, extend="both", shrink=min(0.9, 4 / figure.get_figheight()), aspect=30)
-    bar.set_label("share of tokens, less chance by use", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    colour_bar(
+        figure,
+        image,
+        axes,
+        "share of tokens, less chance by use",
+        extend="both",
+        shrink=min(0.9, 4 / figure.get_figheight()),
+        aspect=30,
+    )
     return figure
 
 

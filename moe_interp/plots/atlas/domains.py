@@ -7,7 +7,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from moe_interp.errors import DataError
-from moe_interp.plots.figure import WIDTH, panels, thin_ticks
+from moe_interp.plots.figure import WIDTH, colour_bar, panels, thin_ticks
 from moe_interp.results.tables import AtlasTables
 
 
@@ -49,9 +49,7 @@ def domain_map(result: AtlasTables, alpha: float = 0.05) -> Figure:
         axis.set_ylabel("layer", fontsize=9)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, extend="both", shrink=min(0.9, 4 / figure.get_figheight()), aspect=30)
-    bar.set_label(what, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    colour_bar(figure, image, axes, what, extend="both", shrink=min(0.9, 4 / figure.get_figheight()), aspect=30)
     if tested:
         found = int((np.nan_to_num(data["domain_q"].values, nan=1.0) <= alpha).sum())
         figure.suptitle(f"{found} cells (dots) differ, q ≤ {alpha:g}, labels permuted over sequences", fontsize=10)

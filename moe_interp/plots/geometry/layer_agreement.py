@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from moe_interp.plots.figure import WIDTH, panels, thin_ticks
+from moe_interp.plots.figure import WIDTH, colour_bar, panels, thin_ticks
 from moe_interp.results.tables import GeometryTables
 
 
@@ -30,7 +30,5 @@ def layer_agreement(result: GeometryTables) -> Figure:
     axis.set_ylabel("layer", fontsize=9)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
-    bar.set_label("correlation of route similarity", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    colour_bar(figure, image, axis, "correlation of route similarity", shrink=0.9, pad=0.02)
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from moe_interp.plots.figure import panels, thin_ticks
+from moe_interp.plots.figure import colour_bar, panels, thin_ticks
 from moe_interp.results.tables import GeometryTables
 
 
@@ -40,7 +40,5 @@ def layer_overlap(result: GeometryTables) -> Figure:
         axis.set_ylabel("layer", fontsize=9)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
-    bar.set_label(f"Jaccard@{attrs.get('p', 0.8):g}", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    colour_bar(figure, image, axes, f"Jaccard@{attrs.get('p', 0.8):g}", shrink=0.9, pad=0.02)
     return figure

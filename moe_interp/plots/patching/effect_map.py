@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from moe_interp.plots.figure import WIDTH, panels, thin_ticks
+from moe_interp.plots.figure import WIDTH, colour_bar, panels, thin_ticks
 
 
 class EffectTables(Protocol):
@@ -55,9 +55,7 @@ def effect_map(result: EffectTables, metric: str | None = None, examples: bool =
         axis.set_ylabel("layer", fontsize=9)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30, pad=0.02)
-    bar.set_label("change of the metric", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    colour_bar(figure, image, axes, "change of the metric", shrink=0.9, aspect=30, pad=0.02)
     attrs = result.data.attrs
     what = attrs.get("what", f"attribution, {attrs.get('method', '')}{summed}")
     of = f", {attrs['n_examples']} examples" if examples else ""
