@@ -98,12 +98,27 @@ def trace_arguments(
     }
 
 
-def with_lengths(sequences: Sequence[EngineRows], lengths: Any, token_ids: Any) -> list[EngineRows]:
-    """The sequences with the numbers of tokens, or the ids of a single sequence, that the reader of a file was given.
+def file_arguments(
+    sequences: Sequence[EngineRows],
+    n_experts: int | None,
+    layers: Layers,
+    moe: Any,
+    sentinel: int | None,
+    uncaptured: Uncaptured,
+    lengths: Any,
+    token_ids: Any,
+) -> dict[str, Any]:
+    """:func:`trace_arguments` of what a file holds, with the lengths or ids that its reader was given beside it.
 
     Raises:
-        DataError: as many lengths as there are no sequences, or ids that contradict them.
+        DataError: not one length a sequence, or ids that contradict them.
     """
+    found = trace_arguments(_with_lengths(sequences, lengths, token_ids), n_experts, layers, moe, sentinel, uncaptured)
+    return found | ({} if token_ids is None else {"token_ids": token_ids})
+
+
+def _with_lengths(sequences: Sequence[EngineRows], lengths: Any, token_ids: Any) -> list[EngineRows]:
+    """The sequences with their numbers of tokens; of a single one, also by its ids."""
     if lengths is None and token_ids is not None and len(sequences) == 1:
         lengths = [np.size(as_array(token_ids))]
     if lengths is None:

@@ -23,7 +23,7 @@ from moe_interp.disk import read_bytes
 from moe_interp.errors import DataError
 from moe_interp.traces.checks import as_array
 from moe_interp.traces.readers.columns import Layers, checked_layers
-from moe_interp.traces.readers.engine_rows import LONGEST, EngineRows, Uncaptured, trace_arguments, with_lengths
+from moe_interp.traces.readers.engine_rows import LONGEST, EngineRows, Uncaptured, file_arguments, trace_arguments
 from moe_interp.traces.readers.responses import field, read_responses
 from moe_interp.traces.readers.vllm import decoded_base64, decoded_npy
 
@@ -69,9 +69,7 @@ def read_sglang(
         n_tokens = int(np.sum(sequence_lengths)) if sequence_lengths is not None else n_tokens
         rows = decoded_flat(text, shape, str(source), n_tokens, skipped)
         sequences = [EngineRows(rows, str(source), start=skipped)]
-    sequences = with_lengths(sequences, sequence_lengths, token_ids)
-    arguments = trace_arguments(sequences, n_experts, layers, moe, sentinel, uncaptured)
-    return arguments | ({} if token_ids is None else {"token_ids": token_ids})
+    return file_arguments(sequences, n_experts, layers, moe, sentinel, uncaptured, sequence_lengths, token_ids)
 
 
 def sglang_arguments(

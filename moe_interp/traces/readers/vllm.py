@@ -29,7 +29,7 @@ from moe_interp.errors import DataError
 from moe_interp.results.npz import npy_array
 from moe_interp.traces.checks import as_array
 from moe_interp.traces.readers.columns import Layers
-from moe_interp.traces.readers.engine_rows import LONGEST, EngineRows, Uncaptured, trace_arguments, with_lengths
+from moe_interp.traces.readers.engine_rows import LONGEST, EngineRows, Uncaptured, file_arguments, trace_arguments
 from moe_interp.traces.readers.responses import field, read_responses
 
 EXPECTED = "routed experts of vLLM: .npy, or responses as .json or .jsonl"
@@ -65,9 +65,7 @@ def read_vllm(
     else:
         rows = decoded_npy(read_bytes(source, EXPECTED), str(source))
         sequences = [EngineRows(rows, str(source), start=check_whole(start, "start", 0, LONGEST, error=DataError))]
-    sequences = with_lengths(sequences, sequence_lengths, token_ids)
-    arguments = trace_arguments(sequences, n_experts, layers, moe, sentinel, uncaptured)
-    return arguments | ({} if token_ids is None else {"token_ids": token_ids})
+    return file_arguments(sequences, n_experts, layers, moe, sentinel, uncaptured, sequence_lengths, token_ids)
 
 
 def vllm_arguments(
