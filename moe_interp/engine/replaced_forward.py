@@ -23,29 +23,22 @@ def swapped_forward(module: nn.Module, forward: Callable[..., Any], slot: str = 
         forward: In the place of its own.
         slot: ``"forward"`` goes past what accelerate does around a forward, :func:`forward_slot` inside of it.
     """
-    # in the instance's own dictionary, past the redirection of TransformerLens' components
-    before = module.__dict__.get(slot)
-    module.__dict__[slot] = forward
-    try:
+    with swapped_forwards([(module, forward)], slot):
         yield
-    finally:
-        del module.__dict__[slot]
-        if before is not None:
-            module.__dict__[slot] = before
 
 
 @contextmanager
-def swapped_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def swapped_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]], slot: str = "forward") -> Iterator[None]:
     """As :func:`swapped_forward`, of many modules at once: around every pass, where a context each would cost."""
     before = []
     try:
         for module, forward in forwards:
-            before.append((module.__dict__, module.__dict__.get("forward")))
-            module.__dict__["forward"] = forward
+            # in the instance's own dictionary, past the redirection of TransformerLens' components
+            before.append((module.__dict__, module.__dict__.get(slot)))
+            module.__dict__[slot] = forward
         yield
     finally:
         for own, had in reversed(before):
-            if had is None:
-                own.pop("forward", None)
-            else:
-                own["forward"] = had
+            del own[slot]
+            if had is not None:
+                own[slot] = had
