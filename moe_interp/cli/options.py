@@ -75,6 +75,7 @@ PromptField = Annotated[str, typer.Option(help="The field of the files that hold
 AnswerField = Annotated[
     str, typer.Option(help="The field of the files that is scored after the prompt, e.g. trajectory.", metavar="NAME")
 ]
+DomainField = Annotated[str, typer.Option(help="The field of the files that names the domain, if any.", metavar="NAME")]
 Layers = Annotated[
     list[str] | None, typer.Option(help="MoE layers, e.g. 0,3,-1 or encoder.1; all by default.", metavar="LAYERS")
 ]

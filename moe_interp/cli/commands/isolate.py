@@ -19,9 +19,7 @@ def isolate(
     ] = None,
     prompt_field: options.PromptField = "prompt",
     answer_field: options.AnswerField = "answer",
-    domain_field: Annotated[
-        str, typer.Option(help="The field of the files that names the domain.", metavar="NAME")
-    ] = "domain",
+    domain_field: options.DomainField = "domain",
     domains: Annotated[str | None, typer.Option(help="Keep these domains only, e.g. math,science.")] = None,
     first: options.First = None,
     layers: options.Layers = None,

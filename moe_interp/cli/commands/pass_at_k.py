@@ -29,9 +29,7 @@ def pass_at_k(
     answer_field: Annotated[
         str, typer.Option(help="The field that holds the right answer.", metavar="NAME")
     ] = "answer",
-    domain_field: Annotated[
-        str, typer.Option(help="The field that holds the domain, if any.", metavar="NAME")
-    ] = "domain",
+    domain_field: options.DomainField = "domain",
     first: Annotated[int | None, typer.Option(help="Use the first N problems of each source.")] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Completions a problem.")] = 160,
     k: Annotated[str, typer.Option("--k", help="The K, separated by commas, each at most --samples.")] = "1,8,64",

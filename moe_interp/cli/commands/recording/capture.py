@@ -30,9 +30,7 @@ def capture(
     answer_field: Annotated[
         str, typer.Option(help="The field that holds what follows the prompt.", metavar="NAME")
     ] = "answer",
-    domain_field: Annotated[
-        str, typer.Option(help="The field that holds the domain, if any.", metavar="NAME")
-    ] = "domain",
+    domain_field: options.DomainField = "domain",
     first: options.First = None,
     layers: options.Layers = None,
     stack: Annotated[str | None, typer.Option(help="Of an encoder-decoder: encoder or decoder.")] = None,
